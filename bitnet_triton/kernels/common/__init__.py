@@ -1,0 +1,1 @@
+"""What several ops share: argument checks and pieces of kernels."""

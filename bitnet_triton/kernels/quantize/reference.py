@@ -1,0 +1,31 @@
+"""The quantisers of BitNet in plain PyTorch: the oracle of the tests.
+
+Weights: arXiv:2402.17764, eq. 1-3 (ternary) and arXiv:2310.11453, eq. 1-3 (binary). Activations:
+arXiv:2310.11453, eq. 4, per token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SMALLEST_SCALE = 1e-5
+INT8_MAX = 127
+
+
+def quantize_activations_reference(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Map ``x`` [..., K] to codes in -128..127 and a scale [..., 1] with x about codes * scale."""
+    gamma = x.abs().amax(-1, keepdim=True).clamp_min(SMALLEST_SCALE)
+    codes = (x * (INT8_MAX / gamma)).round().clamp(-128, INT8_MAX)
+    return codes, gamma / INT8_MAX
+
+
+def quantize_weight_reference(weight: Tensor, *, levels: str) -> tuple[Tensor, Tensor]:
+    """Map ``weight`` [N, K] to codes and one scale [] with weight about codes * scale."""
+    beta = weight.abs().mean().clamp_min(SMALLEST_SCALE)
+    if levels == "binary":
+        # sign(0) = -1, as the paper defines it: a third value would not fit in one bit
+        codes = torch.where(weight > weight.mean(), 1.0, -1.0).to(weight)
+    else:
+        codes = (weight / beta).round().clamp(-1, 1)
+    return codes, beta

@@ -1,0 +1,53 @@
+"""What the device at hand can do: one function a backend, each says why it cannot run."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+
+import torch
+
+
+@functools.cache
+def triton_version() -> str | None:
+    """Return the version of the installed Triton, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.metadata.version("triton")
+
+
+@functools.cache
+def cpp_compiler() -> str | None:
+    """Return the C++ compiler that torch.compile uses on a CPU, or None."""
+    candidates = [os.environ.get("CXX"), "g++", "clang++"]
+    return next((path for c in candidates if c and (path := shutil.which(c))), None)
+
+
+def triton_objection(device: torch.device) -> str | None:
+    """Say why Triton kernels cannot run on tensors of ``device``; None when they can."""
+    if triton_version() is None:
+        return "Triton is not installed"
+    if device.type in ("cuda", "xpu"):
+        return None
+    import triton
+
+    if triton.knobs.runtime.interpret:  # the user set TRITON_INTERPRET=1, to debug a kernel
+        return None
+    return f"stock Triton compiles for GPUs, the tensors are on `{device.type}`"
+
+
+def compile_objection(device: torch.device) -> str | None:
+    """Say why torch.compile cannot run on tensors of ``device``; None when it can."""
+    if device.type == "cpu":
+        return None if cpp_compiler() else "torch.compile needs a C++ compiler (g++ or clang++)"
+    if device.type in ("cuda", "xpu"):
+        return None if triton_version() else "torch.compile needs Triton on a GPU"
+    return f"torch.compile is not supported on `{device.type}`"
+
+
+def cpu_capability() -> str:
+    """Name the widest vector instructions that PyTorch uses on this CPU."""
+    return torch.backends.cpu.get_cpu_capability()
