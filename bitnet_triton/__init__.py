@@ -1,0 +1,36 @@
+"""Ternary (BitNet b1.58) language models, fast at long context, on GPU and CPU.
+
+Public names are imported on first use: ``import bitnet_triton`` alone imports neither transformers
+nor triton.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "BackendUnavailableError": "bitnet_triton.errors",
+    "BitNetConfig": "bitnet_triton.models",
+    "BitNetForCausalLM": "bitnet_triton.models",
+    "BitNetModel": "bitnet_triton.models",
+    "CheckpointError": "bitnet_triton.errors",
+    "disable": "bitnet_triton.models",
+    "enable": "bitnet_triton.models",
+    "use_backend": "bitnet_triton.runtime",
+    "use_ternary_kernels": "bitnet_triton.models",
+}
+
+__all__ = [*sorted(_HOME), "__version__"]  # noqa: PLE0604 - all strings
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

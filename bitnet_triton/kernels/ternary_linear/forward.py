@@ -1,0 +1,160 @@
+"""Triton forward of the ternary linear, packed and trainable.
+
+One program owns a tile of the output and walks along K. It multiplies weights by activations
+transposed, W x a^T, so that the weights, which are made in registers, are the left operand: tensor
+cores read that one from registers. Packed: one tile of bytes holds four planes of rows, so a
+program keeps four accumulators and never shuffles bits between lanes.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bitnet_triton.kernels.common.tiles import weight_codes
+from bitnet_triton.runtime import launch
+from bitnet_triton.runtime.autotune import tiles
+
+
+@triton.jit
+def _store_plane(
+    acc, y_ptr, bias_ptr, token_scale, scale, tokens, rows, first_row, in_tile, N,
+    HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """Scale acc [BLOCK_R, BLOCK_M] once and store it at y[tokens, first_row + rows]."""
+    y = acc.to(tl.float32) * (token_scale * scale)[None, :]
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + first_row + rows, mask=first_row + rows < N, other=0.0)
+        y += bias.to(tl.float32)[:, None]
+    out = y_ptr + tokens[None, :] * N + (first_row + rows)[:, None]
+    tl.store(out, y.to(y_ptr.dtype.element_ty), mask=in_tile)
+
+
+@triton.jit
+def _ternary_linear_fwd_kernel(
+    # tensors: a [M, K] int8; a_scale [M]; packed [R, K]; scale [1]; bias [4 R]; y [M, 4 R]
+    a_ptr, a_scale_ptr, packed_ptr, scale_ptr, bias_ptr, y_ptr,
+    # sizes
+    M, R, K,
+    # compile-time
+    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # int64: token * N and row * K overflow int32 from 2**31 elements on
+    tokens = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    ks = tl.arange(0, BLOCK_K)
+    is_token = tokens < M
+    is_row = rows < R
+
+    acc0 = tl.zeros((BLOCK_R, BLOCK_M), tl.int32)
+    acc1 = tl.zeros((BLOCK_R, BLOCK_M), tl.int32)
+    acc2 = tl.zeros((BLOCK_R, BLOCK_M), tl.int32)
+    acc3 = tl.zeros((BLOCK_R, BLOCK_M), tl.int32)
+    for k in range(0, K, BLOCK_K):
+        in_k = k + ks < K
+        # beyond K the activations are 0, so any code will do there
+        packed = tl.load(
+            packed_ptr + rows[:, None] * K + (k + ks)[None, :],
+            mask=is_row[:, None] & in_k[None, :], other=0,
+        )  # [BLOCK_R, BLOCK_K]  # fmt: skip
+        a = tl.load(
+            a_ptr + tokens[None, :] * K + (k + ks)[:, None],
+            mask=is_token[None, :] & in_k[:, None], other=0,
+        )  # [BLOCK_K, BLOCK_M]  # fmt: skip
+        acc0 = tl.dot((packed & 3).to(tl.int8) - 1, a, acc0)  # [BLOCK_R, BLOCK_M]
+        acc1 = tl.dot(((packed >> 2) & 3).to(tl.int8) - 1, a, acc1)
+        acc2 = tl.dot(((packed >> 4) & 3).to(tl.int8) - 1, a, acc2)
+        acc3 = tl.dot((packed >> 6).to(tl.int8) - 1, a, acc3)
+
+    token_scale = tl.load(a_scale_ptr + tokens, mask=is_token, other=0.0)
+    scale = tl.load(scale_ptr)
+    in_tile = is_row[:, None] & is_token[None, :]
+    N = 4 * R
+    _store_plane(acc0, y_ptr, bias_ptr, token_scale, scale, tokens, rows, 0, in_tile, N, HAS_BIAS)
+    _store_plane(acc1, y_ptr, bias_ptr, token_scale, scale, tokens, rows, R, in_tile, N, HAS_BIAS)
+    _store_plane(
+        acc2, y_ptr, bias_ptr, token_scale, scale, tokens, rows, 2 * R, in_tile, N, HAS_BIAS
+    )
+    _store_plane(
+        acc3, y_ptr, bias_ptr, token_scale, scale, tokens, rows, 3 * R, in_tile, N, HAS_BIAS
+    )
+
+
+@triton.jit
+def _bit_linear_fwd_kernel(
+    # tensors: a [M, K] int8; a_scale [M]; weight [N, K]; stats [2]; bias [N]; y [M, N]
+    a_ptr, a_scale_ptr, weight_ptr, stats_ptr, bias_ptr, y_ptr,
+    # sizes
+    M, N, K,
+    # compile-time
+    HAS_BIAS: tl.constexpr, BINARY: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # int64: token * N and row * K overflow int32 from 2**31 elements on
+    tokens = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    ks = tl.arange(0, BLOCK_K)
+    is_token = tokens < M
+    is_row = rows < N
+    scale = tl.load(stats_ptr)
+    mean = tl.load(stats_ptr + 1)
+
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
+    for k in range(0, K, BLOCK_K):
+        in_k = k + ks < K
+        weight = tl.load(
+            weight_ptr + rows[:, None] * K + (k + ks)[None, :],
+            mask=is_row[:, None] & in_k[None, :], other=0.0,
+        )  # [BLOCK_N, BLOCK_K]  # fmt: skip
+        a = tl.load(
+            a_ptr + tokens[None, :] * K + (k + ks)[:, None],
+            mask=is_token[None, :] & in_k[:, None], other=0,
+        )  # [BLOCK_K, BLOCK_M]  # fmt: skip
+        acc = tl.dot(weight_codes(weight, scale, mean, BINARY), a, acc)  # [BLOCK_N, BLOCK_M]
+
+    token_scale = tl.load(a_scale_ptr + tokens, mask=is_token, other=0.0)
+    in_tile = is_row[:, None] & is_token[None, :]
+    _store_plane(acc, y_ptr, bias_ptr, token_scale, scale, tokens, rows, 0, in_tile, N, HAS_BIAS)
+
+
+def launch_ternary_linear_fwd(
+    a: Tensor, a_scale: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Map int8 a [M, K], a_scale [M, 1] and packed [N / 4, K] to y [M, N] in ``dtype``."""
+    (M, K), R = a.shape, packed.shape[0]
+    y = torch.empty((M, 4 * R), dtype=dtype, device=a.device)
+    if M == 0:
+        return y
+    config = tiles("ternary_linear_fwd", M)
+    grid = (triton.cdiv(R, config["BLOCK_R"]), triton.cdiv(M, config["BLOCK_M"]))
+    launch(_ternary_linear_fwd_kernel, grid)(
+        a, a_scale, packed, scale, bias if bias is not None else scale, y,
+        M, R, K,
+        HAS_BIAS=bias is not None,
+        **config,
+    )  # fmt: skip
+    return y
+
+
+def launch_bit_linear_fwd(
+    a: Tensor, a_scale: Tensor, weight: Tensor, stats: Tensor, bias: Tensor | None, binary: bool,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Map int8 a [M, K], a_scale [M, 1] and master weight [N, K] to y [M, N] in ``dtype``."""
+    (M, K), N = a.shape, weight.shape[0]
+    y = torch.empty((M, N), dtype=dtype, device=a.device)
+    if M == 0:
+        return y
+    config = tiles("bit_linear_fwd", M)
+    grid = (triton.cdiv(N, config["BLOCK_N"]), triton.cdiv(M, config["BLOCK_M"]))
+    launch(_bit_linear_fwd_kernel, grid)(
+        a, a_scale, weight, stats, bias if bias is not None else stats, y,
+        M, N, K,
+        HAS_BIAS=bias is not None,
+        BINARY=binary,
+        **config,
+    )  # fmt: skip
+    return y
