@@ -1,0 +1,93 @@
+"""The configuration: transformers' own BitNet config with the settings of this package."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.models.bitnet.configuration_bitnet import BitNetConfig as HfBitNetConfig
+
+from bitnet_triton.attention import AttentionPlan
+
+PLAIN_MODEL_TYPE = "bitnet"
+OWN_MODEL_TYPE = "bitnet_triton"
+
+# Master weights that are quantised in every forward: what a model that is built fresh trains
+ONLINE = {
+    "quant_method": "bitnet",
+    "linear_class": "autobitlinear",
+    "quantization_mode": "online",
+}
+
+
+class BitNetConfig(HfBitNetConfig):
+    """Configuration of a BitNet model; every field of transformers' BitNetConfig, and two more.
+
+    Args:
+        attention: an attention mode by name (``"full"``), or as a dict with ``mode`` and its
+            settings. None leaves attention to transformers. A config with a mode is saved under
+            the model type ``bitnet_triton``, any other as plain ``bitnet``.
+        quantization_config: how the linears are quantised, as in published checkpoints. A fresh
+            config has trainable ternary linears (``autobitlinear``, ``online``); a ``config.json``
+            without the field, and an explicit None, mean dense linears, as in transformers.
+
+    Raises:
+        ValueError: ``attention`` names an unknown mode or setting; the file that is read belongs
+            to another model type.
+    """
+
+    model_type = OWN_MODEL_TYPE
+
+    attention: str | dict | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.attention is not None:
+            self.attention = AttentionPlan.from_config(self.attention).to_config()
+        quantization_config = kwargs.pop("quantization_config", ONLINE)
+        if quantization_config is not None:
+            kwargs["quantization_config"] = quantization_config
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read a ``config.json``; refuse one of another model type."""
+        config_dict, unused = super().get_config_dict(*args, **kwargs)
+        return cls._checked_dict(config_dict), unused
+
+    @classmethod
+    def from_hf(cls, config: HfBitNetConfig) -> BitNetConfig:
+        """Turn a config of transformers' own class into one of this class."""
+        if isinstance(config, cls):
+            return config
+        own = cls.from_dict(cls._checked_dict(config.to_dict()))
+        # these live outside of the dictionary
+        own._attn_implementation = config._attn_implementation
+        own.name_or_path = config.name_or_path
+        return own
+
+    @classmethod
+    def _checked_dict(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
+        found = config_dict.get("model_type", PLAIN_MODEL_TYPE)
+        if found not in (PLAIN_MODEL_TYPE, OWN_MODEL_TYPE):
+            raise ValueError(
+                f"`model_type`: expected {PLAIN_MODEL_TYPE!r} or {OWN_MODEL_TYPE!r}, got "
+                f"{found!r}; load another ternary model with transformers and pass it to "
+                "bitnet_triton.use_ternary_kernels"
+            )
+        return {"quantization_config": None, **config_dict, "model_type": OWN_MODEL_TYPE}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data; a config without a setting of ours is a plain ``bitnet`` one."""
+        return self._published(super().to_dict())
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return what differs from the defaults, as it is written to ``config.json``."""
+        published = self._published(super().to_diff_dict())
+        if "quantization_config" in (full := self.to_dict()):
+            published["quantization_config"] = full["quantization_config"]
+        return published
+
+    def _published(self, output: dict[str, Any]) -> dict[str, Any]:
+        if self.attention is None:
+            output.pop("attention", None)
+            output["model_type"] = PLAIN_MODEL_TYPE
+        return output

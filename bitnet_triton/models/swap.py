@@ -1,0 +1,91 @@
+"""use_ternary_kernels: swap the linears of a model that transformers loaded."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import nn
+from transformers.integrations.bitnet import AutoBitLinear
+from transformers.integrations.bitnet import BitLinear as HfBitLinear
+
+from bitnet_triton.kernels import TernaryWeight
+from bitnet_triton.nn import BitLinear, PackedBitLinear
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def use_ternary_kernels(model: Model) -> Model:
+    """Replace transformers' BitLinear layers of ``model`` by ours, in place.
+
+    Works for any architecture that was loaded with ``quant_method: bitnet``: packed
+    (``bitlinear``), ``autobitlinear`` offline, whose weights shrink to two bits, and online, which
+    stays trainable. Weights are shared or packed, never quantised anew.
+
+    Args:
+        model: a loaded model, on any device.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: the model has no such layer, or a layer holds no valid codes or scale; then
+            nothing was changed.
+    """
+    found = {n: m for n, m in model.named_modules() if isinstance(m, (HfBitLinear, AutoBitLinear))}
+    if not found:
+        has_ours = any(isinstance(m, (BitLinear, PackedBitLinear)) for m in model.modules())
+        if has_ours:
+            return model
+        raise ValueError(
+            "`model`: expected BitLinear layers of transformers (a checkpoint with "
+            f"`quant_method: bitnet`), got {type(model).__name__} without any"
+        )
+    ours = {name: _convert(name, layer) for name, layer in found.items()}
+    for name, layer in ours.items():
+        model.set_submodule(name, layer)
+    # transformers remembers how it unpacked the checkpoint and would undo that while saving;
+    # our layers already hold what a checkpoint holds
+    if hasattr(model, "_weight_conversions"):
+        model._weight_conversions = []
+    return model
+
+
+def _convert(name: str, layer: HfBitLinear | AutoBitLinear) -> nn.Module:
+    try:
+        if isinstance(layer, HfBitLinear):
+            return _from_packed(layer)
+        if layer.online_quant:
+            return BitLinear.from_linear(layer, layer.rms_norm)
+        return _from_unpacked(layer)
+    except ValueError as error:
+        raise ValueError(f"`model`: layer {name}: {error}") from error
+
+
+def _empty_packed(layer: HfBitLinear | AutoBitLinear, *, scale_divides: bool) -> PackedBitLinear:
+    with torch.device("meta"):
+        ours = PackedBitLinear(
+            layer.in_features,
+            layer.out_features,
+            scale_divides=scale_divides,
+            rms_norm=layer.rms_norm,
+        )
+    ours.weight_scale = layer.weight_scale
+    ours.bias = None if layer.bias is None else layer.bias.detach()
+    ours.requires_grad_(False)
+    return ours
+
+
+def _from_packed(layer: HfBitLinear) -> PackedBitLinear:
+    ours = _empty_packed(layer, scale_divides=True)
+    ours.weight = TernaryWeight.from_checkpoint(layer.weight, layer.weight_scale).packed
+    return ours
+
+
+def _from_unpacked(layer: AutoBitLinear) -> PackedBitLinear:
+    ours = _empty_packed(layer, scale_divides=False)
+    codes = layer.weight.detach()
+    if not bool(((codes == 0) | (codes.abs() == 1)).all()):
+        raise ValueError("expected codes -1, 0 and 1 in `weight`")
+    ours.weight = TernaryWeight.from_codes(codes.to(torch.int8), layer.weight_scale).packed
+    return ours

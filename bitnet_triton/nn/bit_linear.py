@@ -1,0 +1,159 @@
+"""The linear layers of a ternary model: master weights for training, packed ones for inference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bitnet_triton.kernels import TernaryWeight, bit_linear, quantize_weight, ternary_linear
+from bitnet_triton.kernels.packing import CODES_PER_BYTE
+
+
+class BitLinear(nn.Linear):
+    """``nn.Linear`` whose weight and input are quantised in every forward; trainable.
+
+    State: ``weight`` [N, K] master weights and ``bias`` [N], as in ``nn.Linear``.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        bias: add a learned bias.
+        levels: "ternary" (b1.58) or "binary" (b1).
+        rms_norm: applied to the input first, for models that keep a norm inside the linear.
+        device: where the parameters are.
+        dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        levels: str = "ternary",
+        rms_norm: nn.Module | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self.levels = levels
+        self.rms_norm = rms_norm
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, rms_norm: nn.Module | None = None) -> BitLinear:
+        """Take over the parameters of ``linear``; nothing is copied."""
+        with torch.device("meta"):
+            layer = cls(linear.in_features, linear.out_features, bias=False, rms_norm=rms_norm)
+        layer.weight = linear.weight
+        layer.bias = linear.bias
+        return layer
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map [..., K] to [..., N]."""
+        if self.rms_norm is not None:
+            input = self.rms_norm(input)
+        return bit_linear(input, self.weight, self.bias, levels=self.levels)
+
+    def extra_repr(self) -> str:
+        """Describe the layer in ``print(model)``."""
+        return f"{super().extra_repr()}, levels={self.levels}"
+
+
+class PackedBitLinear(nn.Module):
+    """Linear with packed ternary weights, in the layout and under the names of checkpoints.
+
+    State: ``weight`` uint8 [N / 4, K], ``weight_scale`` [1] and ``bias`` [N], all buffers.
+    transformers' two packed linears store the scale differently: ``bitlinear`` the divisor of the
+    integer sum, ``autobitlinear`` its multiplier. The buffer keeps what the checkpoint holds.
+
+    Args:
+        in_features: K.
+        out_features: N, a multiple of 4.
+        bias: keep a bias buffer.
+        scale_divides: the integer sum is divided by ``weight_scale`` (``bitlinear``).
+        rms_norm: applied to the input first.
+        device: where the buffers are.
+        dtype: of ``weight_scale`` and ``bias``.
+
+    Raises:
+        ValueError: ``out_features`` is not a multiple of 4.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        *,
+        scale_divides: bool,
+        rms_norm: nn.Module | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if out_features % CODES_PER_BYTE:
+            raise ValueError(
+                f"`out_features`: expected a multiple of {CODES_PER_BYTE}, got {out_features}"
+            )
+        self.in_features = in_features
+        self.out_features = out_features
+        self.scale_divides = scale_divides
+        self.rms_norm = rms_norm
+        packed_shape = (out_features // CODES_PER_BYTE, in_features)
+        # 0b01010101: four zero codes, so that a layer without a checkpoint is a valid one
+        self.register_buffer(
+            "weight", torch.full(packed_shape, 0b01010101, dtype=torch.uint8, device=device)
+        )
+        self.register_buffer("weight_scale", torch.ones(1, dtype=dtype, device=device))
+        self.register_buffer(
+            "bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None
+        )
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, *, scale_divides: bool = False, rms_norm: nn.Module | None = None
+    ) -> PackedBitLinear:
+        """Quantise the master weights of ``linear`` once and pack them; on "meta" only shapes."""
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            scale_divides=scale_divides,
+            rms_norm=rms_norm,
+            device=linear.weight.device,
+            dtype=linear.weight.dtype,
+        )
+        if linear.bias is not None:
+            layer.bias = linear.bias.detach()
+        if linear.weight.device.type != "meta":
+            codes, scale = quantize_weight(linear.weight)
+            layer.set_weight(TernaryWeight.from_codes(codes, scale))
+        return layer
+
+    def set_weight(self, weight: TernaryWeight) -> None:
+        """Take over ``weight``; its scale is stored in the checkpoint's sense."""
+        self.weight = weight.packed
+        self.weight_scale = 1 / weight.scale if self.scale_divides else weight.scale
+
+    @property
+    def ternary_weight(self) -> TernaryWeight:
+        """The weight as the ops read it; shares the memory of the buffers."""
+        scale = self.weight_scale.float()
+        return TernaryWeight(self.weight, scale.reciprocal() if self.scale_divides else scale)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map [..., K] to [..., N]."""
+        if self.rms_norm is not None:
+            input = self.rms_norm(input)
+        return ternary_linear(input, self.ternary_weight, self.bias)
+
+    def extra_repr(self) -> str:
+        """Describe the layer in ``print(model)``."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, scale_divides={self.scale_divides}"
+        )
