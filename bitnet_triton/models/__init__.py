@@ -6,10 +6,11 @@ from bitnet_triton.models.bitnet import BitNetConfig, BitNetForCausalLM, BitNetM
 from bitnet_triton.models.switch import disable, enable
 from bitnet_triton.models.swap import use_ternary_kernels
 
-# Names only: nothing that transformers already knows changes
-AutoConfig.register(BitNetConfig.model_type, BitNetConfig)
-AutoModel.register(BitNetConfig, BitNetModel)
-AutoModelForCausalLM.register(BitNetConfig, BitNetForCausalLM)
+# Names only: nothing that transformers already knows changes. exist_ok: transformers looks first at
+# the name of the class, which its own config has too, and takes ours for a second registration
+AutoConfig.register(BitNetConfig.model_type, BitNetConfig, exist_ok=True)
+AutoModel.register(BitNetConfig, BitNetModel, exist_ok=True)
+AutoModelForCausalLM.register(BitNetConfig, BitNetForCausalLM, exist_ok=True)
 
 __all__ = [
     "BitNetConfig",
