@@ -228,6 +228,7 @@ def train(
         model=model, args=arguments, train_dataset=Blocks(tokens), callbacks=[TwoStages()]
     )
     trainer.train(resume_from_checkpoint=resume or None)
+    model.config.use_cache = True  # Trainer turned it off; generation needs it
     trainer.save_model()
     tokenizer.save_pretrained(output)
     console.print(f"Saved master weights and tokenizer to {output}")

@@ -62,7 +62,7 @@ def read_headers(files: Sequence[str | Path]) -> dict[str, Entry]:
     return entries
 
 
-def _by_model_name(model: PreTrainedModel, entries: dict[str, Entry]) -> dict[str, Entry]:
+def by_model_name(model: PreTrainedModel, entries: dict[str, Entry]) -> dict[str, Entry]:
     """Rename entries to the model's names: with or without the prefix of the base model."""
     expected = model.state_dict().keys()
     prefix = model.base_model_prefix + "."
@@ -75,7 +75,7 @@ def _by_model_name(model: PreTrainedModel, entries: dict[str, Entry]) -> dict[st
 
 def unpacked_layers(model: PreTrainedModel, files: Sequence[str | Path]) -> list[str]:
     """Name the packed layers whose checkpoint holds one code in each number instead."""
-    entries = _by_model_name(model, read_headers(files))
+    entries = by_model_name(model, read_headers(files))
     return [
         name
         for name, layer in model.named_modules()
@@ -95,7 +95,7 @@ def check_checkpoint(model: PreTrainedModel, files: Sequence[str | Path]) -> Non
     Raises:
         CheckpointError: naming the first tensors that do not fit and what was expected.
     """
-    entries = _by_model_name(model, read_headers(files))
+    entries = by_model_name(model, read_headers(files))
     _check_names(model, entries)
     _check_shapes(model, entries)
     _check_values(model, entries)
