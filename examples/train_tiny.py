@@ -15,7 +15,7 @@ import math
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import track
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from transformers import (
@@ -30,6 +31,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Trainer,
     TrainerCallback,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
 )
 
@@ -137,13 +140,28 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[Tenso
 class TwoStages(TrainerCallback):
     """Drop the weight decay at half of the training, and log what the ternary weights do."""
 
-    def on_step_begin(self, args, state, control, optimizer=None, **kwargs) -> None:  # noqa: ANN001
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Optimizer | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Decay on master weights makes codes flip: none in the second stage."""
         if optimizer is not None and state.global_step >= state.max_steps // 2:
             for group in optimizer.param_groups:
                 group["weight_decay"] = 0.0
 
-    def on_log(self, args, state, control, logs=None, model=None, **kwargs) -> None:  # noqa: ANN001
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float],
+        model: torch.nn.Module,
+        **kwargs: Any,
+    ) -> None:
         """Add the share of zero codes, which collapses or explodes when training goes wrong."""
         layers = [m for m in model.modules() if isinstance(m, BitLinear)]
         zeros = sum((quantize_weight(m.weight)[0] == 0).sum().item() for m in layers)
@@ -153,7 +171,9 @@ class TwoStages(TrainerCallback):
 class TernaryTrainer(Trainer):
     """Trainer with the two-stage learning rate of BitNet b1.58."""
 
-    def create_scheduler(self, num_training_steps: int, optimizer=None) -> LambdaLR:  # noqa: ANN001
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: Optimizer | None = None
+    ) -> LambdaLR:
         """Linear decay that restarts a third lower at half of the training."""
         warmup = self.args.get_warmup_steps(num_training_steps)
 
@@ -175,9 +195,7 @@ def bits_per_byte(model: BitNetForCausalLM, tokenizer: PreTrainedTokenizerFast) 
             window = tokens[start : start + CONTEXT].long().unsqueeze(0)
             with torch.inference_mode():
                 logits = model(window, use_cache=False).logits[0, :-1].float()
-            nats += torch.nn.functional.cross_entropy(
-                logits, window[0, 1:], reduction="sum"
-            ).item()
+            nats += torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum").item()
     return nats / math.log(2) / sum(len(text.encode()) for text in texts)
 
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from bitnet_triton.cli.arguments import parse_dtype
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 EMBEDDED = "tiny"
 DEFAULT_PROMPT = "def read_lines(path):\n"
@@ -44,9 +41,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="Flatness of the distribution.")] = 0.7,
     top_k: Annotated[int, typer.Option(help="Sample from the k likeliest tokens.")] = 50,
     top_p: Annotated[float, typer.Option(help="Sample from this share of probability.")] = 0.95,
-    repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1: repeat less.")
-    ] = 1.05,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: repeat less.")] = 1.05,
     seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = None,
 ) -> None:
     """Write text with a ternary model and say how fast it went.
@@ -55,7 +50,7 @@ def generate(
     standard error. Works for BitNet checkpoints and for any other architecture with
     `quant_method: bitnet`.
 
-    Examples:
+    **Examples**
 
     - `bitnet-triton generate`
 
@@ -78,13 +73,16 @@ def generate(
             loaded.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
         if seed is not None:
             torch.manual_seed(seed)
-        sampling: dict[str, Any] = {"do_sample": do_sample, "repetition_penalty": repetition_penalty}
+        sampling: dict[str, Any] = {
+            "do_sample": do_sample,
+            "repetition_penalty": repetition_penalty,
+        }
         if do_sample:
             sampling |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         _write(loaded, tokenizer, inputs, max_new_tokens, sampling, show_prompt=not chat)
 
 
-def load(model: str, device: str | None, dtype: str) -> tuple[Any, PreTrainedModel]:
+def load(model: str, device: str | None, dtype: str) -> tuple[Any, Any]:
     """Return tokenizer and model; refuse a model without ternary layers."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -117,7 +115,7 @@ def _encode(tokenizer: Any, text: str, chat: bool) -> Any:
 
 
 def _write(
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: Any,
     inputs: Any,
     max_new_tokens: int,

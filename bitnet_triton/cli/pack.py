@@ -38,7 +38,7 @@ def pack(
     anything differs, nothing is left behind. Both directions keep the ternary codes exactly, and
     transformers reads both results without this package.
 
-    Examples:
+    **Examples**
 
     - `bitnet-triton pack runs/tiny runs/tiny-packed --dtype bfloat16`
 

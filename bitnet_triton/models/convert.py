@@ -29,8 +29,13 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from bitnet_triton.errors import CheckpointError
 from bitnet_triton.kernels import TernaryWeight, quantize_weight
 from bitnet_triton.models.bitnet import BitNetConfig, BitNetForCausalLM
-from bitnet_triton.models.checkpoint import Entry, by_model_name, check_checkpoint, read_headers
-from bitnet_triton.models.checkpoint import open_checkpoint
+from bitnet_triton.models.checkpoint import (
+    Entry,
+    by_model_name,
+    check_checkpoint,
+    open_checkpoint,
+    read_headers,
+)
 from bitnet_triton.models.quantizer import replace_linears
 from bitnet_triton.nn import BitLinear, PackedBitLinear
 
@@ -208,9 +213,13 @@ def _empty_model(folder: Path) -> PreTrainedModel:
 
 def _layers(model: PreTrainedModel, to: str) -> dict[str, nn.Module]:
     kind = BitLinear if to == "packed" else PackedBitLinear
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, kind)}
+    layers: dict[str, nn.Module] = {
+        name: module for name, module in model.named_modules() if isinstance(module, kind)
+    }
     if not layers:
-        raise ValueError(f"`source`: expected a checkpoint to convert to {to}, got one that is {to}")
+        raise ValueError(
+            f"`source`: expected a checkpoint to convert to {to}, got one that is {to}"
+        )
     return layers
 
 

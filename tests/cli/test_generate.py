@@ -1,0 +1,96 @@
+"""``bitnet-triton generate`` on the embedded model."""
+
+import json
+import re
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from bitnet_triton.cli import app, main
+
+runner = CliRunner()
+FAST = ["--backend", "reference", "--max-new-tokens", "12"]
+
+
+def generate(*arguments):
+    return runner.invoke(app, ["generate", *arguments, *FAST], catch_exceptions=False)
+
+
+def test_writes_text_and_its_speed_apart():
+    result = generate("import os\n", "--seed", "1")
+    assert result.exit_code == 0
+    assert result.stdout.startswith("import os\n")
+    assert len(result.stdout) > len("import os\n") + 5
+    assert re.search(r"prefill \d+ tokens in .* tokens/s", result.stderr)
+    assert re.search(r"decode +\d+ tokens in .* tokens/s", result.stderr)
+
+
+def test_equal_seeds_give_equal_text_and_others_do_not():
+    first, again, other = (generate("class A", "--seed", seed).stdout for seed in "112")
+    assert first == again != other
+
+
+def test_greedy_decoding_is_what_transformers_gives():
+    from transformers import AutoTokenizer
+
+    import bitnet_triton as bt
+
+    tokenizer = AutoTokenizer.from_pretrained(bt.TINY_MODEL)
+    model = bt.BitNetForCausalLM.from_pretrained(bt.TINY_MODEL)
+    inputs = tokenizer("def main(", return_tensors="pt")
+    with bt.use_backend("reference"), torch.inference_mode():
+        output = model.generate(
+            **inputs, max_new_tokens=12, do_sample=False, repetition_penalty=1.05
+        )
+    expected = tokenizer.decode(output[0], skip_special_tokens=True)
+    assert generate("def main(", "--no-do-sample").stdout.rstrip("\n") == expected.rstrip("\n")
+
+
+def test_reads_the_prompt_from_standard_input():
+    result = runner.invoke(app, ["generate", "-", *FAST], input="x = 1\n", catch_exceptions=False)
+    assert result.stdout.startswith("x = 1\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--backend", "cuda"], "expected one of triton, compile, reference, got 'cuda'"),
+        (["--dtype", "int8"], "expected float32, bfloat16 or float16, got 'int8'"),
+        (["--chat"], "expected a tokenizer with a chat template"),
+    ],
+)
+def test_bad_options_are_one_clear_line(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["bitnet-triton", "generate", "x", *arguments])
+    monkeypatch.setenv("COLUMNS", "300")
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_a_dense_model_is_refused(tmp_path, capsys, monkeypatch):
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    import bitnet_triton as bt
+
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(bt.TINY_MODEL).save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    monkeypatch.setattr("sys.argv", ["bitnet-triton", "generate", "--model", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        main()
+    assert "a dense LlamaForCausalLM" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("command", ["generate", "pack", "doctor", "bench"])
+def test_help_teaches(command):
+    result = runner.invoke(app, [command, "--help"])
+    assert result.exit_code == 0
+    assert f"bitnet-triton {command}" in result.stdout  # an example
