@@ -1,0 +1,21 @@
+"""One file a workload: inputs, providers, operations and bytes."""
+
+from types import ModuleType
+from typing import Any
+
+from bench.case import Case
+from bench.cases import bit_linear, model, ternary_linear
+
+CASES: dict[str, ModuleType] = {
+    "ternary_linear": ternary_linear,
+    "bit_linear": bit_linear,
+    "model": model,
+}
+
+
+def make_case(name: str, **options: Any) -> Case:
+    """Build a case by name; only ``model`` takes options."""
+    return CASES[name].case(**options)
+
+
+__all__ = ["CASES", "make_case"]

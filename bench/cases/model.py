@@ -1,0 +1,174 @@
+"""A whole model of 2B-4T shapes with random ternary weights: prefill, and decoding with a cache.
+
+Decoding is greedy, one token a step, through transformers' DynamicCache. The head is bf16 and tied
+to the embedding, as published: of the bytes that a step reads here it is more than half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from bench.case import Case, Provider, Settings, Work
+from bench.machine import available_memory_bytes
+from bench.models import DTYPE, SHAPES, RandomModels, Shape, state_bytes
+
+# Of the whole logits, in bf16, against transformers with weights unpacked at load
+TOLERANCE = 2e-2
+_MEMORY_SHARE = 0.6
+_CHECKED_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One point: the models, the tokens [1, T], and how many of them are cached before."""
+
+    models: RandomModels
+    phase: str
+    context: int
+    tokens: int
+    ids: Tensor
+
+
+def layers_that_fit(shape: Shape, available: int) -> int:
+    """Return how many layers fit into a share of the memory, for all providers together."""
+    # packed twice at most, and once in bf16; the head once, and the logits and temporaries
+    fixed = 2 * DTYPE.itemsize * shape.head_weights
+    per_layer = shape.layer_weights * (DTYPE.itemsize + 2 / 4)
+    fitting = int((_MEMORY_SHARE * available - fixed) / per_layer)
+    return max(0, min(shape.layers, fitting))
+
+
+def _prefill(model: PreTrainedModel, ids: Tensor, keep: int) -> tuple[Tensor, DynamicCache]:
+    cache = DynamicCache(config=model.config)
+    output = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=keep)
+    return output.logits, cache
+
+
+def _prefill_work(inputs: Inputs, model: PreTrainedModel, details: dict[str, Any]) -> Work:
+    keep = min(_CHECKED_TOKENS, inputs.tokens)
+    return Work(
+        call=lambda: _prefill(model, inputs.ids, 1),
+        output=lambda: _prefill(model, inputs.ids, keep)[0],
+        read_bytes=details["state_bytes"],
+        units=inputs.tokens,
+        details=details,
+    )
+
+
+def _decode_work(inputs: Inputs, model: PreTrainedModel, details: dict[str, Any]) -> Work:
+    with torch.no_grad():
+        _, cache = _prefill(model, inputs.ids[:, : inputs.context], 1)
+    first = inputs.ids[:, inputs.context : inputs.context + 1]
+
+    def decode(steps: int) -> Tensor:
+        token = first
+        for _ in range(steps):
+            logits = model(token, past_key_values=cache, use_cache=True).logits
+            token = logits[:, -1].argmax(-1, keepdim=True)
+        cache.crop(-steps)
+        return logits
+
+    per_token = details["state_bytes"] + inputs.models.shape.kv_bytes(inputs.context)
+    return Work(
+        call=lambda: decode(inputs.tokens),
+        # later tokens may differ where two logits nearly tie, so one step is compared
+        output=lambda: decode(1),
+        read_bytes=inputs.tokens * per_token,
+        units=inputs.tokens,
+        details={**details, "bytes_read_per_token": per_token},
+    )
+
+
+def _build(kind: str) -> Callable[[Inputs], Work]:
+    def build(inputs: Inputs) -> Work:
+        model = inputs.models.get(kind)
+        details = {"layers": inputs.models.shape.layers, "state_bytes": state_bytes(model)}
+        make = _prefill_work if inputs.phase == "prefill" else _decode_work
+        return make(inputs, model, details)
+
+    return build
+
+
+def _reference(inputs: Inputs) -> Tensor:
+    work = _build("autobitlinear")(inputs)
+    return work.output()
+
+
+def case(
+    *,
+    shape: str = "2b4t",
+    layers: int | None = None,
+    prompt: int = 512,
+    context: int = 64,
+    steps: int = 4,
+) -> Case:
+    """Return the case.
+
+    Args:
+        shape: "2b4t" or "tiny", which is for tests.
+        layers: how many; None takes as many as the free memory allows.
+        prompt: tokens of the prefill.
+        context: tokens in the cache before decoding.
+        steps: tokens decoded in one call.
+
+    Raises:
+        ValueError: a number is not positive, or not one layer fits into memory.
+    """
+    if shape not in SHAPES:
+        raise ValueError(f"`shape`: expected one of {', '.join(SHAPES)}, got {shape!r}")
+    for name, value in (("prompt", prompt), ("context", context), ("steps", steps)):
+        if value < 1:
+            raise ValueError(f"`{name}`: expected at least 1, got {value}")
+    full = SHAPES[shape]
+    fitting = layers_that_fit(full, available_memory_bytes()) if layers is None else layers
+    if fitting < 1:
+        raise ValueError("`layers`: not one layer fits into the free memory")
+    chosen = replace(full, layers=fitting)
+    built: dict[Settings, RandomModels] = {}
+
+    def inputs(phase: str, context: int, tokens: int, settings: Settings) -> Inputs:
+        if settings not in built:
+            built[settings] = RandomModels(chosen, settings)
+        random = settings.generator
+        ids = torch.randint(
+            chosen.vocab, (1, context + tokens), generator=random, device=settings.device
+        )
+        return Inputs(built[settings], phase, context, tokens, ids)
+
+    def flops(phase: str, context: int, tokens: int) -> float:
+        heads = 1 if phase == "prefill" else tokens  # prefill needs the last token's logits only
+        attention = 4 * chosen.layers * chosen.hidden * tokens * (context + tokens / 2)
+        linears = 2 * chosen.layers * chosen.layer_weights * tokens
+        return linears + attention + 2 * heads * chosen.head_weights
+
+    return Case(
+        name="model",
+        title=f"{shape} shapes, {fitting} of {full.layers} layers, bf16 head",
+        grid=[
+            {"phase": "prefill", "context": 0, "tokens": prompt},
+            {"phase": "decode", "context": context, "tokens": steps},
+        ],
+        inputs=inputs,
+        reference=_reference,
+        providers={
+            "bitnet_triton": Provider("bitnet_triton", _build("ours"), TOLERANCE, "int8"),
+            "transformers_packed": Provider(
+                "transformers bitlinear", _build("bitlinear"), TOLERANCE, "bf16",
+                "unpacks on each call",
+            ),
+            "transformers_bf16": Provider(
+                "transformers autobitlinear", _build("autobitlinear"), TOLERANCE, "bf16",
+                "unpacked to bf16 at load",
+            ),
+        },
+        baselines=("transformers_packed", "transformers_bf16"),
+        flops=flops,
+        unit="tokens",
+        panels=((), ("phase",)),
+    )  # fmt: skip

@@ -1,0 +1,142 @@
+"""One packed ternary linear of BitNet b1.58 2B-4T, as in decoding and in prefill.
+
+A decode step reads every weight of the model once, so its weights never come from a cache. The
+"cold" rows measure that: each provider goes round over so many copies of its weights that together
+they exceed the last-level cache four times. The "hot" rows use one copy.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.case import Case, Provider, Settings, Work
+from bench.machine import copies_beyond_cache
+from bench.peers import from_transformers
+from bitnet_triton import use_backend
+from bitnet_triton.kernels import TernaryWeight, ternary_linear
+from bitnet_triton.kernels.packing import pack_codes
+from bitnet_triton.kernels.ternary_linear.reference import ternary_linear_reference
+
+SHAPES = ((2560, 2560), (2560, 6912), (6912, 2560))  # (K, N)
+
+# STYLE: our own ops stay this close to float64; peers round the integer sum or skip the quantiser
+OWN_TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+PEER_TOLERANCE = 2e-2
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One point: activations x [M, K], codes [N, K], the scale of the weights."""
+
+    x: Tensor
+    codes: Tensor
+    scale: float
+    cold: bool
+
+
+def make_inputs(M: int, K: int, N: int, settings: Settings, cache: str = "hot") -> Inputs:
+    """Draw x from a normal distribution and each code from -1, 0, 1 with equal chance."""
+    random = {"generator": settings.generator, "device": settings.device}
+    x = torch.randn((M, K), **random).to(settings.dtype)
+    codes = torch.randint(-1, 2, (N, K), dtype=torch.int8, **random)
+    return Inputs(x, codes, K**-0.5, cache == "cold")
+
+
+def _work(inputs: Inputs, x: Tensor, make: Callable[[], Any], held_bytes: int, run: Any) -> Work:
+    """Let ``run(x, weight)`` go round over as many weights as the point asks for."""
+    copies = copies_beyond_cache(held_bytes, x.device) if inputs.cold else 1
+    weights = itertools.cycle([make() for _ in range(copies)])
+    moved = x.nbytes + x.shape[0] * inputs.codes.shape[0] * x.element_size()
+    return Work(
+        call=lambda: run(x, next(weights)),
+        read_bytes=held_bytes + moved,
+        details={"weight_bytes": held_bytes, "copies": copies},
+    )
+
+
+def _ours(inputs: Inputs) -> Work:
+    def make() -> TernaryWeight:
+        return TernaryWeight.from_codes(inputs.codes, inputs.scale)
+
+    return _work(inputs, inputs.x, make, inputs.codes.numel() // 4, ternary_linear)
+
+
+def _ours_reference(inputs: Inputs) -> Work:
+    def run(x: Tensor, weight: TernaryWeight) -> Tensor:
+        with use_backend("reference"):
+            return ternary_linear(x, weight)
+
+    def make() -> TernaryWeight:
+        return TernaryWeight.from_codes(inputs.codes, inputs.scale)
+
+    return _work(inputs, inputs.x, make, inputs.codes.numel() // 4, run)
+
+
+def _dense(dtype: torch.dtype) -> Callable[[Inputs], Work]:
+    def build(inputs: Inputs) -> Work:
+        weight = inputs.codes.to(dtype) * inputs.scale
+        return _work(inputs, inputs.x.to(dtype), weight.clone, weight.nbytes, F.linear)
+
+    return build
+
+
+def _transformers(inputs: Inputs) -> Work:
+    layer_class = from_transformers("BitLinear")
+    N, K = inputs.codes.shape
+    packed = pack_codes(inputs.codes)
+
+    def make() -> torch.nn.Module:
+        layer = layer_class(K, N, bias=False, device=inputs.x.device, dtype=inputs.x.dtype)
+        layer.weight.copy_(packed)
+        layer.weight_scale.fill_(1 / inputs.scale)  # this class divides by it
+        return layer
+
+    return _work(inputs, inputs.x, make, packed.nbytes, lambda x, layer: layer(x))
+
+
+def _grid() -> list[dict[str, Any]]:
+    rows = ((1, "cold"), (1, "hot"), (16, "hot"), (512, "hot"))
+    return [{"M": M, "cache": cache, "K": K, "N": N} for M, cache in rows for K, N in SHAPES]
+
+
+def _reference(inputs: Inputs) -> Tensor:
+    return ternary_linear_reference(inputs.x.float(), inputs.codes.float(), inputs.scale)
+
+
+def case() -> Case:
+    """Return the case."""
+    own = max(OWN_TOLERANCE.values())
+    unquantised = "x is not quantised"
+    return Case(
+        name="ternary_linear",
+        title="Ternary linear, 2-bit weights x int8 activations",
+        grid=_grid(),
+        inputs=make_inputs,
+        reference=_reference,
+        providers={
+            "bitnet_triton": Provider("bitnet_triton", _ours, own, "int8"),
+            "torch_bf16": Provider(
+                "F.linear bf16", _dense(torch.bfloat16), PEER_TOLERANCE, "bf16", unquantised
+            ),
+            "torch_fp32": Provider(
+                "F.linear fp32", _dense(torch.float32), PEER_TOLERANCE, "fp32", unquantised
+            ),
+            "transformers": Provider(
+                "transformers BitLinear", _transformers, PEER_TOLERANCE, "bf16",
+                "unpacks on each call",
+            ),
+            "reference": Provider(
+                "bitnet_triton reference", _ours_reference, own, "fp32", "forced", default=False
+            ),
+        },
+        baselines=("torch_bf16", "transformers"),
+        flops=lambda M, K, N, cache: 2 * M * K * N,
+        panels=(("M", "cache"), ("K", "N")),
+    )  # fmt: skip

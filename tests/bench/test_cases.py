@@ -1,0 +1,136 @@
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from bench.__main__ import app
+from bench.case import PeerMissingError, Settings
+from bench.cases import bit_linear, make_case, model, ternary_linear
+from bench.measure import measure_point, relative_error
+from bench.models import SHAPES, RandomModels, state_bytes
+from bench.peers import PEERS, from_transformers
+from bitnet_triton.kernels.packing import unpack_codes
+
+SETTINGS = Settings(rounds=3, block_s=1e-3, budget_s=0.1)
+
+
+@pytest.mark.parametrize("cache", ["cold", "hot"])
+def test_ternary_linear_providers_agree(cache, monkeypatch):
+    monkeypatch.setattr(ternary_linear, "copies_beyond_cache", lambda held, device: 3)
+    case = ternary_linear.case()
+    point = {"M": 3, "cache": cache, "K": 64, "N": 32}
+    rows = measure_point(case, point, case.providers, SETTINGS)
+    assert [(row.provider, row.status) for row in rows] == [(n, "timed") for n in case.providers]
+    assert {row.details["copies"] for row in rows} == {3 if cache == "cold" else 1}
+    held = {row.provider: row.details["weight_bytes"] for row in rows}
+    assert held["bitnet_triton"] == held["transformers"] == held["torch_bf16"] / 8 == 64 * 32 / 4
+
+
+@pytest.mark.parametrize("passes", ["forward", "forward+backward"])
+def test_bit_linear_providers_agree(passes):
+    case = bit_linear.case()
+    rows = measure_point(
+        case, {"passes": passes, "M": 24, "K": 64, "N": 32}, case.providers, SETTINGS
+    )
+    assert [(row.provider, row.status) for row in rows] == [(n, "timed") for n in case.providers]
+
+
+def test_models_hold_the_same_codes():
+    shape = SHAPES["tiny"]
+    models = RandomModels(shape, Settings())
+    name = "model.layers.1.mlp.up_proj"
+    ours, packed, dense = (
+        models.get(kind).get_submodule(name) for kind in ("ours", "bitlinear", "autobitlinear")
+    )
+    codes = ours.ternary_weight.codes()
+    assert codes.unique().tolist() == [-1, 0, 1]
+    assert torch.equal(codes, unpack_codes(packed.weight))
+    assert torch.equal(codes, dense.weight.to(torch.int8))
+    scale = ours.ternary_weight.scale
+    assert scale == dense.weight_scale.float() == 1 / packed.weight_scale.float()
+
+
+def test_state_counts_tied_weights_once():
+    shape = SHAPES["tiny"]
+    dense = RandomModels(shape, Settings()).get("autobitlinear")
+    weights = shape.layers * shape.layer_weights + shape.head_weights
+    norms = shape.layers * (3 * shape.hidden + shape.ffn) + shape.hidden
+    small = state_bytes(dense) - 2 * (weights + norms)
+    assert 0 < small < 1000  # scales and rotary frequencies
+
+
+def test_decoding_leaves_the_cache_as_it_was():
+    case = model.case(shape="tiny", prompt=8, context=6, steps=3)
+    inputs = case.inputs(**case.grid[1], settings=Settings())
+    work = case.providers["bitnet_triton"].build(inputs)
+    with torch.no_grad():
+        before = work.output()
+        work.call()
+        assert torch.equal(before, work.output())
+
+
+def test_decoding_gives_the_logits_of_one_long_prefill():
+    case = model.case(shape="tiny", prompt=8, context=6, steps=1)
+    inputs = case.inputs(**case.grid[1], settings=Settings())
+    work = case.providers["transformers_bf16"].build(inputs)
+    whole = inputs.models.get("autobitlinear")
+    with torch.no_grad():
+        expected = whole(inputs.ids, use_cache=False).logits[:, -1:]
+        assert relative_error(work.output(), expected) < model.TOLERANCE
+
+
+def test_layers_are_limited_by_memory():
+    full = SHAPES["2b4t"]
+    assert model.layers_that_fit(full, 2**40) == 30
+    assert 0 < model.layers_that_fit(full, 6 * 2**30) < 30
+    assert model.layers_that_fit(full, 2**30) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shape": "7b"}, "`shape`: expected one of 2b4t, tiny, got '7b'"),
+        ({"steps": 0}, "`steps`: expected at least 1, got 0"),
+        ({"layers": -1}, "`layers`: not one layer fits"),
+    ],
+)
+def test_model_refuses_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_case("model", **options)
+
+
+def test_peers_are_found_or_skipped_by_name():
+    states = {peer.name: peer.state() for peer in PEERS}
+    assert "compared in ternary_linear" in states["transformers"]
+    assert states["bitnet.cpp"].startswith("skipped: a C++ program")
+    with pytest.raises(PeerMissingError, match="has no SuperLinear"):
+        from_transformers("SuperLinear")
+
+
+def test_model_command_writes_json_and_plot(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("bench.run.measure_peaks", small_peaks)
+    target = tmp_path / "model.json"
+    arguments = ["model", "--shape", "tiny", "--quick", "--prompt", "8", "--context", "4"]
+    arguments += ["--threads", "1", "--device", "cpu", "--output", str(target)]
+    outcome = CliRunner().invoke(app, arguments)
+    assert outcome.exit_code == 0, outcome.output
+    data = json.loads(target.read_text())
+    assert {row["status"] for row in data["rows"]} == {"timed"}, outcome.output
+    assert data["rows"][0]["details"]["layers"] == 2
+    assert target.with_suffix(".png").stat().st_size > 10_000
+
+
+def small_peaks(settings):
+    from bench.peaks import measure_peaks
+
+    return measure_peaks(settings, buffer_bytes=2**22, size=64)
+
+
+def test_command_refuses_what_it_does_not_know():
+    runner = CliRunner()
+    assert runner.invoke(app, ["ternary_linear", "--dtype", "int4"]).exit_code == 2
+    assert runner.invoke(app, ["ternary_linear", "--only", "M"]).exit_code == 2
+    outcome = runner.invoke(app, ["ternary_linear", "--only", "Q=1", "--quick"])
+    assert "has the keys M, cache, K, N" in str(outcome.exception)
