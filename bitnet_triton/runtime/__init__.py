@@ -7,17 +7,23 @@ from bitnet_triton.runtime.select import (
     Implementation,
     backend_objection,
     forced_backend,
+    remember_backend,
+    remembered_backend,
     select,
     use_backend,
 )
+from bitnet_triton.runtime.specialize import compile_by_kind
 
 __all__ = [
     "BACKENDS",
     "Implementation",
     "backend_objection",
+    "compile_by_kind",
     "forced_backend",
     "launch",
     "register_op",
+    "remember_backend",
+    "remembered_backend",
     "select",
     "use_backend",
 ]

@@ -1,52 +1,64 @@
 """Tile sizes of the Triton kernels, by op and shape class.
 
 The tables hold configurations that compile without register spills for every target in the
-ahead-of-time test; they are chosen on paper, not measured.
+ahead-of-time test (docs/gpu-kernels.md); they are chosen on paper, not measured.
 """
 
 from __future__ import annotations
 
+import sys
+
 Tiles = dict[str, int]
 
-# Rows of activations in one program: few for decoding, many for prefill and training
-_FEW_ROWS = 32
+_ANY = sys.maxsize
 
-_TABLES: dict[str, dict[str, Tiles]] = {
+# kernel -> the largest size of a shape class -> its tiles. The size is the number of rows of
+# activations (few for decoding, many for prefill and training), or what the launcher says
+_TABLES: dict[str, dict[int, Tiles]] = {
+    "quantize_activations_fwd": {  # the length of a row
+        1024: {"BLOCK_K": 1024, "num_warps": 4},
+        4096: {"BLOCK_K": 4096, "num_warps": 4},
+        8192: {"BLOCK_K": 8192, "num_warps": 8},
+        32768: {"BLOCK_K": 32768, "num_warps": 16},
+    },
     "ternary_linear_fwd": {
-        "few": {"BLOCK_M": 16, "BLOCK_R": 16, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3},
-        "many": {"BLOCK_M": 64, "BLOCK_R": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+        32: {"BLOCK_M": 16, "BLOCK_R": 16, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3},
+        _ANY: {"BLOCK_M": 64, "BLOCK_R": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
     },
     "ternary_linear_fwd_row": {
-        "few": {"BLOCK_R": 4, "BLOCK_K": 512, "num_warps": 4, "num_stages": 2},
+        _ANY: {"BLOCK_R": 4, "BLOCK_K": 512, "num_warps": 4, "num_stages": 2},
     },
     "ternary_linear_bwd": {
-        "many": {"BLOCK_M": 32, "BLOCK_K": 64, "BLOCK_R": 32, "num_warps": 4, "num_stages": 2},
+        _ANY: {"BLOCK_M": 32, "BLOCK_K": 64, "BLOCK_R": 32, "num_warps": 4, "num_stages": 2},
     },
     "bit_linear_fwd": {
-        "many": {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
+        _ANY: {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
     },
     "bit_linear_bwd_dx": {
-        "many": {"BLOCK_M": 32, "BLOCK_K": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
+        _ANY: {"BLOCK_M": 32, "BLOCK_K": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
     },
     "bit_linear_bwd_dweight": {
-        "many": {"BLOCK_N": 64, "BLOCK_K": 32, "BLOCK_M": 32, "num_warps": 4, "num_stages": 2},
+        _ANY: {"BLOCK_N": 64, "BLOCK_K": 32, "BLOCK_M": 32, "num_warps": 4, "num_stages": 2},
     },
 }
 
 
-def tiles(op: str, rows: int) -> Tiles:
+def tiles(kernel: str, size: int) -> Tiles:
     """Return block sizes, ``num_warps`` and ``num_stages`` of a kernel.
 
     Args:
-        op: name of the kernel without ``_kernel``.
-        rows: number of rows of activations.
+        kernel: its name without the leading underscore and ``_kernel``.
+        size: number of rows of activations, at most ``largest_size``; of
+            "quantize_activations_fwd" the length of a row.
     """
-    table = _TABLES[op]
-    few = "few" in table and (rows <= _FEW_ROWS or "many" not in table)
-    return dict(table["few" if few else "many"])
+    return next(config for largest, config in _TABLES[kernel].items() if size <= largest)
 
 
-def all_tiles(op: str) -> dict[str, Tiles]:
-    """Return every configuration of a kernel that can be launched, by shape class."""
-    return {name: dict(config) for name, config in _TABLES[op].items()}
+def largest_size(kernel: str) -> int:
+    """Return the largest size that a kernel has tiles for."""
+    return max(_TABLES[kernel])
 
+
+def all_tiles() -> dict[str, list[Tiles]]:
+    """Return every configuration that can be launched, by kernel."""
+    return {kernel: list(table.values()) for kernel, table in _TABLES.items()}

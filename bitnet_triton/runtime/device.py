@@ -10,6 +10,9 @@ import shutil
 
 import torch
 
+# torch.is_autocast_enabled raises for the others, "meta" for instance
+_AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
+
 
 @functools.cache
 def triton_version() -> str | None:
@@ -51,3 +54,10 @@ def compile_objection(device: torch.device) -> str | None:
 def cpu_capability() -> str:
     """Name the widest vector instructions that PyTorch uses on this CPU."""
     return torch.backends.cpu.get_cpu_capability()
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """Return the dtype that torch.autocast asks for on ``device_type``; None outside of it."""
+    if device_type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from bitnet_triton.runtime.device import autocast_dtype
+
 NAMESPACE = "bitnet_triton"
 
 
@@ -21,15 +23,31 @@ def register_op(
     """Register ``launcher`` as ``torch.ops.bitnet_triton.<name>`` and return what ops call.
 
     The returned callable goes straight to the launcher in eager mode (a custom op costs some
-    7 microseconds a call on a CPU) and to the registered op while torch.compile traces.
+    7 microseconds a call on a CPU) and to the registered op while torch.compile traces. Either
+    way the launcher runs without autograd and without autocast: it is mathematics on tensors in
+    the dtypes that it was given.
 
     Args:
         name: name of the op inside the namespace.
-        launcher: typed function of tensors and scalars that returns new tensors.
+        launcher: typed function of tensors (the first argument is one) and scalars that returns
+            new tensors.
         fake: same signature, returns empty tensors of the right shapes.
         function: its ``setup_context`` and ``backward`` become the autograd rule of the op.
     """
-    op = torch.library.custom_op(f"{NAMESPACE}::{name}", launcher, mutates_args=())
+
+    @functools.wraps(launcher)
+    def plain(*args: Any) -> Any:
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return plain(*args)
+        device_type = args[0].device.type
+        if autocast_dtype(device_type) is not None:
+            with torch.autocast(device_type, enabled=False):
+                return launcher(*args)
+        return launcher(*args)
+
+    schema = torch.library.infer_schema(launcher, mutates_args=())
+    op = torch.library.custom_op(f"{NAMESPACE}::{name}", plain, mutates_args=(), schema=schema)
     op.register_fake(fake)
     if function is not None:
         op.register_autograd(function.backward, setup_context=function.setup_context)
@@ -38,6 +56,6 @@ def register_op(
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling():
             return op(*args)
-        return launcher(*args)
+        return plain(*args)
 
     return call

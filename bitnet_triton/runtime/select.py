@@ -8,6 +8,7 @@ objections when it is not.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +30,7 @@ _forced: ContextVar[str | None] = ContextVar("bitnet_triton_backend", default=No
 _logged: set[tuple[str, str, str]] = set()
 
 
-def _always(*_: Any) -> None:
+def _no_objection(*_: Any) -> None:
     return None
 
 
@@ -39,11 +40,11 @@ class Implementation:
 
     Attributes:
         run: the launcher.
-        supports: takes the launcher's arguments, returns an objection or None.
+        supports: takes what the op hands to ``select`` as ``*args``, returns an objection or None.
     """
 
     run: Callable[..., Any]
-    supports: Callable[..., str | None] = _always
+    supports: Callable[..., str | None] = _no_objection
 
 
 def _checked(backend: str, source: str) -> str:
@@ -55,6 +56,9 @@ def _checked(backend: str, source: str) -> str:
 @contextlib.contextmanager
 def use_backend(backend: str) -> Iterator[None]:
     """Force ``backend`` inside a ``with`` block, in this thread or task.
+
+    The backward of an op takes the backend that was forced in its forward, wherever it runs.
+    Code under torch.compile looks when it runs, not when it is traced.
 
     Args:
         backend: "triton", "compile" or "reference". The environment variable
@@ -80,12 +84,30 @@ def forced_backend() -> str | None:
     return _checked(from_environment, ENVIRONMENT_VARIABLE) if from_environment else None
 
 
+def remember_backend(ctx: Any) -> None:
+    """Note the forced backend in ``setup_context`` of an autograd function.
+
+    On a GPU the backward runs in a thread of autograd, which does not see the ``with`` block.
+    """
+    ctx.backend = None if torch.compiler.is_compiling() else forced_backend()
+
+
+def remembered_backend(ctx: Any) -> contextlib.AbstractContextManager[None]:
+    """Return the block in which ``backward`` calls its ops."""
+    return contextlib.nullcontext() if ctx.backend is None else use_backend(ctx.backend)
+
+
 def backend_objection(backend: str, device: torch.device) -> str | None:
     """Say why ``backend`` cannot run on ``device`` at all; None when it can."""
+    return _device_objection(backend, device.type)
+
+
+@functools.cache
+def _device_objection(backend: str, device_type: str) -> str | None:
     if backend == "triton":
-        return triton_objection(device)
+        return triton_objection(torch.device(device_type))
     if backend == "compile":
-        return compile_objection(device)
+        return compile_objection(torch.device(device_type))
     return None
 
 
@@ -98,47 +120,48 @@ def select(
         op: name for the log and the errors.
         implementations: backend name -> implementation; a backend may be missing.
         device: where the tensors are.
-        *args: what the launcher will be called with, for ``supports``.
+        *args: what ``supports`` of the implementations looks at.
 
     Raises:
         BackendUnavailableError: the forced backend cannot run this call.
     """
-
-    def objection(backend: str) -> str | None:
-        if backend not in implementations:
-            return f"{op} has no `{backend}` implementation"
-        return backend_objection(backend, device) or implementations[backend].supports(*args)
-
     forced = forced_backend()
+    objections: list[tuple[str, str]] = []
+    for backend in BACKENDS if forced is None else (forced,):
+        implementation = implementations.get(backend)
+        if implementation is None:
+            objections.append((backend, f"{op} has no `{backend}` implementation"))
+            continue
+        objection = _device_objection(backend, device.type) or implementation.supports(*args)
+        if objection is None:
+            if forced is None and (op, device.type, backend) not in _logged:
+                _log_choice(op, device.type, backend, objections)
+            return implementation.run
+        objections.append((backend, objection))
     if forced is not None:
-        why_not = objection(forced)
-        if why_not:
-            raise BackendUnavailableError(
-                f"{op}: backend `{forced}` was asked for but cannot run: {why_not}"
-            )
-        return implementations[forced].run
-
-    objections: list[str] = []
-    for backend in BACKENDS:
-        why_not = objection(backend)
-        if why_not is None:
-            _log_once(op, device, backend, objections)
-            return implementations[backend].run
-        objections.append(f"{backend}: {why_not}")
-    raise BackendUnavailableError(f"{op}: no backend can run: {'; '.join(objections)}")
-
-
-def _log_once(op: str, device: torch.device, backend: str, objections: list[str]) -> None:
-    key = (op, device.type, backend)
-    if key in _logged:
-        return
-    _logged.add(key)
-    # On a CPU `compile` is the fast path as long as Triton has no CPU target
-    fastest = "compile" if device.type == "cpu" else "triton"
-    if backend in (fastest, "triton"):
-        logger.info("%s on %s runs on backend `%s`", op, device.type, backend)
-    else:
-        reasons = "; ".join(objections)
-        logger.warning(
-            "%s on %s runs on the slow backend `%s` (%s)", op, device.type, backend, reasons
+        raise BackendUnavailableError(
+            f"{op}: backend `{forced}` was asked for but cannot run: {objections[0][1]}"
         )
+    raise BackendUnavailableError(f"{op}: no backend can run: {_joined(objections)}")
+
+
+def _joined(objections: list[tuple[str, str]]) -> str:
+    return "; ".join(f"{backend}: {objection}" for backend, objection in objections)
+
+
+def _log_choice(op: str, device_type: str, backend: str, objections: list[tuple[str, str]]) -> None:
+    _logged.add((op, device_type, backend))
+    # On a CPU `compile` is the fast path as long as Triton has no CPU target
+    fast = ("triton", "compile") if device_type == "cpu" else ("triton",)
+    if backend in fast:
+        logger.info("%s on %s runs on backend `%s`", op, device_type, backend)
+    else:
+        logger.warning(
+            "%s on %s runs on the slow backend `%s` (%s)",
+            op, device_type, backend, _joined(objections),
+        )  # fmt: skip
+
+
+def forget_logged_choices() -> None:
+    """Log the next choice of every op again, as in a fresh process."""
+    _logged.clear()

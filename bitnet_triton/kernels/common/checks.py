@@ -43,3 +43,10 @@ def check_device(name: str, value: Tensor, device: torch.device) -> None:
     """Raise ``ValueError`` unless ``value`` is on ``device``."""
     if value.device != device:
         raise ValueError(f"`{name}`: expected a tensor on {device}, got one on {value.device}")
+
+
+def check_matrix(name: str, value: Tensor, dims: str = "N K") -> None:
+    """Raise ``ValueError`` unless ``value`` is a matrix that is not empty."""
+    check_shape(name, value, dims)
+    if value.numel() == 0:
+        raise ValueError(f"`{name}`: expected [{dims}], each at least 1, got {list(value.shape)}")

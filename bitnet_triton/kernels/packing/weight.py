@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitnet_triton.kernels.common.checks import check_dtype, check_shape, check_tensor
+from bitnet_triton.kernels.common.checks import check_dtype, check_matrix, check_tensor
 from bitnet_triton.kernels.packing.reference import (
     CODES_PER_BYTE,
     has_invalid_code,
@@ -44,13 +44,13 @@ class TernaryWeight:
         """
         check_tensor("codes", codes)
         check_dtype("codes", codes, torch.int8)
-        check_shape("codes", codes, "N K")
+        check_matrix("codes", codes)
         if codes.shape[0] % CODES_PER_BYTE:
             raise ValueError(
                 f"`codes`: expected [N K] with N a multiple of {CODES_PER_BYTE}, "
                 f"got {list(codes.shape)}"
             )
-        if codes.numel() and (codes.min() < -1 or codes.max() > 1):
+        if codes.min() < -1 or codes.max() > 1:
             raise ValueError(
                 "`codes`: expected values -1, 0 or 1, "
                 f"got values from {codes.min().item()} to {codes.max().item()}"
@@ -72,7 +72,7 @@ class TernaryWeight:
         """
         check_tensor("packed", packed)
         check_dtype("packed", packed, torch.uint8)
-        check_shape("packed", packed, "N/4 K")
+        check_matrix("packed", packed, "N/4 K")
         if has_invalid_code(packed):
             raise ValueError("`packed`: expected codes 0, 1 or 2 in every two bits, got a 3")
         return cls(packed.contiguous(), checked_scale(scale, packed.device))

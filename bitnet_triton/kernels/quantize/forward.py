@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bitnet_triton.kernels.common.tiles import round_half_even
 from bitnet_triton.runtime import launch
+from bitnet_triton.runtime.autotune import tiles
 
 
 @triton.jit
@@ -28,7 +29,10 @@ def _quantize_activations_fwd_kernel(
     in_row = cols < K
 
     x = tl.load(x_ptr + row * x_stride_m + cols, mask=in_row, other=0.0).to(tl.float32)  # [BLOCK_K]
-    gamma = tl.maximum(tl.max(tl.abs(x), axis=0), 1e-5)
+    # bit patterns of magnitudes order like the magnitudes, with NaN on top: tl.max drops NaN
+    bits = tl.max(tl.abs(x).to(tl.int32, bitcast=True), axis=0)
+    gamma = bits.to(tl.float32, bitcast=True)
+    gamma = tl.where(gamma < 1e-5, 1e-5, gamma)
     # div_rn: the approximate division of GPUs moves codes at ties
     codes = round_half_even(x * tl.div_rn(127.0, gamma))
     codes = tl.minimum(tl.maximum(codes, -128.0), 127.0)
@@ -42,14 +46,12 @@ def launch_quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     M, K = x.shape
     codes = torch.empty((M, K), dtype=torch.int8, device=x.device)
     scale = torch.empty((M, 1), dtype=torch.float32, device=x.device)
-    if M == 0:
-        return codes, scale
-    block = triton.next_power_of_2(K)
     launch(_quantize_activations_fwd_kernel, (M,))(
         x, codes, scale,
         x.stride(0),
         K,
-        BLOCK_K=block,
-        num_warps=min(16, max(1, block // 512)),
+        **tiles("quantize_activations_fwd", K),
+        # a fused multiply-add would skip the rounding of 127 x / gamma before the one to integers
+        enable_fp_fusion=False,
     )  # fmt: skip
     return codes, scale

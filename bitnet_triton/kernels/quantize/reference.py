@@ -20,12 +20,21 @@ def quantize_activations_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes, gamma / INT8_MAX
 
 
-def quantize_weight_reference(weight: Tensor, *, levels: str) -> tuple[Tensor, Tensor]:
-    """Map ``weight`` [N, K] to codes and one scale [] with weight about codes * scale."""
-    beta = weight.abs().mean().clamp_min(SMALLEST_SCALE)
+def weight_stats_reference(weight: Tensor) -> Tensor:
+    """Map ``weight`` [N, K] to [2]: its scale beta, and the mean that binary codes compare with."""
+    return torch.stack([weight.abs().mean().clamp_min(SMALLEST_SCALE), weight.mean()])
+
+
+def weight_codes_reference(weight: Tensor, stats: Tensor, *, levels: str) -> Tensor:
+    """Map ``weight`` [N, K] to codes by its ``stats`` [2]."""
+    beta, mean = stats.unbind()
     if levels == "binary":
         # sign(0) = -1, as the paper defines it: a third value would not fit in one bit
-        codes = torch.where(weight > weight.mean(), 1.0, -1.0).to(weight)
-    else:
-        codes = (weight / beta).round().clamp(-1, 1)
-    return codes, beta
+        return torch.where(weight > mean, 1.0, -1.0).to(weight)
+    return (weight / beta).round().clamp(-1, 1)
+
+
+def quantize_weight_reference(weight: Tensor, *, levels: str) -> tuple[Tensor, Tensor]:
+    """Map ``weight`` [N, K] to codes and one scale [] with weight about codes * scale."""
+    stats = weight_stats_reference(weight)
+    return weight_codes_reference(weight, stats, levels=levels), stats[0]

@@ -34,10 +34,10 @@ def _ternary_linear_bwd_kernel(
 
     acc = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
     for r in range(0, R, BLOCK_R):
-        rows = r + tl.arange(0, BLOCK_R)
+        rows = (r + tl.arange(0, BLOCK_R)).to(tl.int64)
         is_row = rows < R
         packed = tl.load(
-            packed_ptr + rows[None, :] * K.to(tl.int64) + ks[:, None],
+            packed_ptr + rows[None, :] * K + ks[:, None],
             mask=is_row[None, :] & in_k[:, None], other=0,
         )  # [BLOCK_K, BLOCK_R]  # fmt: skip
         dy_ptrs = dy_ptr + tokens[None, :] * (4 * R) + rows[:, None]
@@ -72,10 +72,10 @@ def _bit_linear_bwd_dx_kernel(
 
     acc = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
     for n in range(0, N, BLOCK_N):
-        rows = n + tl.arange(0, BLOCK_N)
+        rows = (n + tl.arange(0, BLOCK_N)).to(tl.int64)
         is_row = rows < N
         weight = tl.load(
-            weight_ptr + rows[None, :] * K.to(tl.int64) + ks[:, None],
+            weight_ptr + rows[None, :] * K + ks[:, None],
             mask=is_row[None, :] & in_k[:, None], other=0.0,
         )  # [BLOCK_K, BLOCK_N]  # fmt: skip
         # beyond N dy is 0, so any code will do there
@@ -109,20 +109,20 @@ def _bit_linear_bwd_dweight_kernel(
 
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for m in range(0, M, BLOCK_M):
-        tokens = m + tl.arange(0, BLOCK_M)
+        tokens = (m + tl.arange(0, BLOCK_M)).to(tl.int64)
         is_token = tokens < M
         dy = tl.load(
-            dy_ptr + tokens[None, :] * N.to(tl.int64) + rows[:, None],
+            dy_ptr + tokens[None, :] * N + rows[:, None],
             mask=is_token[None, :] & is_row[:, None], other=0.0,
         )  # [BLOCK_N, BLOCK_M]  # fmt: skip
         token_scale = tl.load(a_scale_ptr + tokens, mask=is_token, other=0.0)
         a = tl.load(
-            a_ptr + tokens[:, None] * K.to(tl.int64) + ks[None, :],
+            a_ptr + tokens[:, None] * K + ks[None, :],
             mask=is_token[:, None] & in_k[None, :], other=0,
         )  # [BLOCK_M, BLOCK_K]  # fmt: skip
-        # the codes of activations are exact in 16 bits, so the scale goes to the other side
-        dy = (dy.to(tl.float32) * token_scale[None, :]).to(dtype)
-        acc = tl.dot(dy, a.to(dtype), acc, input_precision="ieee")  # [BLOCK_N, BLOCK_K]
+        # scaled, a is about x and has its range; dy times the scale would underflow in float16
+        x = (a.to(tl.float32) * token_scale[:, None]).to(dtype)
+        acc = tl.dot(dy, x, acc, input_precision="ieee")  # [BLOCK_N, BLOCK_K]
 
     out = dweight_ptr + rows[:, None] * K + ks[None, :]
     tl.store(out, acc.to(dweight_ptr.dtype.element_ty), mask=is_row[:, None] & in_k[None, :])
@@ -132,29 +132,29 @@ def launch_ternary_linear_bwd(dy: Tensor, packed: Tensor, scale: Tensor) -> Tens
     """Map dy [M, N] to dx [M, K] in its dtype."""
     M, (R, K) = dy.shape[0], packed.shape
     dx = torch.empty((M, K), dtype=dy.dtype, device=dy.device)
-    if M == 0:
-        return dx
     config = tiles("ternary_linear_bwd", M)
     grid = (triton.cdiv(K, config["BLOCK_K"]), triton.cdiv(M, config["BLOCK_M"]))
     launch(_ternary_linear_bwd_kernel, grid)(dy, packed, scale, dx, M, R, K, **config)
     return dx
 
 
-def launch_bit_linear_bwd(
-    dy: Tensor, a: Tensor, a_scale: Tensor, weight: Tensor, stats: Tensor, binary: bool
-) -> tuple[Tensor, Tensor]:
-    """Map dy [M, N] to dx [M, K] in its dtype and dweight [N, K] in the dtype of ``weight``."""
-    (M, K), N = a.shape, weight.shape[0]
+def launch_bit_linear_bwd_dx(dy: Tensor, weight: Tensor, stats: Tensor, binary: bool) -> Tensor:
+    """Map dy [M, N] and master weight [N, K] to dx [M, K] in the dtype of dy."""
+    M, (N, K) = dy.shape[0], weight.shape
     dx = torch.empty((M, K), dtype=dy.dtype, device=dy.device)
-    dweight = torch.empty_like(weight)
-    if M == 0:
-        return dx, dweight.zero_()
     config = tiles("bit_linear_bwd_dx", M)
     grid = (triton.cdiv(K, config["BLOCK_K"]), triton.cdiv(M, config["BLOCK_M"]))
-    launch(_bit_linear_bwd_dx_kernel, grid)(
-        dy, weight, stats, dx, M, N, K, BINARY=binary, **config
-    )
+    launch(_bit_linear_bwd_dx_kernel, grid)(dy, weight, stats, dx, M, N, K, BINARY=binary, **config)
+    return dx
+
+
+def launch_bit_linear_bwd_dweight(
+    dy: Tensor, a: Tensor, a_scale: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Map dy [M, N], codes a [M, K] and a_scale [M, 1] to dweight [N, K] in ``dtype``."""
+    (M, N), K = dy.shape, a.shape[1]
+    dweight = torch.empty((N, K), dtype=dtype, device=dy.device)
     config = tiles("bit_linear_bwd_dweight", M)
     grid = (triton.cdiv(N, config["BLOCK_N"]), triton.cdiv(K, config["BLOCK_K"]))
     launch(_bit_linear_bwd_dweight_kernel, grid)(dy, a, a_scale, dweight, M, N, K, **config)
-    return dx, dweight
+    return dweight

@@ -15,12 +15,13 @@ from bitnet_triton.kernels.quantize.compiled import (
     compiled_quantize_activations,
     compiled_weight_codes,
 )
+from bitnet_triton.runtime import compile_by_kind
 
 # One row sums |a| * (w + 1) * 4**3 <= 128 * 2 * 64 in int32 before it scales down
 MAX_K_ONE_ROW = (2**31 - 1) // (128 * 2 * 4**3)
 
 
-@torch.compile(dynamic=True, fullgraph=True)
+@compile_by_kind
 def _one_row_sums(a: Tensor, packed: Tensor) -> tuple[Tensor, ...]:
     """Sum a [K] int32 * (code + 1) over each row of ``packed`` [N / 4, K], one plane of rows each.
 
@@ -33,13 +34,13 @@ def _one_row_sums(a: Tensor, packed: Tensor) -> tuple[Tensor, ...]:
     )
 
 
-@torch.compile(dynamic=True, fullgraph=True)
+@compile_by_kind
 def _unpack_planes(words: Tensor, mask: int) -> Tensor:
     """Split each word of ``words`` into four words of codes + 1."""
     return torch.stack([(words >> (2 * j)) & mask for j in range(CODES_PER_BYTE)])
 
 
-@torch.compile(dynamic=True, fullgraph=True)
+@compile_by_kind
 def _scale_sums(
     sums: Tensor, a: Tensor, a_scale: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
@@ -49,7 +50,7 @@ def _scale_sums(
     return (y if bias is None else y + bias).to(dtype)
 
 
-@torch.compile(dynamic=True, fullgraph=True)
+@compile_by_kind
 def _scale_products(
     acc: Tensor, a_scale: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
@@ -66,22 +67,39 @@ def unpack_unsigned(packed: Tensor) -> Tensor:
     return _unpack_planes(words, mask).view(torch.int8).view(CODES_PER_BYTE * rows, K)
 
 
+def reads_packed(x: Tensor) -> bool:
+    """Tell whether the product with x [M, K] reads packed bytes, instead of unpacking them."""
+    return x.shape[0] == 1 and x.shape[1] <= MAX_K_ONE_ROW
+
+
 def compiled_ternary_linear_fwd(
     x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None
 ) -> Tensor:
     """Map x [M, K] and packed [N / 4, K] to y [M, N] in the dtype of x."""
     a, a_scale = compiled_quantize_activations(x)
-    if x.shape[0] == 1 and x.shape[1] <= MAX_K_ONE_ROW:
+    if reads_packed(x):
         sums = torch.cat(_one_row_sums(a[0].to(torch.int32), packed)).unsqueeze(0)
     else:
         sums = torch._int_mm(a, unpack_unsigned(packed).t())
     return _scale_sums(sums, a, a_scale, scale, bias, x.dtype)
 
 
+@compile_by_kind
+def _scale_to(value: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiply in float32, whatever the dtype of ``value``, and round once to ``dtype``."""
+    return (value.float() * scale).to(dtype)
+
+
+def _product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Name the dtype of the matrix products of the backward: float16 overflows before scaling."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def compiled_ternary_linear_bwd(dy: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     """Map dy [M, N] to dx [M, K] in its dtype."""
-    codes = (unpack_unsigned(packed) - 1).to(dy.dtype)
-    return torch.mm(dy, codes).mul_(scale.to(dy.dtype))
+    dtype = _product_dtype(dy.dtype)
+    codes = (unpack_unsigned(packed) - 1).to(dtype)
+    return _scale_to(torch.mm(dy.to(dtype), codes), scale, dy.dtype)
 
 
 def compiled_bit_linear_fwd(
@@ -90,19 +108,20 @@ def compiled_bit_linear_fwd(
     """Map x [M, K] and master weight [N, K] to y [M, N], int8 codes [M, K] and their scale."""
     a, a_scale = compiled_quantize_activations(x)
     acc = torch._int_mm(a, compiled_weight_codes(weight, stats, binary).t())
-    return _scale_products(acc, a_scale, stats[0], bias, x.dtype), a, a_scale
+    return _scale_products(acc, a_scale, stats[:1], bias, x.dtype), a, a_scale
 
 
-@torch.compile(dynamic=True, fullgraph=True)
-def _scaled_to(value: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return (value.float() * scale).to(dtype)
+def compiled_bit_linear_bwd_dx(dy: Tensor, weight: Tensor, stats: Tensor, binary: bool) -> Tensor:
+    """Map dy [M, N] and master weight [N, K] to dx [M, K] in the dtype of dy."""
+    dtype = _product_dtype(dy.dtype)
+    codes = compiled_weight_codes(weight, stats, binary).to(dtype)
+    return _scale_to(torch.mm(dy.to(dtype), codes), stats[:1], dy.dtype)
 
 
-def compiled_bit_linear_bwd(
-    dy: Tensor, a: Tensor, a_scale: Tensor, weight: Tensor, stats: Tensor, binary: bool
-) -> tuple[Tensor, Tensor]:
-    """Map dy [M, N] to dx [M, K] in its dtype and dweight [N, K] in the dtype of ``weight``."""
-    codes = compiled_weight_codes(weight, stats, binary)
-    dx = _scaled_to(torch.mm(dy, codes.to(dy.dtype)), stats[0], dy.dtype)
-    dweight = torch.mm(_scaled_to(dy, a_scale, dy.dtype).t(), a.to(dy.dtype))
-    return dx, dweight.to(weight.dtype)
+def compiled_bit_linear_bwd_dweight(
+    dy: Tensor, a: Tensor, a_scale: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Map dy [M, N], codes a [M, K] and their scale to dweight [N, K] in ``dtype``."""
+    product_dtype = _product_dtype(dy.dtype)
+    x = _scale_to(a, a_scale, product_dtype)
+    return torch.mm(dy.to(product_dtype).t(), x).to(dtype)

@@ -63,10 +63,10 @@ def _ternary_linear_fwd_kernel(
             a_ptr + tokens[None, :] * K + (k + ks)[:, None],
             mask=is_token[None, :] & in_k[:, None], other=0,
         )  # [BLOCK_K, BLOCK_M]  # fmt: skip
-        acc0 = tl.dot((packed & 3).to(tl.int8) - 1, a, acc0)  # [BLOCK_R, BLOCK_M]
-        acc1 = tl.dot(((packed >> 2) & 3).to(tl.int8) - 1, a, acc1)
-        acc2 = tl.dot(((packed >> 4) & 3).to(tl.int8) - 1, a, acc2)
-        acc3 = tl.dot((packed >> 6).to(tl.int8) - 1, a, acc3)
+        acc0 = tl.dot((packed & 3).to(tl.int8) - 1, a, acc0, out_dtype=tl.int32)  # [BLOCK_R, BLOCK_M]
+        acc1 = tl.dot(((packed >> 2) & 3).to(tl.int8) - 1, a, acc1, out_dtype=tl.int32)
+        acc2 = tl.dot(((packed >> 4) & 3).to(tl.int8) - 1, a, acc2, out_dtype=tl.int32)
+        acc3 = tl.dot((packed >> 6).to(tl.int8) - 1, a, acc3, out_dtype=tl.int32)
 
     token_scale = tl.load(a_scale_ptr + tokens, mask=is_token, other=0.0)
     scale = tl.load(scale_ptr)
@@ -112,7 +112,7 @@ def _bit_linear_fwd_kernel(
             a_ptr + tokens[None, :] * K + (k + ks)[:, None],
             mask=is_token[None, :] & in_k[:, None], other=0,
         )  # [BLOCK_K, BLOCK_M]  # fmt: skip
-        acc = tl.dot(weight_codes(weight, scale, mean, BINARY), a, acc)  # [BLOCK_N, BLOCK_M]
+        acc = tl.dot(weight_codes(weight, scale, mean, BINARY), a, acc, out_dtype=tl.int32)  # [BLOCK_N, BLOCK_M]
 
     token_scale = tl.load(a_scale_ptr + tokens, mask=is_token, other=0.0)
     in_tile = is_row[:, None] & is_token[None, :]
@@ -126,8 +126,6 @@ def launch_ternary_linear_fwd(
     """Map int8 a [M, K], a_scale [M, 1] and packed [N / 4, K] to y [M, N] in ``dtype``."""
     (M, K), R = a.shape, packed.shape[0]
     y = torch.empty((M, 4 * R), dtype=dtype, device=a.device)
-    if M == 0:
-        return y
     config = tiles("ternary_linear_fwd", M)
     grid = (triton.cdiv(R, config["BLOCK_R"]), triton.cdiv(M, config["BLOCK_M"]))
     launch(_ternary_linear_fwd_kernel, grid)(
@@ -146,8 +144,6 @@ def launch_bit_linear_fwd(
     """Map int8 a [M, K], a_scale [M, 1] and master weight [N, K] to y [M, N] in ``dtype``."""
     (M, K), N = a.shape, weight.shape[0]
     y = torch.empty((M, N), dtype=dtype, device=a.device)
-    if M == 0:
-        return y
     config = tiles("bit_linear_fwd", M)
     grid = (triton.cdiv(N, config["BLOCK_N"]), triton.cdiv(M, config["BLOCK_M"]))
     launch(_bit_linear_fwd_kernel, grid)(

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from bitnet_triton.kernels.packing import unpack_codes
+from bitnet_triton.kernels.packing import CODES_PER_BYTE, unpack_codes
 from bitnet_triton.kernels.quantize.op import quantize_rows
-from bitnet_triton.kernels.quantize.reference import quantize_weight_reference
+from bitnet_triton.kernels.quantize.reference import weight_codes_reference
 from bitnet_triton.kernels.ternary_linear.compiled import (
-    compiled_bit_linear_bwd,
+    compiled_bit_linear_bwd_dweight,
+    compiled_bit_linear_bwd_dx,
     compiled_bit_linear_fwd,
     compiled_ternary_linear_bwd,
     compiled_ternary_linear_fwd,
+    reads_packed,
 )
 from bitnet_triton.runtime import Implementation
 
 
-def _triton_ternary_fwd(
-    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None
-) -> Tensor:
+def _triton_ternary_fwd(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     # Triton is imported on first use, here and below: that takes longer than this package
     from bitnet_triton.kernels.ternary_linear.decode import launch_ternary_linear_fwd_row
     from bitnet_triton.kernels.ternary_linear.forward import launch_ternary_linear_fwd
@@ -43,12 +44,16 @@ def _triton_bit_fwd(
     return launch_bit_linear_fwd(a, a_scale, weight, stats, bias, binary, x.dtype), a, a_scale
 
 
-def _triton_bit_bwd(
-    dy: Tensor, a: Tensor, a_scale: Tensor, weight: Tensor, stats: Tensor, binary: bool
-) -> tuple[Tensor, Tensor]:
-    from bitnet_triton.kernels.ternary_linear.backward import launch_bit_linear_bwd
+def _triton_bit_bwd_dx(dy: Tensor, weight: Tensor, stats: Tensor, binary: bool) -> Tensor:
+    from bitnet_triton.kernels.ternary_linear.backward import launch_bit_linear_bwd_dx
 
-    return launch_bit_linear_bwd(dy, a, a_scale, weight, stats, binary)
+    return launch_bit_linear_bwd_dx(dy, weight, stats, binary)
+
+
+def _triton_bit_bwd_dweight(dy: Tensor, a: Tensor, a_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    from bitnet_triton.kernels.ternary_linear.backward import launch_bit_linear_bwd_dweight
+
+    return launch_bit_linear_bwd_dweight(dy, a, a_scale, dtype)
 
 
 def _float_product(a: Tensor, codes: Tensor) -> Tensor:
@@ -56,9 +61,7 @@ def _float_product(a: Tensor, codes: Tensor) -> Tensor:
     return (a.double() @ codes.double().t()).float()
 
 
-def _reference_ternary_fwd(
-    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None
-) -> Tensor:
+def _reference_ternary_fwd(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     a, a_scale = quantize_rows(x)
     y = _float_product(a, unpack_codes(packed)) * a_scale * scale
     return (y if bias is None else y + bias).to(x.dtype)
@@ -68,35 +71,51 @@ def _reference_ternary_bwd(dy: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     return ((dy.float() @ unpack_codes(packed).float()) * scale).to(dy.dtype)
 
 
+def _reference_codes(weight: Tensor, stats: Tensor, binary: bool) -> Tensor:
+    levels = "binary" if binary else "ternary"
+    return weight_codes_reference(weight.float(), stats, levels=levels)
+
+
 def _reference_bit_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, stats: Tensor, binary: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     a, a_scale = quantize_rows(x)
-    y = _float_product(a, _reference_codes(weight, binary)) * a_scale * stats[0]
+    y = _float_product(a, _reference_codes(weight, stats, binary)) * a_scale * stats[0]
     return (y if bias is None else y + bias).to(x.dtype), a, a_scale
 
 
-def _reference_bit_bwd(
-    dy: Tensor, a: Tensor, a_scale: Tensor, weight: Tensor, stats: Tensor, binary: bool
-) -> tuple[Tensor, Tensor]:
-    dx = (dy.float() @ _reference_codes(weight, binary)) * stats[0]
-    dweight = (dy.float() * a_scale).t() @ a.float()
-    return dx.to(dy.dtype), dweight.to(weight.dtype)
+def _reference_bit_bwd_dx(dy: Tensor, weight: Tensor, stats: Tensor, binary: bool) -> Tensor:
+    dx = (dy.float() @ _reference_codes(weight, stats, binary)) * stats[0]
+    return dx.to(dy.dtype)
 
 
-def _reference_codes(weight: Tensor, binary: bool) -> Tensor:
-    levels = "binary" if binary else "ternary"
-    return quantize_weight_reference(weight.float(), levels=levels)[0]
+def _reference_bit_bwd_dweight(
+    dy: Tensor, a: Tensor, a_scale: Tensor, dtype: torch.dtype
+) -> Tensor:
+    return (dy.float().t() @ (a * a_scale)).to(dtype)
 
 
-def _int_mm_objection(x: Tensor, *_: object) -> str | None:
-    # torch 2.13 on a CPU: a right operand [1, N] with strides (1, 1) gives wrong products
-    return "torch._int_mm is wrong for K = 1" if x.shape[-1] == 1 else None
+def _int_mm_objection(x: Tensor, N: int) -> str | None:
+    M, K = x.shape
+    if x.device.type == "cpu":
+        # torch 2.13: a right operand [1, N] with strides (1, 1) gives wrong products
+        return "torch._int_mm is wrong for K = 1" if K == 1 else None
+    if M <= 16 or K % 8 or N % 8:
+        return f"torch._int_mm needs M > 16, K and N multiples of 8 on `{x.device.type}`"
+    return None
+
+
+def _compiled_ternary_objection(x: Tensor, packed: Tensor) -> str | None:
+    return None if reads_packed(x) else _int_mm_objection(x, CODES_PER_BYTE * packed.shape[0])
+
+
+def _compiled_bit_objection(x: Tensor, weight: Tensor) -> str | None:
+    return _int_mm_objection(x, weight.shape[0])
 
 
 TERNARY_FWD = {
     "triton": Implementation(_triton_ternary_fwd),
-    "compile": Implementation(compiled_ternary_linear_fwd, _int_mm_objection),
+    "compile": Implementation(compiled_ternary_linear_fwd, _compiled_ternary_objection),
     "reference": Implementation(_reference_ternary_fwd),
 }
 TERNARY_BWD = {
@@ -106,11 +125,16 @@ TERNARY_BWD = {
 }
 BIT_FWD = {
     "triton": Implementation(_triton_bit_fwd),
-    "compile": Implementation(compiled_bit_linear_fwd, _int_mm_objection),
+    "compile": Implementation(compiled_bit_linear_fwd, _compiled_bit_objection),
     "reference": Implementation(_reference_bit_fwd),
 }
-BIT_BWD = {
-    "triton": Implementation(_triton_bit_bwd),
-    "compile": Implementation(compiled_bit_linear_bwd),
-    "reference": Implementation(_reference_bit_bwd),
+BIT_BWD_DX = {
+    "triton": Implementation(_triton_bit_bwd_dx),
+    "compile": Implementation(compiled_bit_linear_bwd_dx),
+    "reference": Implementation(_reference_bit_bwd_dx),
+}
+BIT_BWD_DWEIGHT = {
+    "triton": Implementation(_triton_bit_bwd_dweight),
+    "compile": Implementation(compiled_bit_linear_bwd_dweight),
+    "reference": Implementation(_reference_bit_bwd_dweight),
 }

@@ -6,31 +6,44 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from bitnet_triton.kernels.common.checks import check_device, check_dtype, check_shape, check_tensor
-from bitnet_triton.kernels.packing import TernaryWeight
+from bitnet_triton.kernels.common.checks import (
+    check_device,
+    check_dtype,
+    check_matrix,
+    check_shape,
+    check_tensor,
+)
+from bitnet_triton.kernels.packing import CODES_PER_BYTE, TernaryWeight
 from bitnet_triton.kernels.quantize.op import FLOATS, LEVELS, weight_stats
 from bitnet_triton.kernels.ternary_linear.launchers import (
-    BIT_BWD,
+    BIT_BWD_DWEIGHT,
+    BIT_BWD_DX,
     BIT_FWD,
     TERNARY_BWD,
     TERNARY_FWD,
 )
-from bitnet_triton.runtime import register_op, select
+from bitnet_triton.runtime import register_op, remember_backend, remembered_backend, select
+from bitnet_triton.runtime.device import autocast_dtype
 
 
 def _launch_ternary_fwd(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    if x.shape[0] == 0:
+        return _fake_ternary_fwd(x, packed, scale, bias)
     run = select("ternary_linear", TERNARY_FWD, x.device, x, packed)
-    return run(x.contiguous(), packed, scale, bias)
+    return run(x.contiguous(), packed.contiguous(), scale, _contiguous(bias))
 
 
 def _fake_ternary_fwd(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty((x.shape[0], 4 * packed.shape[0]))
+    return x.new_empty((x.shape[0], CODES_PER_BYTE * packed.shape[0]))
 
 
 def _launch_ternary_bwd(dy: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
+    if dy.shape[0] == 0:
+        return _fake_ternary_bwd(dy, packed, scale)
     run = select("ternary_linear_bwd", TERNARY_BWD, dy.device, dy, packed)
-    return run(dy.contiguous(), packed, scale)
+    return run(dy.contiguous(), packed.contiguous(), scale)
 
 
 def _fake_ternary_bwd(dy: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
@@ -40,8 +53,10 @@ def _fake_ternary_bwd(dy: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
 def _launch_bit_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, stats: Tensor, binary: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if x.shape[0] == 0:
+        return _fake_bit_fwd(x, weight, bias, stats, binary)
     run = select("bit_linear", BIT_FWD, x.device, x, weight)
-    return run(x.contiguous(), weight.contiguous(), bias, stats, binary)
+    return run(x.contiguous(), weight.contiguous(), _contiguous(bias), stats, binary)
 
 
 def _fake_bit_fwd(
@@ -55,17 +70,30 @@ def _fake_bit_fwd(
     )
 
 
-def _launch_bit_bwd(
-    dy: Tensor, a: Tensor, a_scale: Tensor, weight: Tensor, stats: Tensor, binary: bool
-) -> tuple[Tensor, Tensor]:
-    run = select("bit_linear_bwd", BIT_BWD, dy.device, dy, weight)
-    return run(dy.contiguous(), a, a_scale, weight.contiguous(), stats, binary)
+def _launch_bit_bwd_dx(dy: Tensor, weight: Tensor, stats: Tensor, binary: bool) -> Tensor:
+    if dy.shape[0] == 0:
+        return _fake_bit_bwd_dx(dy, weight, stats, binary)
+    run = select("bit_linear_bwd_dx", BIT_BWD_DX, dy.device, dy, weight)
+    return run(dy.contiguous(), weight.contiguous(), stats, binary)
 
 
-def _fake_bit_bwd(
-    dy: Tensor, a: Tensor, a_scale: Tensor, weight: Tensor, stats: Tensor, binary: bool
-) -> tuple[Tensor, Tensor]:
-    return dy.new_empty(a.shape), torch.empty_like(weight)
+def _fake_bit_bwd_dx(dy: Tensor, weight: Tensor, stats: Tensor, binary: bool) -> Tensor:
+    return dy.new_empty((dy.shape[0], weight.shape[1]))
+
+
+def _launch_bit_bwd_dweight(dy: Tensor, a: Tensor, a_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    if dy.shape[0] == 0:
+        return _fake_bit_bwd_dweight(dy, a, a_scale, dtype).zero_()
+    run = select("bit_linear_bwd_dweight", BIT_BWD_DWEIGHT, dy.device, dy, a)
+    return run(dy.contiguous(), a, a_scale, dtype)
+
+
+def _fake_bit_bwd_dweight(dy: Tensor, a: Tensor, a_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return dy.new_empty((dy.shape[1], a.shape[1]), dtype=dtype)
+
+
+def _contiguous(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.contiguous()
 
 
 class _TernaryLinear(torch.autograd.Function):
@@ -78,12 +106,18 @@ class _TernaryLinear(torch.autograd.Function):
         _, packed, scale, bias = inputs
         ctx.save_for_backward(packed, scale)
         ctx.bias_dtype = None if bias is None else bias.dtype
+        remember_backend(ctx)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple:
         packed, scale = ctx.saved_tensors
-        dx = _ternary_linear_bwd(dy, packed, scale) if ctx.needs_input_grad[0] else None
-        dbias = dy.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[3] else None
+        dx = dbias = None
+        with remembered_backend(ctx):
+            if ctx.needs_input_grad[0]:
+                dx = _ternary_linear_bwd(dy, packed, scale)
+        if ctx.needs_input_grad[3]:
+            dbias = _bias_gradient(dy, ctx.bias_dtype)
         return dx, None, None, dbias
 
 
@@ -103,23 +137,36 @@ class _BitLinear(torch.autograd.Function):
         ctx.save_for_backward(a, a_scale, weight, stats)
         ctx.binary = binary
         ctx.bias_dtype = None if bias is None else bias.dtype
+        remember_backend(ctx)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor, _da: Any, _dscale: Any) -> tuple:
         a, a_scale, weight, stats = ctx.saved_tensors
-        dx, dweight = _bit_linear_bwd(dy, a, a_scale, weight, stats, ctx.binary)
-        dbias = dy.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
+        dx = dweight = dbias = None
+        with remembered_backend(ctx):
+            if ctx.needs_input_grad[0]:
+                dx = _bit_linear_bwd_dx(dy, weight, stats, ctx.binary)
+            if ctx.needs_input_grad[1]:
+                dweight = _bit_linear_bwd_dweight(dy, a, a_scale, weight.dtype)
+        if ctx.needs_input_grad[2]:
+            dbias = _bias_gradient(dy, ctx.bias_dtype)
         return dx, dweight, dbias, None, None
+
+
+def _bias_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
+    return dy.sum(0, dtype=torch.float32).to(dtype)
 
 
 _ternary_linear_bwd = register_op("ternary_linear_bwd", _launch_ternary_bwd, _fake_ternary_bwd)
 _ternary_linear_fwd = register_op(
     "ternary_linear_fwd", _launch_ternary_fwd, _fake_ternary_fwd, function=_TernaryLinear
 )
-_bit_linear_bwd = register_op("bit_linear_bwd", _launch_bit_bwd, _fake_bit_bwd)
-_bit_linear_fwd = register_op(
-    "bit_linear_fwd", _launch_bit_fwd, _fake_bit_fwd, function=_BitLinear
+_bit_linear_bwd_dx = register_op("bit_linear_bwd_dx", _launch_bit_bwd_dx, _fake_bit_bwd_dx)
+_bit_linear_bwd_dweight = register_op(
+    "bit_linear_bwd_dweight", _launch_bit_bwd_dweight, _fake_bit_bwd_dweight
 )
+_bit_linear_fwd = register_op("bit_linear_fwd", _launch_bit_fwd, _fake_bit_fwd, function=_BitLinear)
 
 
 def _check_input(x: Tensor, K: int, device: torch.device) -> None:
@@ -140,10 +187,8 @@ def _check_bias(bias: Tensor | None, N: int, device: torch.device) -> None:
 
 def _autocast(x: Tensor) -> Tensor:
     """Cast ``x`` as torch.autocast casts the input of any linear."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        return x.to(torch.get_autocast_dtype(device))
-    return x
+    dtype = autocast_dtype(x.device.type)
+    return x if dtype is None else x.to(dtype)
 
 
 def ternary_linear(x: Tensor, weight: TernaryWeight, bias: Tensor | None = None) -> Tensor:
@@ -202,29 +247,19 @@ def bit_linear(
 
     Raises:
         TypeError: a tensor has a wrong dtype.
-        ValueError: shapes do not fit, ``weight`` is on another device, or ``levels`` is unknown.
+        ValueError: shapes do not fit, ``weight`` is empty or on another device, or ``levels`` is
+            unknown.
         BackendUnavailableError: the forced backend cannot run.
     """
     check_tensor("weight", weight)
     check_dtype("weight", weight, *FLOATS)
-    check_shape("weight", weight, "N K")
+    check_matrix("weight", weight)
     N, K = weight.shape
     _check_input(x, K, weight.device)
     _check_bias(bias, N, weight.device)
     if levels not in LEVELS:
         raise ValueError(f"`levels`: expected one of {', '.join(LEVELS)}, got {levels!r}")
     x = _autocast(x)
-    stats = _weight_stats(weight.detach())
+    stats = weight_stats(weight.detach())
     y, _, _ = _BitLinear.apply(x.reshape(-1, K), weight, bias, stats, levels == "binary")
     return y.view(*x.shape[:-1], N)
-
-
-def _fake_stats(weight: Tensor) -> Tensor:
-    return weight.new_empty(2, dtype=torch.float32)
-
-
-def _launch_stats(weight: Tensor) -> Tensor:
-    return weight_stats(weight)
-
-
-_weight_stats = register_op("weight_stats", _launch_stats, _fake_stats)

@@ -1,0 +1,229 @@
+"""Compile Triton kernels for GPUs that are not here, and read what they cost there.
+
+Record launches with tensors on the meta device (``record_launches``), compile each for a target,
+and get registers, spills, shared memory and the matrix instructions that the compiler chose:
+
+    with record_launches() as launches:
+        launch_ternary_linear_bwd(dy_meta, packed_meta, scale_meta)
+    print(markdown_table([compile_for(launch, TARGETS["sm_90"]) for launch in launches]))
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitnet_triton.runtime.launch import Launch, record_launches
+
+__all__ = [
+    "TARGETS",
+    "Resources",
+    "compile_for",
+    "compile_launch",
+    "markdown_table",
+    "record_launches",
+]
+
+# name -> arguments of triton.backends.compiler.GPUTarget
+TARGETS: dict[str, tuple[str, int | str, int]] = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+
+_TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+_MATRIX_INSTRUCTION = re.compile(
+    r"\b(wgmma\.mma_async\.sync\.aligned\.\S+|mma\.sync\.aligned\.\S+|v_mfma_\w+)"
+)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one kernel, with one signature and one set of tiles, costs on one target.
+
+    Attributes:
+        kernel: its name, without the leading underscore and ``_kernel``.
+        target: "sm_90" for instance.
+        dtypes: of its tensor arguments, in order.
+        constants: compile-time arguments, ``num_warps`` and ``num_stages``.
+        registers: a thread (of a lane: VGPRs on AMD).
+        spills: bytes that a thread spills to memory (registers that it spills, on AMD).
+        shared: bytes of shared memory of a program.
+        instructions: the matrix instructions in its code, each once.
+    """
+
+    kernel: str
+    target: str
+    dtypes: tuple[str, ...]
+    constants: tuple[tuple[str, Any], ...]
+    registers: int
+    spills: int
+    shared: int
+    instructions: tuple[str, ...]
+
+
+def compile_launch(launch: Launch, target: tuple[str, int | str, int]) -> Any:
+    """Compile the kernel of ``launch``, specialised as the launch would be.
+
+    Args:
+        launch: recorded by ``record_launches``.
+        target: one of ``TARGETS``.
+
+    Returns:
+        Triton's compiled kernel, with its code in ``asm``.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = launch.kernel.arg_names
+    given = _arguments(launch)
+    source = ASTSource(
+        launch.kernel,
+        signature=_signature(launch),
+        constexprs={n: given[n] for n in _constants(launch)},
+        attrs={
+            (i,): [["tt.divisibility", 16]]
+            for i, n in enumerate(names)
+            if n not in _constants(launch) and _is_aligned(given[n])
+        },
+    )
+    return triton.compile(source, target=GPUTarget(*target), options=_options(launch))
+
+
+def compile_for(launch: Launch, target: tuple[str, int | str, int]) -> Resources:
+    """Compile as ``compile_launch`` does, and read what the kernel costs."""
+    compiled = compile_launch(launch, target)
+    registers, spills, code = (_nvidia if target[0] == "cuda" else _amd)(compiled)
+    given = _arguments(launch)
+    types = _signature(launch).values()
+    return Resources(
+        kernel=launch.kernel.__name__.strip("_").removesuffix("_kernel"),
+        target=f"sm_{target[1]}" if target[0] == "cuda" else str(target[1]),
+        dtypes=tuple(t[1:] for t in types if t.startswith("*")),
+        constants=tuple((n, given[n]) for n in _constants(launch))
+        + tuple(_options(launch).items()),
+        registers=registers,
+        spills=spills,
+        shared=compiled.metadata.shared,
+        instructions=tuple(sorted(set(_MATRIX_INSTRUCTION.findall(code)))),
+    )
+
+
+def _arguments(launch: Launch) -> dict[str, Any]:
+    names = launch.kernel.arg_names
+    given = dict(zip(names, launch.args))
+    return given | {name: v for name, v in launch.options.items() if name in names}
+
+
+def _options(launch: Launch) -> dict[str, Any]:
+    return {n: v for n, v in launch.options.items() if n not in launch.kernel.arg_names}
+
+
+def _constants(launch: Launch) -> list[str]:
+    declared = {launch.kernel.arg_names[i] for i in launch.kernel.constexprs}
+    given = _arguments(launch)
+    return [n for n in launch.kernel.arg_names if n in declared or _is_specialised(given[n])]
+
+
+def _signature(launch: Launch) -> dict[str, str]:
+    constants = _constants(launch)
+    return {
+        name: "constexpr" if name in constants else _type(value)
+        for name, value in _arguments(launch).items()
+    }
+
+
+def _is_specialised(value: Any) -> bool:
+    """Tell whether Triton compiles an argument as a constant, though it is declared as none."""
+    return value is None or (type(value) is int and value == 1)
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return _TYPES[value.dtype]
+    if isinstance(value, bool):
+        return "i1"
+    if isinstance(value, int):
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    return "fp32"
+
+
+def _is_aligned(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.storage_offset() * value.element_size() % 16 == 0
+    return isinstance(value, int) and not isinstance(value, bool) and value % 16 == 0
+
+
+def _nvidia(compiled: Any) -> tuple[int, int, str]:
+    """Return registers, bytes of spills, and PTX."""
+    ptx = compiled.asm["ptx"]
+    arch = re.search(r"^\.target (\w+)", ptx, re.M)
+    assert arch
+    report = _ptxas(ptx, arch[1])
+    spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", report)
+    used = re.search(r"Used (\d+) registers", report)
+    assert used
+    assert spilled
+    return int(used[1]), sum(map(int, spilled)), ptx
+
+
+def _ptxas(ptx: str, arch: str) -> str:
+    """Return what ptxas, as it comes with Triton, reports about ``ptx``."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        command = ["-v", f"--gpu-name={arch}", str(source), "-o", str(Path(folder, "kernel.cubin"))]
+        # Triton 3.9 writes PTX that only its second assembler reads
+        for tool in ("ptxas", "ptxas-blackwell"):
+            run = subprocess.run(
+                [str(tools / tool), *command], check=False, capture_output=True, text=True
+            )
+            if run.returncode == 0:
+                return run.stderr
+    raise RuntimeError(f"ptxas refuses the code for {arch}: {run.stderr}")
+
+
+def _amd(compiled: Any) -> tuple[int, int, str]:
+    """Return VGPRs, spilled registers, and assembly."""
+    code = compiled.asm["amdgcn"]
+
+    def number(field: str) -> int:
+        found = re.search(rf"^\s*\.{field}:\s*(\d+)", code, re.M)
+        assert found, field
+        return int(found[1])
+
+    return number("vgpr_count"), number("vgpr_spill_count") + number("sgpr_spill_count"), code
+
+
+def markdown_table(rows: Sequence[Resources]) -> str:
+    """Write ``rows`` as a Markdown table."""
+    lines = [
+        "| " + " | ".join(f.name for f in fields(Resources)) + " |",
+        "|" + "---|" * len(fields(Resources)),
+    ]
+    for row in rows:
+        constants = " ".join(f"{name}={value}" for name, value in row.constants)
+        instructions = " ".join(f"`{i}`" for i in row.instructions)
+        cells = [row.kernel, row.target, " ".join(row.dtypes), constants]
+        cells += [str(row.registers), str(row.spills), str(row.shared), instructions]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)

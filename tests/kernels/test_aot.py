@@ -1,0 +1,168 @@
+"""Every Triton kernel, in every tile size in use, compiled for GPUs that need not be here.
+
+As a script, print what each costs on each target: ``python tests/kernels/test_aot.py``.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+
+import pytest
+import torch
+
+from bitnet_triton.kernels.quantize.forward import launch_quantize_activations
+from bitnet_triton.kernels.ternary_linear.backward import (
+    launch_bit_linear_bwd_dweight,
+    launch_bit_linear_bwd_dx,
+    launch_ternary_linear_bwd,
+)
+from bitnet_triton.kernels.ternary_linear.decode import launch_ternary_linear_fwd_row
+from bitnet_triton.kernels.ternary_linear.forward import (
+    launch_bit_linear_fwd,
+    launch_ternary_linear_fwd,
+)
+from bitnet_triton.runtime.aot import (
+    TARGETS,
+    compile_for,
+    compile_launch,
+    markdown_table,
+    record_launches,
+)
+from bitnet_triton.runtime.autotune import all_tiles
+
+BF16, F32, I8, U8 = torch.bfloat16, torch.float32, torch.int8, torch.uint8
+N, K = 6912, 2560  # the wide layer of the published 2B model
+INT8_INSTRUCTION = {
+    "sm_80": "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32",
+    "sm_90": ".s32.s8.s8",  # mma.sync or wgmma, by tile size
+    "gfx942": "_i8",
+}
+
+
+def meta(*shape, dtype=F32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def launch_packed(M, dtype, bias, N=N, K=K):
+    """Start the kernels of ternary_linear, forward and backward."""
+    a, a_scale, packed, scale = meta(M, K, dtype=I8), meta(M, 1), meta(N // 4, K, dtype=U8), meta(1)
+    launch = launch_ternary_linear_fwd_row if M == 1 else launch_ternary_linear_fwd
+    launch(a, a_scale, packed, scale, bias, dtype)
+    if M > 32:
+        launch_ternary_linear_bwd(meta(M, N, dtype=dtype), packed, scale)
+
+
+def launch_trained(M, dtype, weight_dtype, binary, N=N, K=K):
+    """Start the kernels of bit_linear, forward and backward."""
+    a, a_scale, stats = meta(M, K, dtype=I8), meta(M, 1), meta(2)
+    weight, dy = meta(N, K, dtype=weight_dtype), meta(M, N, dtype=dtype)
+    launch_bit_linear_fwd(a, a_scale, weight, stats, None, binary, dtype)
+    launch_bit_linear_bwd_dx(dy, weight, stats, binary)
+    launch_bit_linear_bwd_dweight(dy, a, a_scale, weight_dtype)
+
+
+def record_all():
+    """Return each launch that differs in kernel, dtypes or tiles from the others."""
+    with record_launches() as launches:
+        for dtype in (BF16, F32):
+            for length in (640, 2560, 6912, 28672):
+                launch_quantize_activations(meta(4, length, dtype=dtype))
+            for M in (1, 16, 2048):
+                launch_packed(M, dtype, meta(N, dtype=dtype))
+            launch_trained(2048, dtype, dtype, binary=False)
+        launch_packed(2048, BF16, None)
+        launch_trained(2048, BF16, F32, binary=False)  # autocast
+        launch_trained(2048, BF16, BF16, binary=True)
+    return launches
+
+
+def name(launch):
+    tensors = [a.dtype for a in launch.args if isinstance(a, torch.Tensor)]
+    dtypes = "-".join(str(d).removeprefix("torch.") for d in tensors)
+    constants = "-".join(f"{v}" for v in launch.options.values())
+    return f"{launch.kernel.__name__.strip('_')}-{dtypes}-{constants}"
+
+
+LAUNCHES = {name(launch): launch for launch in record_all()}
+
+
+@functools.cache
+def resources(launch_name, target):
+    return compile_for(LAUNCHES[launch_name], TARGETS[target])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("launch_name", LAUNCHES)
+def test_compiles_without_spills_for(launch_name, target):
+    cost = resources(launch_name, target)
+    assert cost.spills == 0
+    assert cost.registers > 8
+    # what a program may use without asking for more: 164 KB on sm_80, 64 KB on gfx942
+    assert cost.shared <= 64 * 1024
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "launch_name",
+    [n for n in LAUNCHES if n.startswith(("ternary_linear_fwd_kernel", "bit_linear_fwd_kernel"))],
+)
+def test_integer_products_run_on_int8_matrix_units(launch_name, target):
+    instructions = resources(launch_name, target).instructions
+    assert instructions
+    assert all(INT8_INSTRUCTION[target] in i for i in instructions)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("launch_name", [n for n in LAUNCHES if "linear_bwd" in n])
+def test_gradients_multiply_in_their_own_precision(launch_name, target):
+    """bfloat16 on matrix units, float32 never rounded to TF32."""
+    launch = LAUNCHES[launch_name]
+    instructions = resources(launch_name, target).instructions
+    if launch.args[0].dtype == BF16:
+        assert instructions
+        assert all("bf16" in i for i in instructions)
+    else:
+        assert all("f32_32x32x2_f32" in i for i in instructions)
+
+
+@pytest.mark.parametrize("launch_name", [n for n in LAUNCHES if n.startswith("quantize")])
+def test_the_quantiser_rounds_its_product_before_it_rounds_to_integers(launch_name):
+    """A fused multiply-add would skip the first rounding, and codes near ties would differ."""
+    ptx = compile_launch(LAUNCHES[launch_name], TARGETS["sm_90"]).asm["ptx"]
+    assert "mul.rn.f32" in ptx  # .rn forbids ptxas to fuse it
+    assert "fma" not in ptx
+
+
+def test_every_tile_size_in_the_table_is_compiled_above():
+    launched = {
+        (launch.kernel.__name__.strip("_").removesuffix("_kernel"), key): value
+        for launch in LAUNCHES.values()
+        for key, value in [(tuple(sorted(tile_options(launch).items())), launch)]
+    }
+    expected = {
+        (kernel, tuple(sorted(tiles.items())))
+        for kernel, configurations in all_tiles().items()
+        for tiles in configurations
+    }
+    assert set(launched) == expected
+
+
+def tile_options(launch):
+    return {k: v for k, v in launch.options.items() if k.startswith(("BLOCK", "num_"))}
+
+
+def test_sizes_of_one_compile():
+    """Triton makes a constant of an integer argument that is 1; the kernel has to allow it."""
+    with record_launches() as launches:
+        launch_quantize_activations(meta(1, 1))
+        for M in (1, 2, 64):
+            launch_packed(M, F32, meta(4), N=4, K=1)
+        launch_trained(1, F32, F32, binary=False, N=1, K=1)
+    assert len(launches) == 8
+    for launch in launches:
+        assert compile_for(launch, TARGETS["sm_80"]).spills == 0
+
+
+if __name__ == "__main__":
+    sys.stdout.write(markdown_table([resources(n, t) for n in LAUNCHES for t in TARGETS]) + "\n")
