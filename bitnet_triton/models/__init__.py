@@ -3,8 +3,8 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from bitnet_triton.models.bitnet import BitNetConfig, BitNetForCausalLM, BitNetModel
-from bitnet_triton.models.switch import disable, enable
 from bitnet_triton.models.swap import use_ternary_kernels
+from bitnet_triton.models.switch import disable, enable
 
 # Names only: nothing that transformers already knows changes. exist_ok: transformers looks first at
 # the name of the class, which its own config has too, and takes ours for a second registration

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,13 +12,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from bitnet_triton.errors import CheckpointError
 from bitnet_triton.kernels.packing import has_invalid_code
 from bitnet_triton.nn import PackedBitLinear
+
+FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 
 
 @dataclass(frozen=True)
@@ -29,18 +33,74 @@ class Entry:
     dtype: str
 
 
+def check_suffixes(files: Sequence[str | Path]) -> None:
+    """Raise CheckpointError unless all ``files`` are safetensors files, by their names."""
+    for file in map(Path, files):
+        if file.suffix != ".safetensors":
+            raise CheckpointError(
+                f"{file.name}: expected a .safetensors file; pickled weights are never read"
+            )
+
+
 @contextmanager
 def open_checkpoint(file: Path) -> Iterator[Any]:
-    """Open a safetensors file; raise CheckpointError when it is anything else, or damaged."""
-    if file.suffix != ".safetensors":
-        raise CheckpointError(
-            f"{file.name}: expected a .safetensors file; pickled weights are never read"
-        )
+    """Open a safetensors file; raise CheckpointError when it is absent, damaged or another kind."""
+    check_suffixes([file])
+    if not file.is_file():
+        raise CheckpointError(f"{file.name}: named by the checkpoint, but not there")
     try:
         with safe_open(file, framework="pt") as opened:
             yield opened
     except SafetensorError as error:
         raise CheckpointError(f"{file.name}: damaged or truncated ({error})") from error
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """Return the files that hold the weights of the checkpoint in ``folder``.
+
+    Raises:
+        CheckpointError: there are none, the index is damaged, or a file that it names is absent.
+    """
+    folder = Path(folder)
+    if (folder / SAFE_WEIGHTS_NAME).is_file():
+        return [folder / SAFE_WEIGHTS_NAME]
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if not index.is_file():
+        raise CheckpointError(
+            f"{folder}: expected {SAFE_WEIGHTS_NAME} or {SAFE_WEIGHTS_INDEX_NAME}; "
+            "pickled weights are never read"
+        )
+    try:
+        content = json.loads(index.read_text())
+        names = sorted({*content["weight_map"].values()} if "metadata" in content else {})
+        files = [folder / name for name in names]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{index.name}: damaged ({error!r})") from error
+    if not files:
+        raise CheckpointError(f"{index.name}: expected `metadata` and a `weight_map` with files")
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(f"{file.name}: named in {index.name}, but not there")
+    return files
+
+
+def check_folder(folder: str | Path) -> None:
+    """Open the weight files of a local checkpoint, so that a damaged one is named at once.
+
+    A folder without any is left to transformers: it may hold an adapter, or a variant.
+
+    Raises:
+        CheckpointError: a file is damaged or absent, or the only weights are pickled.
+    """
+    present = os.listdir(folder) if os.path.isdir(folder) else []
+    if SAFE_WEIGHTS_NAME in present or SAFE_WEIGHTS_INDEX_NAME in present:
+        for file in weight_files(folder):
+            with open_checkpoint(file):
+                pass
+        return
+    for name in sorted(present):
+        if name.startswith("pytorch_model") and name.endswith((".bin", ".bin.index.json")):
+            check_suffixes([Path(name)])
 
 
 def read_headers(files: Sequence[str | Path]) -> dict[str, Entry]:
@@ -120,7 +180,9 @@ def _check_names(model: PreTrainedModel, entries: dict[str, Entry]) -> None:
         if not (bare and name.startswith("lm_head.")) and not name.endswith("rotary_emb.inv_freq")
     )
     if extra:
-        raise CheckpointError(f"the checkpoint holds {_some(extra)}, which the model has no use for")
+        raise CheckpointError(
+            f"the checkpoint holds {_some(extra)}, which the model has no use for"
+        )
 
 
 def _check_shapes(model: PreTrainedModel, entries: dict[str, Entry]) -> None:
@@ -137,33 +199,35 @@ def _check_shapes(model: PreTrainedModel, entries: dict[str, Entry]) -> None:
             raise CheckpointError(
                 f"{entry.name}: expected shape {list(tensor.shape)}, got {list(entry.shape)}"
             )
-        is_byte = tensor.dtype == torch.uint8
-        if name in packed and is_byte and entry.dtype != "U8":
-            raise CheckpointError(f"{entry.name}: expected packed uint8, got {entry.dtype}")
-        if not is_byte and entry.dtype not in ("F64", "F32", "F16", "BF16", "I8", "U8"):
-            raise CheckpointError(f"{entry.name}: expected floating point, got {entry.dtype}")
-        if name not in packed and entry.dtype in ("I8", "U8"):
-            raise CheckpointError(f"{entry.name}: expected floating point, got {entry.dtype}")
+        kind, dtypes = "floating point", FLOATS
+        if name in packed:
+            is_packed = tensor.dtype == torch.uint8
+            kind, dtypes = ("packed uint8", ("U8",)) if is_packed else ("codes", (*FLOATS, "I8"))
+        if entry.dtype not in dtypes:
+            raise CheckpointError(f"{entry.name}: expected {kind}, got {entry.dtype}")
 
 
 def _check_values(model: PreTrainedModel, entries: dict[str, Entry]) -> None:
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, PackedBitLinear)]
     for name, layer in tqdm(layers, desc="Checking weights", disable=None, leave=False):
-        _check_layer(layer, entries[f"{name}.weight"], entries[f"{name}.weight_scale"])
+        _check_codes(entries[f"{name}.weight"], is_packed=layer.weight.dtype == torch.uint8)
+        _check_scale(entries[f"{name}.weight_scale"])
 
 
-def _check_layer(layer: nn.Module, weight: Entry, scale: Entry) -> None:
-    # opened anew for each layer: a mapped file counts as memory for as long as it is open
-    with open_checkpoint(weight.file) as opened:
-        values = opened.get_tensor(weight.name)
-        if layer.weight.dtype == torch.uint8:
-            if has_invalid_code(values):
-                raise CheckpointError(f"{weight.name}: holds the packed value 3, which is no code")
-        elif not bool(((values == 0) | (values.abs() == 1)).all()):
-            raise CheckpointError(f"{weight.name}: expected codes -1, 0 and 1")
-    with open_checkpoint(scale.file) as opened:
-        value = opened.get_tensor(scale.name).float()
+def _check_codes(entry: Entry, *, is_packed: bool) -> None:
+    # opened anew for each tensor: a mapped file counts as memory for as long as it is open
+    with open_checkpoint(entry.file) as opened:
+        values = opened.get_tensor(entry.name)
+        if is_packed and has_invalid_code(values):
+            raise CheckpointError(f"{entry.name}: holds the packed value 3, which is no code")
+        if not is_packed and not bool(((values == 0) | (values.abs() == 1)).all()):
+            raise CheckpointError(f"{entry.name}: expected codes -1, 0 and 1")
+
+
+def _check_scale(entry: Entry) -> None:
+    with open_checkpoint(entry.file) as opened:
+        value = opened.get_tensor(entry.name).float()
         if not bool((torch.isfinite(value) & (value > 0)).all()):
             raise CheckpointError(
-                f"{scale.name}: expected a positive finite scale, got {value.flatten().tolist()}"
+                f"{entry.name}: expected a positive finite scale, got {value.flatten().tolist()}"
             )

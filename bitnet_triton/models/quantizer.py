@@ -6,13 +6,12 @@ in memory only. A checkpoint always says ``bitnet``.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -24,6 +23,7 @@ from bitnet_triton.kernels import TernaryWeight
 from bitnet_triton.models.checkpoint import check_checkpoint, unpacked_layers
 from bitnet_triton.nn import BitLinear, PackedBitLinear
 
+PUBLISHED_METHOD = "bitnet"
 METHOD = "bitnet_triton"
 
 
@@ -37,27 +37,31 @@ class TernaryQuantConfig(BitNetQuantConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, as every published checkpoint has it."""
-        return {**super().to_dict(), "quant_method": "bitnet"}
+        return on_disk(super().to_dict())
 
 
-def in_memory_method(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return a copy of ``config`` whose quantisation method leads to our quantiser."""
-    config = copy.deepcopy(config)
-    found = getattr(config, "quantization_config", None)
-    if found is not None:
-        plain = found if isinstance(found, dict) else found.to_dict()
-        if plain.get("quant_method") not in ("bitnet", METHOD):
-            raise ValueError(
-                f"`quant_method`: expected 'bitnet', got {plain.get('quant_method')!r}"
-            )
-        config.quantization_config = {**plain, "quant_method": METHOD}
-    return config
+def in_memory(quantization_config: Mapping[str, Any] | BitNetQuantConfig) -> dict[str, Any]:
+    """Return a quantisation config as plain data that leads transformers to our quantiser.
+
+    Raises:
+        TypeError: it is neither a mapping nor a quantisation config of transformers.
+        ValueError: ``quant_method`` is not ``bitnet``.
+    """
+    if hasattr(quantization_config, "to_dict"):
+        quantization_config = quantization_config.to_dict()
+    if not isinstance(quantization_config, Mapping):
+        raise TypeError(
+            f"`quantization_config`: expected a dict, got {type(quantization_config).__name__}"
+        )
+    method = quantization_config.get("quant_method")
+    if method not in (PUBLISHED_METHOD, METHOD):
+        raise ValueError(f"`quant_method`: expected {PUBLISHED_METHOD!r}, got {method!r}")
+    return {**quantization_config, "quant_method": METHOD}
 
 
-def _as_config(quantization_config: Any) -> BitNetQuantConfig:
-    if isinstance(quantization_config, BitNetQuantConfig):
-        return quantization_config
-    return TernaryQuantConfig(**quantization_config)
+def on_disk(quantization_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a quantisation config as it stands in a checkpoint."""
+    return {**quantization_config, "quant_method": PUBLISHED_METHOD}
 
 
 def _linears(model: nn.Module, skip: list[str]) -> Iterator[tuple[str, nn.Linear]]:
@@ -67,27 +71,36 @@ def _linears(model: nn.Module, skip: list[str]) -> Iterator[tuple[str, nn.Linear
             yield name, module
 
 
-def replace_linears(model: PreTrainedModel, quantization_config: Any) -> None:
-    """Replace the dense linears of ``model`` by ours, in place; those that are ours stay."""
-    config = _as_config(quantization_config)
+def replace_linears(
+    model: PreTrainedModel, quantization_config: Mapping[str, Any] | BitNetQuantConfig
+) -> None:
+    """Replace the dense linears of ``model`` by ours, in place; those that are ours stay.
+
+    Raises:
+        ValueError: a linear cannot be packed, or ``quantization_config`` holds an invalid value.
+    """
+    config = quantization_config
+    if not isinstance(config, BitNetQuantConfig):
+        config = TernaryQuantConfig(**config)
     skip = HfQuantizer.get_modules_to_not_convert(
         model, config.modules_to_not_convert, model._keep_in_fp32_modules
     )
     for name, linear in _linears(model, skip):
-        norm = None
-        if config.use_rms_norm:
-            with torch.device(linear.weight.device):
-                norm = LlamaRMSNorm(linear.in_features, eps=config.rms_norm_eps)
-        model.set_submodule(name, _our_linear(linear, config, norm))
+        model.set_submodule(name, _our_linear(name, linear, config))
 
 
-def _our_linear(
-    linear: nn.Linear, config: BitNetQuantConfig, norm: nn.Module | None
-) -> nn.Module:
+def _our_linear(name: str, linear: nn.Linear, config: BitNetQuantConfig) -> nn.Module:
+    norm = None
+    if config.use_rms_norm:
+        with torch.device(linear.weight.device):
+            norm = LlamaRMSNorm(linear.in_features, eps=config.rms_norm_eps)
     if config.linear_class == "autobitlinear" and config.quantization_mode == "online":
         return BitLinear.from_linear(linear, norm)
     divides = config.linear_class == "bitlinear"
-    return PackedBitLinear.from_linear(linear, scale_divides=divides, rms_norm=norm)
+    try:
+        return PackedBitLinear.from_linear(linear, scale_divides=divides, rms_norm=norm)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 @register_quantizer(METHOD)
@@ -101,6 +114,15 @@ class TernaryHfQuantizer(BitNetHfQuantizer):
         """Load tensors as they are stored: they stay packed."""
         return {}
 
+    def get_weight_conversions(self) -> list:
+        """Load tensors as they are stored; the name of the above in transformers 5.17."""
+        return []
+
+    @property
+    def is_compileable(self) -> bool:
+        """Tell ``generate`` that the linears trace without a graph break."""
+        return True
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
@@ -110,7 +132,7 @@ class TernaryHfQuantizer(BitNetHfQuantizer):
         for name in self._unpacked:
             layer = model.get_submodule(name)
             shape = (layer.out_features, layer.in_features)
-            layer.weight = torch.empty(shape, dtype=layer.weight_scale.dtype, device="meta")
+            layer.weight = torch.empty(shape, dtype=torch.int8, device="meta")
         if files:
             check_checkpoint(model, files)
 
@@ -119,6 +141,5 @@ class TernaryHfQuantizer(BitNetHfQuantizer):
     ) -> PreTrainedModel:
         for name in self._unpacked:
             layer = model.get_submodule(name)
-            packed = TernaryWeight.from_codes(layer.weight.to(torch.int8), 1.0)
-            layer.weight = packed.packed
+            layer.weight = TernaryWeight.from_codes(layer.weight.to(torch.int8), 1.0).packed
         return model

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import torch
 from torch import nn
-from transformers.integrations.bitnet import AutoBitLinear
+from transformers.integrations.bitnet import AutoBitLinear, BitNetDeserialize
 from transformers.integrations.bitnet import BitLinear as HfBitLinear
 
 from bitnet_triton.kernels import TernaryWeight
@@ -44,14 +44,30 @@ def use_ternary_kernels(model: Model) -> Model:
     ours = {name: _convert(name, layer) for name, layer in found.items()}
     for name, layer in ours.items():
         model.set_submodule(name, layer)
-    # transformers remembers how it unpacked the checkpoint and would undo that while saving;
-    # our layers already hold what a checkpoint holds
-    if hasattr(model, "_weight_conversions"):
-        model._weight_conversions = []
+    _forget_unpacking(model)
     return model
 
 
+def _forget_unpacking(model: nn.Module) -> None:
+    # transformers remembers that it unpacked the checkpoint and would undo it while saving; our
+    # layers already hold what a checkpoint holds
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions:
+        model._weight_conversions = [
+            conversion
+            for conversion in conversions
+            if not any(
+                isinstance(operation, BitNetDeserialize)
+                for operation in getattr(conversion, "operations", ())
+            )
+        ]
+
+
 def _convert(name: str, layer: HfBitLinear | AutoBitLinear) -> nn.Module:
+    if layer.weight.device.type == "meta":
+        raise ValueError(
+            f"`model`: layer {name}: its weight is offloaded; load the model without offloading"
+        )
     try:
         if isinstance(layer, HfBitLinear):
             return _from_packed(layer)
@@ -70,10 +86,9 @@ def _empty_packed(layer: HfBitLinear | AutoBitLinear, *, scale_divides: bool) ->
             scale_divides=scale_divides,
             rms_norm=layer.rms_norm,
         )
-    ours.weight_scale = layer.weight_scale
+    ours.weight_scale = layer.weight_scale.float()
     ours.bias = None if layer.bias is None else layer.bias.detach()
-    ours.requires_grad_(False)
-    return ours
+    return ours.train(layer.training)
 
 
 def _from_packed(layer: HfBitLinear) -> PackedBitLinear:

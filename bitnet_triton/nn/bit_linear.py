@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -64,7 +66,10 @@ class PackedBitLinear(nn.Module):
 
     State: ``weight`` uint8 [N / 4, K], ``weight_scale`` [1] and ``bias`` [N], all buffers.
     transformers' two packed linears store the scale differently: ``bitlinear`` the divisor of the
-    integer sum, ``autobitlinear`` its multiplier. The buffer keeps what the checkpoint holds.
+    integer sum, ``autobitlinear`` its multiplier. The buffer keeps what the checkpoint holds, in
+    float32 whatever the dtype of the model: it belongs to the weights, and a cast would change
+    them for good. ``autobitlinear`` multiplies the bias by ``weight_scale`` too, so there the
+    buffer holds the bias divided by it.
 
     Args:
         in_features: K.
@@ -73,7 +78,7 @@ class PackedBitLinear(nn.Module):
         scale_divides: the integer sum is divided by ``weight_scale`` (``bitlinear``).
         rms_norm: applied to the input first.
         device: where the buffers are.
-        dtype: of ``weight_scale`` and ``bias``.
+        dtype: of ``bias``.
 
     Raises:
         ValueError: ``out_features`` is not a multiple of 4.
@@ -108,7 +113,7 @@ class PackedBitLinear(nn.Module):
         self.register_buffer(
             "weight", torch.full(packed_shape, 0b01010101, dtype=torch.uint8, device=device)
         )
-        self.register_buffer("weight_scale", torch.ones(1, dtype=dtype, device=device))
+        self.register_buffer("weight_scale", torch.ones(1, dtype=torch.float32, device=device))
         self.register_buffer(
             "bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None
         )
@@ -127,29 +132,36 @@ class PackedBitLinear(nn.Module):
             device=linear.weight.device,
             dtype=linear.weight.dtype,
         )
-        if linear.bias is not None:
-            layer.bias = linear.bias.detach()
         if linear.weight.device.type != "meta":
-            codes, scale = quantize_weight(linear.weight)
-            layer.set_weight(TernaryWeight.from_codes(codes, scale))
+            weight = TernaryWeight.from_codes(*quantize_weight(linear.weight))
+            layer.weight = weight.packed
+            layer.weight_scale = weight.scale.reciprocal() if scale_divides else weight.scale
+            if linear.bias is not None:
+                bias = linear.bias.detach()
+                layer.bias = bias if scale_divides else (bias / weight.scale).to(bias.dtype)
         return layer
-
-    def set_weight(self, weight: TernaryWeight) -> None:
-        """Take over ``weight``; its scale is stored in the checkpoint's sense."""
-        self.weight = weight.packed
-        self.weight_scale = 1 / weight.scale if self.scale_divides else weight.scale
 
     @property
     def ternary_weight(self) -> TernaryWeight:
         """The weight as the ops read it; shares the memory of the buffers."""
-        scale = self.weight_scale.float()
+        scale = self.weight_scale.float()  # a checkpoint that is assigned brings its own dtype
         return TernaryWeight(self.weight, scale.reciprocal() if self.scale_divides else scale)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedBitLinear:
+        scale = self.weight_scale
+        super()._apply(fn, recurse)
+        if self.weight_scale.dtype != scale.dtype:
+            self.weight_scale = scale.to(self.weight_scale.device)
+        return self
 
     def forward(self, input: Tensor) -> Tensor:
         """Map [..., K] to [..., N]."""
         if self.rms_norm is not None:
             input = self.rms_norm(input)
-        return ternary_linear(input, self.ternary_weight, self.bias)
+        bias = self.bias
+        if bias is not None and not self.scale_divides:
+            bias = bias * self.weight_scale
+        return ternary_linear(input, self.ternary_weight, bias)
 
     def extra_repr(self) -> str:
         """Describe the layer in ``print(model)``."""

@@ -7,6 +7,7 @@ from typing import Any
 from transformers.models.bitnet.configuration_bitnet import BitNetConfig as HfBitNetConfig
 
 from bitnet_triton.attention import AttentionPlan
+from bitnet_triton.models.quantizer import in_memory, on_disk
 
 PLAIN_MODEL_TYPE = "bitnet"
 OWN_MODEL_TYPE = "bitnet_triton"
@@ -31,8 +32,9 @@ class BitNetConfig(HfBitNetConfig):
             without the field, and an explicit None, mean dense linears, as in transformers.
 
     Raises:
-        ValueError: ``attention`` names an unknown mode or setting; the file that is read belongs
-            to another model type.
+        TypeError: ``attention`` or ``quantization_config`` is of a wrong type.
+        ValueError: ``attention`` names an unknown mode or setting; ``quant_method`` is not
+            ``bitnet``; the file that is read belongs to another model type.
     """
 
     model_type = OWN_MODEL_TYPE
@@ -44,36 +46,30 @@ class BitNetConfig(HfBitNetConfig):
             self.attention = AttentionPlan.from_config(self.attention).to_config()
         quantization_config = kwargs.pop("quantization_config", ONLINE)
         if quantization_config is not None:
-            kwargs["quantization_config"] = quantization_config
+            kwargs["quantization_config"] = in_memory(quantization_config)
         super().__post_init__(**kwargs)
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read a ``config.json``; refuse one of another model type."""
         config_dict, unused = super().get_config_dict(*args, **kwargs)
-        return cls._checked_dict(config_dict), unused
+        return _checked(config_dict), unused
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> BitNetConfig:
+        """Build a config from what ``to_dict`` returned; refuse one of another model type."""
+        return super().from_dict(_checked(config_dict), **kwargs)
 
     @classmethod
     def from_hf(cls, config: HfBitNetConfig) -> BitNetConfig:
         """Turn a config of transformers' own class into one of this class."""
         if isinstance(config, cls):
             return config
-        own = cls.from_dict(cls._checked_dict(config.to_dict()))
+        own = cls.from_dict(config.to_dict())
         # these live outside of the dictionary
         own._attn_implementation = config._attn_implementation
         own.name_or_path = config.name_or_path
         return own
-
-    @classmethod
-    def _checked_dict(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
-        found = config_dict.get("model_type", PLAIN_MODEL_TYPE)
-        if found not in (PLAIN_MODEL_TYPE, OWN_MODEL_TYPE):
-            raise ValueError(
-                f"`model_type`: expected {PLAIN_MODEL_TYPE!r} or {OWN_MODEL_TYPE!r}, got "
-                f"{found!r}; load another ternary model with transformers and pass it to "
-                "bitnet_triton.use_ternary_kernels"
-            )
-        return {"quantization_config": None, **config_dict, "model_type": OWN_MODEL_TYPE}
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data; a config without a setting of ours is a plain ``bitnet`` one."""
@@ -81,13 +77,23 @@ class BitNetConfig(HfBitNetConfig):
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Return what differs from the defaults, as it is written to ``config.json``."""
-        published = self._published(super().to_diff_dict())
-        if "quantization_config" in (full := self.to_dict()):
-            published["quantization_config"] = full["quantization_config"]
-        return published
+        return self._published(super().to_diff_dict())
 
     def _published(self, output: dict[str, Any]) -> dict[str, Any]:
         if self.attention is None:
             output.pop("attention", None)
             output["model_type"] = PLAIN_MODEL_TYPE
+        if output.get("quantization_config") is not None:
+            output["quantization_config"] = on_disk(output["quantization_config"])
         return output
+
+
+def _checked(config_dict: dict[str, Any]) -> dict[str, Any]:
+    found = config_dict.get("model_type", PLAIN_MODEL_TYPE)
+    if found not in (PLAIN_MODEL_TYPE, OWN_MODEL_TYPE):
+        raise ValueError(
+            f"`model_type`: expected {PLAIN_MODEL_TYPE!r} or {OWN_MODEL_TYPE!r}, got "
+            f"{found!r}; load another ternary model with transformers and pass it to "
+            "bitnet_triton.use_ternary_kernels"
+        )
+    return {"quantization_config": None, **config_dict, "model_type": OWN_MODEL_TYPE}

@@ -6,32 +6,36 @@ import os
 from typing import Any
 
 import transformers.models.bitnet.modeling_bitnet as hf
+from safetensors import SafetensorError
+from torch import nn
 from transformers import PreTrainedConfig
 
+from bitnet_triton.errors import CheckpointError
 from bitnet_triton.models.bitnet.configuration_bitnet import BitNetConfig
-from bitnet_triton.models.quantizer import in_memory_method, replace_linears
+from bitnet_triton.models.checkpoint import check_checkpoint, check_folder, check_suffixes
+from bitnet_triton.models.quantizer import replace_linears
 
 
-class _TernaryModel:
+class _TernaryModel(hf.BitNetPreTrainedModel):
     """What both classes share: our config, our linears, our checks while loading."""
 
     config_class = BitNetConfig
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         config = BitNetConfig.from_hf(config)
-        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        super().__init__(config, *args, **kwargs)
         if getattr(config, "quantization_config", None) is not None:
             replace_linears(self, config.quantization_config)
 
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | os.PathLike,
+        pretrained_model_name_or_path: str | os.PathLike | None,
         *model_args: Any,
         config: PreTrainedConfig | str | os.PathLike | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Load a BitNet checkpoint: packed, unpacked codes or master weights.
+        """Load a BitNet checkpoint: packed, unpacked codes, master weights or dense.
 
         Args:
             pretrained_model_name_or_path: a folder, or a model on the Hub.
@@ -41,20 +45,49 @@ class _TernaryModel:
 
         Raises:
             CheckpointError: tensors are missing, superfluous, of a wrong shape or dtype, hold an
-                invalid code or scale, or the file is damaged; nothing is returned then.
+                invalid code or scale, a file is damaged or absent, or the weights are pickled;
+                nothing is returned then.
             ValueError: the checkpoint belongs to another model type; the attention mode is
                 unknown.
         """
-        if not isinstance(config, PreTrainedConfig):
-            source = config if config is not None else pretrained_model_name_or_path
-            config, kwargs = BitNetConfig.from_pretrained(
-                source, return_unused_kwargs=True, **kwargs
-            )
-        config = in_memory_method(BitNetConfig.from_hf(config))
+        path = pretrained_model_name_or_path
+        if isinstance(config, PreTrainedConfig):
+            config = BitNetConfig.from_hf(config)
+        if path is not None and os.path.isdir(path):
+            check_folder(os.path.join(path, kwargs.get("subfolder") or ""))
         kwargs["use_safetensors"] = True  # pickled weights can run code: never read
-        return super().from_pretrained(  # type: ignore[misc]
-            pretrained_model_name_or_path, *model_args, config=config, **kwargs
+        try:
+            return super().from_pretrained(path, *model_args, config=config, **kwargs)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: damaged or truncated ({error})") from error
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: Any,
+        state_dict: Any,
+        checkpoint_files: list[str] | None,
+        load_config: Any,
+        expected_keys: list[str] | None = None,
+    ) -> Any:
+        is_adapter = expected_keys is not None
+        if is_adapter:
+            check_suffixes(checkpoint_files or [])
+        elif checkpoint_files and load_config.hf_quantizer is None:
+            # transformers fills what a checkpoint lacks with random numbers; a quantiser has
+            # checked its checkpoint already
+            check_checkpoint(model, checkpoint_files)
+        return hf.BitNetPreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, expected_keys
         )
+
+    # transformers refuses these casts for quantised models; ours keep their codes and scales
+    def half(self) -> Any:
+        """Cast what is not quantised to float16."""
+        return nn.Module.half(self)
+
+    def float(self) -> Any:
+        """Cast what is not quantised to float32."""
+        return nn.Module.float(self)
 
 
 class BitNetModel(_TernaryModel, hf.BitNetModel):
