@@ -7,10 +7,8 @@ spread.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +16,7 @@ import torch
 from torch.utils import benchmark
 
 from bench.case import Case, Outputs, PeerMissingError, Point, Provider, Settings, Work
+from bench.memory import peak_extra_bytes
 from bench.peaks import Peaks, best_possible_seconds
 
 # A longer call is timed by itself: it does not fit the cache, and its own length hides the timer
@@ -182,40 +181,12 @@ def _seconds(call: Callable[[], Any]) -> float:
 
 def _warm_up(row: Row, work: Work, settings: Settings) -> float:
     """Run ``work`` until it is warm; note its memory; return about how long a call takes."""
-    with torch.set_grad_enabled(work.grad), _peak_extra_bytes(row, settings.device):
+    with torch.set_grad_enabled(work.grad):
+        row.peak_extra_bytes = peak_extra_bytes(work.call, settings.device)
         call_s = _seconds(work.call)
-    if call_s < _LONG_CALL_S:
-        with torch.set_grad_enabled(work.grad):
+        if call_s < _LONG_CALL_S:
             call_s = min(_seconds(work.call) for _ in range(3))
     return call_s
-
-
-@contextlib.contextmanager
-def _peak_extra_bytes(row: Row, device: torch.device) -> Iterator[None]:
-    """Note the memory that the block needs at its peak beyond what was held before it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        yield
-        torch.cuda.synchronize(device)
-        row.peak_extra_bytes = torch.cuda.max_memory_allocated(device) - before
-        return
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: restart the peak of resident memory
-        before = _status_bytes("VmRSS")
-    except OSError:
-        before = None
-    yield
-    if before is not None:
-        row.peak_extra_bytes = max(0, _status_bytes("VmHWM") - before)
-
-
-def _status_bytes(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"no {key} in /proc/self/status")
 
 
 def time_in_turns(

@@ -19,7 +19,7 @@ from bitnet_triton.kernels import TernaryWeight
 from bitnet_triton.kernels.packing import unpack_codes
 
 DTYPE = torch.bfloat16
-# Every branch that is added in bf16 leaves a rounding error, and quantisers turn it into jumps. With
+# Every branch that is added in bf16 leaves a rounding error, and quantisers make jumps of it: with
 # branches as large as the embedding, two right ways to compute 30 layers differ by 5 per cent
 _BRANCHES_TO_EMBEDDING = 1 / 8
 

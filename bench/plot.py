@@ -6,7 +6,7 @@ import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.report import setup_line, speed
+from bench.report import setup_line, speed, times
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,9 +60,9 @@ def _draw_panel(
         ratio = row["ratios"].get(baseline)
         text = speed(row, unit)
         if ratio is not None and row["provider"] != baseline:
-            text += f"   {ratio['median']:.2f}×"
+            text += f"   {times(ratio['median'])}x"
         elif row["provider"] == baseline:
-            text += "   1×"
+            text += "   1x"
         weight = "bold" if row["provider"] == rows[0]["provider"] else "normal"
         axes.text(max(value, *ends) + 0.02 * longest, i, text, va="center", size=8, weight=weight)
     axes.set_xlim(0, 1.55 * longest)
@@ -83,7 +83,7 @@ def _caption(data: dict[str, Any]) -> str:
     reads = data["peaks"]["read_bytes_per_s"] / 1e9
     return (
         f"{meaning}; whiskers: 20th to 80th percentile of the rounds; "
-        f"×: times as fast as {baseline}\n"
+        f"x: times as fast as {baseline}\n"
         f"{setup_line(data)}; measured read bandwidth {reads:.1f} GB/s"
     )
 

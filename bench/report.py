@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -19,6 +20,14 @@ from bench.peaks import Peaks
 
 FORMAT = 1
 RESULTS = Path(__file__).parent / "results"
+# Narrower terminals get fewer columns
+_DETAILED_WIDTH = 130
+_PLAIN: dict[str, Any] = {
+    "box": box.SIMPLE_HEAD,
+    "padding": (0, 1, 0, 0),
+    "show_edge": False,
+    "title_style": "bold cyan",
+}
 
 
 def result(
@@ -115,8 +124,15 @@ def speed(row: dict[str, Any], unit: str) -> str:
 def _spread(row: dict[str, Any], unit: str) -> str:
     low, high = row["seconds"]["p20"], row["seconds"]["p80"]
     if unit:
-        return f"{row['units'] / high:.3g} .. {row['units'] / low:.3g}"
-    return f"{duration(low)} .. {duration(high)}"
+        return f"{row['units'] / high:.3g} - {row['units'] / low:.3g}"
+    return f"{duration(low)} - {duration(high)}"
+
+
+def times(ratio: float) -> str:
+    """Return a ratio with as many digits as mean something."""
+    if ratio >= 100:
+        return f"{ratio:.0f}"
+    return f"{ratio:.1f}" if ratio >= 10 else f"{ratio:.2g}" if ratio < 0.1 else f"{ratio:.2f}"
 
 
 def _ratio(row: dict[str, Any], baseline: str) -> str:
@@ -125,47 +141,65 @@ def _ratio(row: dict[str, Any], baseline: str) -> str:
         return ""
     if row["provider"] == baseline:
         return "1"
-    return f"[bold]{found['median']:.2f}x[/] ({found['p20']:.2f} .. {found['p80']:.2f})"
+    return f"[bold]{times(found['median'])}[/] ({times(found['p20'])}-{times(found['p80'])})"
 
 
-def _cells(row: dict[str, Any], data: dict[str, Any]) -> list[str]:
-    label = escape(row["label"]) + (f"\n[dim]{escape(row['note'])}[/]" if row["note"] else "")
+def _cells(row: dict[str, Any], data: dict[str, Any], detailed: bool) -> list[str]:
+    label = escape(row["label"])
     if row["status"] != "timed":
         colour = "red" if row["status"] == "failed" else "yellow"
-        return [label, f"[{colour}]{row['status']}[/]: {escape(row['reason'])}"]
+        return [label, f"[{colour}]{row['status']}[/]"]
     share = row["share_of_peak"]
-    return [
-        label,
-        speed(row, data["unit"]),
-        _spread(row, data["unit"]),
-        *(_ratio(row, baseline) for baseline in data["baselines"]),
-        f"{share:.0%} {row['bound']}" if share is not None else "",
-        duration(row["first_call_s"]),
-        size(row["peak_extra_bytes"]),
-        f"{row['error']:.1e}",
-    ]
+    cells = [label, speed(row, data["unit"])]
+    cells += [_ratio(row, baseline) for baseline in data["baselines"]]
+    cells.append("" if share is None else f"{share:.0%}")
+    if detailed:
+        cells += [
+            row["bound"],
+            _spread(row, data["unit"]),
+            duration(row["first_call_s"]),
+            size(row["peak_extra_bytes"]),
+            f"{row['error']:.1e}",
+        ]
+    return cells
 
 
 def print_table(data: dict[str, Any], console: Console) -> None:
-    """Print a result; the same from a fresh run and from a file."""
+    """Print a result, the same from a fresh run and from a file; more columns on a wide screen."""
+    console.print(f"[bold]{escape(data['title'])}[/]", highlight=False)
+    detailed = console.width >= _DETAILED_WIDTH
     labels = {row["provider"]: row["label"] for row in data["rows"]}
-    table = Table(title=escape(data["title"]), title_justify="left")
-    for column in ("provider", "median", "p20 .. p80"):
-        table.add_column(column)
-    for baseline in data["baselines"]:
-        table.add_column(f"times as fast as\n{labels.get(baseline, baseline)}")
-    for column in ("share of\nmeasured peak", "first call", "memory\nof a call", "error"):
-        table.add_column(column, justify="right")
-    last = None
-    for row in data["rows"]:
-        if row["point"] != last:
-            table.add_section()
-            table.add_row(f"[bold cyan]{escape(point_name(row['point']))}[/]")
-            last = row["point"]
-        table.add_row(*_cells(row, data))
-    console.print(table)
-    console.print(escape(setup_line(data)), style="dim")
-    console.print(escape(peaks_line(data)), style="dim")
+    for point in _distinct(row["point"] for row in data["rows"]):
+        table = Table(title=escape(point_name(point)), title_justify="left", **_PLAIN)
+        table.add_column("", min_width=22)
+        table.add_column("median", min_width=9)
+        for baseline in data["baselines"]:
+            name = escape(labels.get(baseline, baseline))
+            table.add_column(f"times as fast as\n{name}", min_width=17)
+        table.add_column("of\npeak", no_wrap=True, min_width=4)
+        for column in ("bound", "p20 - p80", "first call", "memory", "error") if detailed else ():
+            table.add_column(column, min_width=8)
+        for row in data["rows"]:
+            if row["point"] == point:
+                table.add_row(*_cells(row, data, detailed))
+        console.print(table)
+    for line in (*remarks(data), setup_line(data), peaks_line(data)):
+        console.print(escape(line), style="dim", highlight=False)
+
+
+def _distinct(points: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return list({point_name(point): point for point in points}.values())
+
+
+def remarks(data: dict[str, Any]) -> list[str]:
+    """Return what the providers do otherwise, and why some were not timed; each once."""
+    notes = [f"{row['label']}: {row['note']}" for row in data["rows"] if row["note"]]
+    reasons = [
+        f"{row['label']} {row['status']}: {row['reason']}"
+        for row in data["rows"]
+        if row["status"] != "timed"
+    ]
+    return list(dict.fromkeys(notes + reasons))
 
 
 def setup_line(data: dict[str, Any]) -> str:

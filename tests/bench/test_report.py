@@ -13,8 +13,9 @@ from bench.case import Settings
 from bench.cases import ternary_linear
 from bench.machine import copies_beyond_cache, last_level_cache_bytes
 from bench.measure import Row, spread
+from bench.memory import peak_extra_bytes
 from bench.peaks import Peaks, measure_peaks
-from bench.report import duration, print_table, read_json, result, size, write_json
+from bench.report import duration, print_table, read_json, result, size, times, write_json
 
 ROUNDS = {"bitnet_triton": [1e-3, 2e-3, 1e-3], "torch_bf16": [4e-3, 8e-3, 4e-3]}
 
@@ -74,7 +75,7 @@ def test_table_shows_speed_ratio_and_reasons(data):
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     print_table(data, console)
     text = console.export_text()
-    for wanted in ("1 ms", "4.00x (3.90 .. 4.10)", "error too large", "not installed", "20.0 GB/s"):
+    for wanted in ("1 ms", "4.00 (3.90-4.10)", "error too large", "not installed", "20.0 GB/s"):
         assert wanted in text
 
 
@@ -84,6 +85,24 @@ def test_plot_is_drawn_from_the_json_alone(data, tmp_path):
     outcome = CliRunner().invoke(app, ["plot", str(tmp_path / "r.json")])
     assert outcome.exit_code == 0, outcome.output
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_digits_of_a_ratio():
+    assert [times(r) for r in (0.0123, 0.5, 1.234, 12.34, 123.4)] == [
+        "0.012", "0.50", "1.23", "12.3", "123",
+    ]  # fmt: skip
+
+
+def test_peak_memory_counts_what_lives_at_once():
+    x = torch.zeros(1000)
+
+    def call():
+        doubled = x * 2
+        tripled = doubled + x
+        del doubled
+        return tripled * 2  # two results of 4000 bytes at a time
+
+    assert 8000 <= peak_extra_bytes(call, x.device) < 8100
 
 
 def test_numbers_have_units():
