@@ -98,9 +98,10 @@ def check_folder(folder: str | Path) -> None:
             with open_checkpoint(file):
                 pass
         return
-    for name in sorted(present):
-        if name.startswith("pytorch_model") and name.endswith((".bin", ".bin.index.json")):
-            check_suffixes([Path(name)])
+    pickled = {"pytorch_model.bin", "pytorch_model.bin.index.json"}
+    if "adapter_model.safetensors" not in present:
+        pickled.add("adapter_model.bin")
+    check_suffixes(sorted(pickled.intersection(present)))
 
 
 def read_headers(files: Sequence[str | Path]) -> dict[str, Entry]:
