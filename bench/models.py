@@ -15,7 +15,6 @@ from transformers.utils.quantization_config import BitNetQuantConfig
 from bench.case import Settings
 from bench.peers import from_transformers
 from bitnet_triton import BitNetConfig
-from bitnet_triton.kernels import TernaryWeight
 from bitnet_triton.kernels.packing import unpack_codes
 
 DTYPE = torch.bfloat16
@@ -149,7 +148,8 @@ class RandomModels:
         return self._filled(self._skeleton(config), self._fill_ours)
 
     def _fill_ours(self, layer: nn.Module, packed: Tensor, scale: float) -> None:
-        layer.set_weight(TernaryWeight.from_checkpoint(packed, scale))
+        state = {"weight": packed, "weight_scale": torch.tensor([scale], device=self.device)}
+        layer.load_state_dict(state, assign=True)  # names and layout are those of checkpoints
 
     def _transformers(self, linear_class: str) -> PreTrainedModel:
         replace = from_transformers("replace_with_bitnet_linear")

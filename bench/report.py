@@ -22,6 +22,7 @@ FORMAT = 1
 RESULTS = Path(__file__).parent / "results"
 # Narrower terminals get fewer columns
 _DETAILED_WIDTH = 130
+_DETAILS = ("bound", "reads per\n{unit}", "p20 - p80", "first call", "memory\nof a call", "error")
 _PLAIN: dict[str, Any] = {
     "box": box.SIMPLE_HEAD,
     "padding": (0, 1, 0, 0),
@@ -156,6 +157,7 @@ def _cells(row: dict[str, Any], data: dict[str, Any], detailed: bool) -> list[st
     if detailed:
         cells += [
             row["bound"],
+            size(row["read_bytes"] / row["units"]),
             _spread(row, data["unit"]),
             duration(row["first_call_s"]),
             size(row["peak_extra_bytes"]),
@@ -171,14 +173,14 @@ def print_table(data: dict[str, Any], console: Console) -> None:
     labels = {row["provider"]: row["label"] for row in data["rows"]}
     for point in _distinct(row["point"] for row in data["rows"]):
         table = Table(title=escape(point_name(point)), title_justify="left", **_PLAIN)
-        table.add_column("", min_width=22)
+        table.add_column("", min_width=16)
         table.add_column("median", min_width=9)
         for baseline in data["baselines"]:
             name = escape(labels.get(baseline, baseline))
-            table.add_column(f"times as fast as\n{name}", min_width=17)
+            table.add_column(f"times as fast as\n{name}", min_width=17, no_wrap=True)
         table.add_column("of\npeak", no_wrap=True, min_width=4)
-        for column in ("bound", "p20 - p80", "first call", "memory", "error") if detailed else ():
-            table.add_column(column, min_width=8)
+        for column in _DETAILS if detailed else ():
+            table.add_column(column.format(unit=data["unit"][:-1] or "call"), min_width=8)
         for row in data["rows"]:
             if row["point"] == point:
                 table.add_row(*_cells(row, data, detailed))

@@ -124,7 +124,7 @@ def case() -> Case:
             ),
             "torch_bf16": Provider("F.linear", _dense, _TOLERANCE, "bf16", "nothing is quantised"),
             "transformers": Provider(
-                "transformers AutoBitLinear", _transformers, _TOLERANCE, "bf16", "online"
+                "hf AutoBitLinear", _transformers, _TOLERANCE, "bf16", "transformers, online"
             ),
         },
         baselines=("torch_bf16", "transformers"),

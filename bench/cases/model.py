@@ -20,6 +20,7 @@ from bench.models import DTYPE, SHAPES, RandomModels, Shape, state_bytes
 
 # Of the whole logits, in bf16, against transformers with weights unpacked at load
 TOLERANCE = 2e-2
+_TITLES = {"2b4t": "BitNet b1.58 2B-4T", "tiny": "tiny"}
 _MEMORY_SHARE = 0.6
 _CHECKED_TOKENS = 32
 
@@ -149,7 +150,7 @@ def case(
 
     return Case(
         name="model",
-        title=f"{shape} shapes, {fitting} of {full.layers} layers, bf16 head",
+        title=f"Model of {_TITLES[shape]} shapes, {fitting} of {full.layers} layers, bf16 head",
         grid=[
             {"phase": "prefill", "context": 0, "tokens": prompt},
             {"phase": "decode", "context": context, "tokens": steps},
@@ -159,12 +160,12 @@ def case(
         providers={
             "bitnet_triton": Provider("bitnet_triton", _build("ours"), TOLERANCE, "int8"),
             "transformers_packed": Provider(
-                "transformers bitlinear", _build("bitlinear"), TOLERANCE, "bf16",
-                "unpacks on each call",
+                "hf bitlinear", _build("bitlinear"), TOLERANCE, "bf16",
+                "transformers, unpacks on each call",
             ),
             "transformers_bf16": Provider(
-                "transformers autobitlinear", _build("autobitlinear"), TOLERANCE, "bf16",
-                "unpacked to bf16 at load",
+                "hf autobitlinear", _build("autobitlinear"), TOLERANCE, "bf16",
+                "transformers, unpacked to bf16 at load",
             ),
         },
         baselines=("transformers_packed", "transformers_bf16"),

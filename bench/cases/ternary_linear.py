@@ -129,8 +129,8 @@ def case() -> Case:
                 "F.linear fp32", _dense(torch.float32), PEER_TOLERANCE, "fp32", unquantised
             ),
             "transformers": Provider(
-                "transformers BitLinear", _transformers, PEER_TOLERANCE, "bf16",
-                "unpacks on each call",
+                "hf BitLinear", _transformers, PEER_TOLERANCE, "bf16",
+                "transformers, unpacks on each call",
             ),
             "reference": Provider(
                 "bitnet_triton reference", _ours_reference, own, "fp32", "forced", default=False
