@@ -142,10 +142,10 @@ def _constants(launch: Launch) -> list[str]:
 
 
 def _signature(launch: Launch) -> dict[str, str]:
-    constants = _constants(launch)
+    given, constants = _arguments(launch), _constants(launch)
     return {
-        name: "constexpr" if name in constants else _type(value)
-        for name, value in _arguments(launch).items()
+        name: "constexpr" if name in constants else _type(given[name])
+        for name in launch.kernel.arg_names
     }
 
 

@@ -12,6 +12,9 @@ from bitnet_triton.runtime.device import autocast_dtype
 
 NAMESPACE = "bitnet_triton"
 
+# Others (fake and functional tensors of tracers, for instance) mean something to the dispatcher
+_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
+
 
 def register_op(
     name: str,
@@ -23,9 +26,9 @@ def register_op(
     """Register ``launcher`` as ``torch.ops.bitnet_triton.<name>`` and return what ops call.
 
     The returned callable goes straight to the launcher in eager mode (a custom op costs some
-    7 microseconds a call on a CPU) and to the registered op while torch.compile traces. Either
-    way the launcher runs without autograd and without autocast: it is mathematics on tensors in
-    the dtypes that it was given.
+    7 microseconds a call on a CPU) and to the registered op while something traces. Either way the
+    launcher runs without autograd and without autocast: it is mathematics on tensors in the dtypes
+    that it was given.
 
     Args:
         name: name of the op inside the namespace.
@@ -54,7 +57,7 @@ def register_op(
 
     @functools.wraps(launcher)
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or type(args[0]) not in _PLAIN_TENSORS:
             return op(*args)
         return plain(*args)
 

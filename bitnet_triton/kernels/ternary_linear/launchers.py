@@ -63,7 +63,7 @@ def _float_product(a: Tensor, codes: Tensor) -> Tensor:
 
 def _reference_ternary_fwd(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     a, a_scale = quantize_rows(x)
-    y = _float_product(a, unpack_codes(packed)) * a_scale * scale
+    y = _float_product(a, unpack_codes(packed)) * (a_scale * scale)
     return (y if bias is None else y + bias).to(x.dtype)
 
 
@@ -80,7 +80,7 @@ def _reference_bit_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, stats: Tensor, binary: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     a, a_scale = quantize_rows(x)
-    y = _float_product(a, _reference_codes(weight, stats, binary)) * a_scale * stats[0]
+    y = _float_product(a, _reference_codes(weight, stats, binary)) * (a_scale * stats[0])
     return (y if bias is None else y + bias).to(x.dtype), a, a_scale
 
 
