@@ -14,6 +14,7 @@ import hashlib
 import math
 import sysconfig
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,7 +55,7 @@ console = Console()
 
 
 def standard_library() -> Iterator[tuple[str, str]]:
-    """Yield name and text of every source file of the standard library, in the order of names."""
+    """Yield name and text of the source files of the standard library, in the order of names."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
@@ -65,9 +66,14 @@ def standard_library() -> Iterator[tuple[str, str]]:
                 continue
 
 
-def is_held_out(name: str) -> bool:
-    """Tell whether a file belongs to the held-out part: the same choice on every machine."""
-    return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 100 < HELD_OUT_PERCENT
+def read_texts(*, held_out: bool, files: int | None) -> list[str]:
+    """Return the texts of one part; a hash of the names divides alike on every machine."""
+    texts = (
+        text
+        for name, text in standard_library()
+        if (int(hashlib.sha256(name.encode()).hexdigest(), 16) % 100 < HELD_OUT_PERCENT) == held_out
+    )
+    return list(islice(texts, files))
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -185,11 +191,12 @@ class TernaryTrainer(Trainer):
         return self.lr_scheduler
 
 
-def bits_per_byte(model: BitNetForCausalLM, tokenizer: PreTrainedTokenizerFast) -> float:
-    """Return the loss on the held-out files, in windows of the context that do not overlap."""
-    texts = [text for name, text in standard_library() if is_held_out(name)]
+def bits_per_byte(
+    model: BitNetForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str]
+) -> float:
+    """Return the loss on ``texts``, in windows of the context that do not overlap."""
     nats = 0.0
-    for tokens in track(tokenize(tokenizer, texts), "Held-out files", console=console):
+    for tokens in track(tokenize(tokenizer, texts), "Held-out files", len(texts), console=console):
         # each window begins with the token that the last one ended with: every token counts once
         for start in range(0, len(tokens) - 1, CONTEXT - 1):
             window = tokens[start : start + CONTEXT].long().unsqueeze(0)
@@ -206,12 +213,14 @@ def train(
     batch_size: Annotated[int, typer.Option(help=f"Blocks of {CONTEXT} tokens in a step.")] = 4,
     learning_rate: Annotated[float, typer.Option(help="Peak of the first stage.")] = 2e-3,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
+    compile: Annotated[bool, typer.Option(help="Compile the model: faster steps.")] = True,
+    files: Annotated[int | None, typer.Option(help="Only the first files, for a trial.")] = None,
 ) -> None:
     """Train tokenizer and model, and save both with the master weights.
 
     Example: python examples/train_tiny.py train --output runs/tiny
     """
-    texts = [text for name, text in standard_library() if not is_held_out(name)]
+    texts = read_texts(held_out=False, files=files)
     if resume:
         tokenizer = AutoTokenizer.from_pretrained(output)
     else:
@@ -235,9 +244,9 @@ def train(
         optim="adamw_torch_fused",
         bf16=True,
         use_cpu=not torch.cuda.is_available(),
-        torch_compile=True,
+        torch_compile=compile,
         logging_steps=20,
-        save_steps=200,
+        save_steps=min(200, steps),
         save_total_limit=2,
         report_to="none",
         seed=0,
@@ -254,7 +263,8 @@ def train(
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Folder of the model, packed or not.")],
+    model: Annotated[Path, typer.Argument(help="Folder of the model, packed or not.")],
+    files: Annotated[int | None, typer.Option(help="Only the first files, for a trial.")] = None,
 ) -> None:
     """Print the loss on the held-out files in bits per byte.
 
@@ -262,7 +272,9 @@ def evaluate(
     """
     loaded = BitNetForCausalLM.from_pretrained(model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    console.print(f"{bits_per_byte(loaded, tokenizer):.4f} bits per byte on held-out files")
+    texts = read_texts(held_out=True, files=files)
+    loss = bits_per_byte(loaded.eval(), tokenizer, texts)
+    console.print(f"{loss:.4f} bits per byte on {len(texts)} held-out files")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from bitnet_triton.errors import CheckpointError
 from bitnet_triton.kernels import TernaryWeight, quantize_weight
@@ -35,8 +35,9 @@ from bitnet_triton.models.checkpoint import (
     check_checkpoint,
     open_checkpoint,
     read_headers,
+    weight_files,
 )
-from bitnet_triton.models.quantizer import replace_linears
+from bitnet_triton.models.quantizer import in_memory, replace_linears
 from bitnet_triton.nn import BitLinear, PackedBitLinear
 
 FORMATS = ("packed", "masters")
@@ -78,7 +79,7 @@ def convert_checkpoint(
         target: a folder that does not exist, or an empty one.
         to: "packed" writes two bits a weight and a scale (``autobitlinear``, ``offline``);
             "masters" writes trainable weights (``autobitlinear``, ``online``) with the same codes.
-        dtype: of the tensors that are not packed. Default: as in ``source``.
+        dtype: of the tensors that are not packed. Default: as in ``source``, bfloat16 for masters.
 
     Raises:
         ValueError: ``to`` is unknown, ``target`` holds files, or ``source`` has that format.
@@ -87,112 +88,156 @@ def convert_checkpoint(
     """
     if to not in FORMATS:
         raise ValueError(f"`to`: expected one of {', '.join(FORMATS)}, got {to!r}")
-    source, target = _folder(source), Path(target)
+    before, target = _Checkpoint(_folder(source)), Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"`target`: expected a new or empty folder, got {target}, which has files")
-    files = _weight_files(source)
-    model = _empty_model(source)
-    layers = _layers(model, to)
-    check_checkpoint(model, files)
-    entries = by_model_name(model, read_headers(files))
-    work = _Work(layers, entries, to, dtype)
+    kind = BitLinear if to == "packed" else PackedBitLinear
+    if not any(isinstance(layer, kind) for layer in before.layers.values()):
+        raise ValueError(
+            f"`source`: expected a checkpoint to convert to {to}, got one that is {to}"
+        )
     with _new_folder(target) as partial:
-        _convert_files(work, files, partial)
-        _copy_rest(source, partial, to, dtype)
-        check_checkpoint(_empty_model(partial), _weight_files(partial))
-    return Conversion(
-        target=target,
-        layers=len(layers),
-        tensors=len(read_headers(_weight_files(target))),
-        bytes_before=sum(file.stat().st_size for file in files),
-        bytes_after=sum(file.stat().st_size for file in _weight_files(target)),
-    )
+        _write(before, partial, to, dtype)
+        _copy_rest(before.folder, partial, to, dtype)
+        after = _Checkpoint(partial)
+        _compare(before, after, dtype)
+        return Conversion(
+            target=target,
+            layers=len(after.layers),
+            tensors=len(after.entries),
+            bytes_before=sum(file.stat().st_size for file in before.files),
+            bytes_after=sum(file.stat().st_size for file in after.files),
+        )
 
 
 @dataclass(frozen=True)
-class _Work:
-    """What the conversion of one tensor depends on."""
+class _Ternary:
+    """What a ternary linear computes with, whatever the format it was read from."""
 
-    layers: dict[str, nn.Module]
-    entries: dict[str, Entry]
-    to: str
-    dtype: torch.dtype | None
+    codes: Tensor
+    scale: Tensor
+    bias: Tensor | None
 
-    def cast(self, value: Tensor) -> Tensor:
-        return value.to(self.dtype) if self.dtype and value.is_floating_point() else value
 
-    def expected(self, name: str, value: Tensor) -> dict[str, Tensor]:
-        """Return what the tensor ``name`` of the model becomes, by the model's names."""
-        layer_name, _, kind = name.rpartition(".")
-        layer = self.layers.get(layer_name)
-        if layer is None or kind not in ("weight", "weight_scale"):
-            return {name: self.cast(value)}
-        if kind == "weight_scale":
-            return {}
-        if self.to == "masters":
-            return {name: self.masters(layer_name, value)}
-        try:
-            weight = TernaryWeight.from_codes(*quantize_weight(value))
-        except ValueError as error:
-            raise CheckpointError(f"{name}: {error}") from error
-        return {name: weight.packed, f"{layer_name}.weight_scale": weight.scale}
+class _Checkpoint:
+    """A checkpoint on disk whose names, shapes, codes and scales are known to be right."""
 
-    def ternary(self, layer_name: str, value: Tensor) -> TernaryWeight:
-        """Return the packed or unpacked codes of a layer with their multiplier."""
-        entry = self.entries[f"{layer_name}.weight_scale"]
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files = weight_files(folder)
+        model = _empty_model(folder)
+        check_checkpoint(model, self.files)
+        self.entries: dict[str, Entry] = by_model_name(model, read_headers(self.files))
+        self.layers: dict[str, nn.Module] = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, (BitLinear, PackedBitLinear))
+        }
+
+    def read(self, name: str) -> Tensor:
+        entry = self.entries[name]
         with open_checkpoint(entry.file) as opened:
-            scale = opened.get_tensor(entry.name).float()
-        layer = self.layers[layer_name]
-        scale = scale.reciprocal() if layer.scale_divides else scale
-        if value.shape[0] == layer.out_features:
-            return TernaryWeight.from_codes(value.to(torch.int8), scale)
-        return TernaryWeight.from_checkpoint(value, scale)
+            return opened.get_tensor(entry.name)
 
-    def masters(self, layer_name: str, value: Tensor) -> Tensor:
-        weight = self.ternary(layer_name, value)
-        codes = weight.codes()
-        share = codes.count_nonzero() / codes.numel()
-        masters = codes * (weight.scale / share.clamp_min(1e-9))
-        return masters.to(self.dtype or torch.bfloat16)
+    def layer_of(self, name: str) -> str | None:
+        """Return the ternary linear that owns the tensor ``name``, a norm inside it excepted."""
+        owner = name.rpartition(".")[0]
+        return owner if owner in self.layers else None
 
-    def check(self, name: str, value: Tensor, written: dict[str, Tensor]) -> None:
-        """Compare what was written with the source; raise CheckpointError on any difference."""
-        layer_name = name.rpartition(".")[0]
-        if self.to == "masters" and layer_name in self.layers and name.endswith(".weight"):
-            weight = self.ternary(layer_name, value)
-            codes, scale = quantize_weight(written[name])
-            # the magnitude was rounded to the masters' dtype
-            tolerance = torch.finfo(written[name].dtype).eps * weight.scale
-            same = torch.equal(codes, weight.codes()) and bool(
-                (scale - weight.scale).abs() <= tolerance + 1e-5
-            )
+    def ternary(self, name: str) -> _Ternary:
+        """Read the ternary linear ``name``; autobitlinear multiplies its bias by the scale too."""
+        layer, weight = self.layers[name], self.read(f"{name}.weight")
+        bias = self.read(f"{name}.bias").float() if f"{name}.bias" in self.entries else None
+        if isinstance(layer, BitLinear):
+            try:
+                return _Ternary(*quantize_weight(weight), bias)
+            except ValueError as error:
+                raise CheckpointError(f"{name}.weight: {error}") from error
+        scale = self.read(f"{name}.weight_scale").float().reshape(1)
+        is_packed = weight.shape[0] != layer.out_features
+        codes = TernaryWeight(weight, scale).codes() if is_packed else weight.to(torch.int8)
+        if layer.scale_divides:
+            return _Ternary(codes, scale.reciprocal(), bias)
+        return _Ternary(codes, scale, None if bias is None else bias * scale)
+
+
+def _encode(ternary: _Ternary, to: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    if to == "packed":
+        weight = TernaryWeight.from_codes(ternary.codes, ternary.scale)
+        tensors = {"weight": weight.packed, "weight_scale": weight.scale}
+        bias = None if ternary.bias is None else ternary.bias / ternary.scale
+    else:
+        share = ternary.codes.count_nonzero() / ternary.codes.numel()
+        masters = ternary.codes * (ternary.scale / share.clamp_min(1e-9))
+        tensors, bias = {"weight": masters.to(dtype or torch.bfloat16)}, ternary.bias
+    return tensors if bias is None else {**tensors, "bias": bias.to(dtype or torch.float32)}
+
+
+def _cast(value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return value.to(dtype) if dtype and value.is_floating_point() else value
+
+
+def _converted(
+    before: _Checkpoint, name: str, to: str, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """Return what the tensor ``name`` becomes; a ternary linear stands where its weight stood."""
+    layer = before.layer_of(name)
+    if layer is None:
+        return {name: _cast(before.read(name), dtype)}
+    if not name.endswith(".weight"):
+        return {}
+    encoded = _encode(before.ternary(layer), to, dtype)
+    return {f"{layer}.{kind}": value.contiguous() for kind, value in encoded.items()}
+
+
+def _write(before: _Checkpoint, partial: Path, to: str, dtype: torch.dtype | None) -> None:
+    """Write one file for each file of the source, and an index when there are several."""
+    weight_map: dict[str, str] = {}
+    total = 0
+    with tqdm(total=len(before.entries), desc=f"Converting to {to}", disable=None) as progress:
+        for file in before.files:
+            tensors: dict[str, Tensor] = {}
+            for name in [name for name, entry in before.entries.items() if entry.file == file]:
+                tensors |= _converted(before, name, to, dtype)
+                progress.update()
+            save_file(tensors, partial / file.name, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(tensors, file.name)
+            total += sum(tensor.nbytes for tensor in tensors.values())
+    if len(before.files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (partial / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _compare(before: _Checkpoint, after: _Checkpoint, dtype: torch.dtype | None) -> None:
+    """Read every tensor back; raise CheckpointError for the first that is not what it should be."""
+    plain = {name for name in before.entries if before.layer_of(name) is None}
+    names = sorted(plain | set(before.layers))
+    for name in tqdm(names, desc="Checking", disable=None):
+        if name in plain:
+            same = torch.equal(after.read(name), _cast(before.read(name), dtype))
         else:
-            expected = self.expected(name, value)
-            same = all(torch.equal(written[key], tensor) for key, tensor in expected.items())
+            same = _same(before.ternary(name), after.ternary(name), dtype)
         if not same:
             raise CheckpointError(f"{name}: does not read back as it was written")
+
+
+def _same(before: _Ternary, after: _Ternary, dtype: torch.dtype | None) -> bool:
+    """Compare codes exactly; scale and bias up to the rounding of the dtype they went through."""
+    # the mean over a matrix is itself only good to about 1e-6
+    rounding = max(torch.finfo(dtype or torch.bfloat16).eps, 1e-6)
+    same_bias = (before.bias is None) == (after.bias is None) and (
+        before.bias is None or torch.allclose(before.bias, after.bias, rtol=rounding, atol=1e-30)
+    )
+    # a matrix of zeros has no scale to speak of: the quantiser's smallest one
+    same_scale = torch.allclose(before.scale, after.scale, rtol=rounding, atol=1e-30)
+    is_zero = not bool(before.codes.any())
+    return torch.equal(before.codes, after.codes) and (same_scale or is_zero) and same_bias
 
 
 def _folder(source: str | os.PathLike) -> Path:
     if Path(source).is_dir():
         return Path(source)
     return Path(snapshot_download(str(source), allow_patterns=[*_COPIED, "*.safetensors"]))
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    if (folder / SAFE_WEIGHTS_NAME).is_file():
-        return [folder / SAFE_WEIGHTS_NAME]
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if not index.is_file():
-        raise CheckpointError(
-            f"{folder}: expected {SAFE_WEIGHTS_NAME} or {SAFE_WEIGHTS_INDEX_NAME}; "
-            "pickled weights are never read"
-        )
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    for name in names:
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{name}: named in {index.name}, but not there")
-    return [folder / name for name in names]
 
 
 def _empty_model(folder: Path) -> PreTrainedModel:
@@ -207,20 +252,8 @@ def _empty_model(folder: Path) -> PreTrainedModel:
         if config.model_type in ("bitnet", BitNetConfig.model_type):
             return BitNetForCausalLM(config)
         model = AutoModelForCausalLM.from_config(config)
-        replace_linears(model, config.quantization_config)
+        replace_linears(model, in_memory(config.quantization_config))
     return model
-
-
-def _layers(model: PreTrainedModel, to: str) -> dict[str, nn.Module]:
-    kind = BitLinear if to == "packed" else PackedBitLinear
-    layers: dict[str, nn.Module] = {
-        name: module for name, module in model.named_modules() if isinstance(module, kind)
-    }
-    if not layers:
-        raise ValueError(
-            f"`source`: expected a checkpoint to convert to {to}, got one that is {to}"
-        )
-    return layers
 
 
 @contextmanager
@@ -230,49 +263,11 @@ def _new_folder(target: Path) -> Iterator[Path]:
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         yield partial
-        partial.chmod(0o755)  # mkdtemp's folders are private
+        for path in (partial, *partial.iterdir()):  # temporary folders and their files are private
+            path.chmod(0o755 if path.is_dir() else 0o644)
         partial.replace(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _convert_files(work: _Work, files: list[Path], partial: Path) -> None:
-    weight_map: dict[str, str] = {}
-    total = 0
-    names = {(e.file, e.name): name for name, e in work.entries.items()}
-    with tqdm(total=2 * len(names), desc=f"Converting to {work.to}", disable=None) as progress:
-        for file in files:
-            written = _write(work, file, names, partial / file.name, progress)
-            _check(work, file, names, partial / file.name, progress)
-            weight_map |= dict.fromkeys(written, file.name)
-            total += sum(tensor.nbytes for tensor in written.values())
-    if len(files) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (partial / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _tensors(
-    file: Path, names: dict[tuple[Path, str], str], progress: tqdm
-) -> Iterator[tuple[str, Tensor]]:
-    with open_checkpoint(file) as opened:
-        for name in opened.keys():  # noqa: SIM118 - no mapping
-            yield names[file, name], opened.get_tensor(name)
-            progress.update()
-
-
-def _write(work: _Work, file: Path, names: dict, target: Path, progress: tqdm) -> dict[str, Tensor]:
-    written: dict[str, Tensor] = {}
-    for name, value in _tensors(file, names, progress):
-        written |= work.expected(name, value)
-    save_file({k: v.contiguous() for k, v in written.items()}, target, metadata={"format": "pt"})
-    return written
-
-
-def _check(work: _Work, file: Path, names: dict, target: Path, progress: tqdm) -> None:
-    with open_checkpoint(target) as opened:
-        written = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        for name, value in _tensors(file, names, progress):
-            work.check(name, value, written)
 
 
 def _copy_rest(source: Path, partial: Path, to: str, dtype: torch.dtype | None) -> None:
