@@ -135,7 +135,7 @@ def _op_command(name: str) -> Callable[..., None]:
         device: Device = "auto",
         threads: Threads = 0,
         rounds: Rounds = 15,
-        budget: Budget = 12.0,
+        budget: Budget = 10.0,
         quick: Quick = False,
         seed: Seed = 0,
         output: Output = None,
@@ -160,20 +160,18 @@ def _model_command(
     ] = 0,
     prompt: Annotated[int, typer.Option(help="Tokens of the prefill.")] = 512,
     context: Annotated[int, typer.Option(help="Tokens in the cache before decoding.")] = 64,
-    steps: Annotated[int, typer.Option(help="Tokens decoded in one call.")] = 4,
     shape: Annotated[str, typer.Option(help="2b4t, or tiny to see that it runs.")] = "2b4t",
     only: Only = None,
     provider: Names = None,
     device: Device = "auto",
     threads: Threads = 0,
     rounds: Rounds = 9,
+    budget: Budget = 60.0,
     quick: Quick = False,
     output: Output = None,
 ) -> None:
-    settings = _settings("bf16", device, threads, rounds, 60.0, quick, 0)
-    case = make_case(
-        "model", shape=shape, layers=layers or None, prompt=prompt, context=context, steps=steps
-    )
+    settings = _settings("bf16", device, threads, rounds, budget, quick, 0)
+    case = make_case("model", shape=shape, layers=layers or None, prompt=prompt, context=context)
     partial = bool(quick or only or provider or layers or shape != "2b4t")
     target = _target("model", output, partial)
     run_case(case, settings, only=_parse_only(only), names=provider or [], output=target)

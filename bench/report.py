@@ -145,14 +145,16 @@ def _ratio(row: dict[str, Any], baseline: str) -> str:
     return f"[bold]{times(found['median'])}[/] ({times(found['p20'])}-{times(found['p80'])})"
 
 
-def _cells(row: dict[str, Any], data: dict[str, Any], detailed: bool) -> list[str]:
+def _cells(
+    row: dict[str, Any], data: dict[str, Any], baselines: Sequence[str], detailed: bool
+) -> list[str]:
     label = escape(row["label"])
     if row["status"] != "timed":
         colour = "red" if row["status"] == "failed" else "yellow"
         return [label, f"[{colour}]{row['status']}[/]"]
     share = row["share_of_peak"]
     cells = [label, speed(row, data["unit"])]
-    cells += [_ratio(row, baseline) for baseline in data["baselines"]]
+    cells += [_ratio(row, baseline) for baseline in baselines]
     cells.append("" if share is None else f"{share:.0%}")
     if detailed:
         cells += [
@@ -171,19 +173,20 @@ def print_table(data: dict[str, Any], console: Console) -> None:
     console.print(f"[bold]{escape(data['title'])}[/]", highlight=False)
     detailed = console.width >= _DETAILED_WIDTH
     labels = {row["provider"]: row["label"] for row in data["rows"]}
+    baselines = [name for name in data["baselines"] if name in labels]
     for point in _distinct(row["point"] for row in data["rows"]):
         table = Table(title=escape(point_name(point)), title_justify="left", **_PLAIN)
         table.add_column("", min_width=16)
         table.add_column("median", min_width=9)
-        for baseline in data["baselines"]:
-            name = escape(labels.get(baseline, baseline))
+        for baseline in baselines:
+            name = escape(labels[baseline])
             table.add_column(f"times as fast as\n{name}", min_width=17, no_wrap=True)
         table.add_column("of\npeak", no_wrap=True, min_width=4)
         for column in _DETAILS if detailed else ():
             table.add_column(column.format(unit=data["unit"][:-1] or "call"), min_width=8)
         for row in data["rows"]:
             if row["point"] == point:
-                table.add_row(*_cells(row, data, detailed))
+                table.add_row(*_cells(row, data, baselines, detailed))
         console.print(table)
     for line in (*remarks(data), setup_line(data), peaks_line(data)):
         console.print(escape(line), style="dim", highlight=False)

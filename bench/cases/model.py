@@ -62,26 +62,48 @@ def _prefill_work(inputs: Inputs, model: PreTrainedModel, details: dict[str, Any
     )
 
 
-def _decode_work(inputs: Inputs, model: PreTrainedModel, details: dict[str, Any]) -> Work:
-    with torch.no_grad():
-        _, cache = _prefill(model, inputs.ids[:, : inputs.context], 1)
-    first = inputs.ids[:, inputs.context : inputs.context + 1]
+class _Decoder:
+    """Greedy decoding: each call makes one token from the last one and the cache.
 
-    def decode(steps: int) -> Tensor:
-        token = first
-        for _ in range(steps):
-            logits = model(token, past_key_values=cache, use_cache=True).logits
-            token = logits[:, -1].argmax(-1, keepdim=True)
-        cache.crop(-steps)
+    The cache grows from ``context`` tokens to twice that and is cut back.
+    """
+
+    def __init__(self, model: PreTrainedModel, ids: Tensor, context: int) -> None:
+        with torch.no_grad():
+            _, self.cache = _prefill(model, ids[:, :context], 1)
+        self.model = model
+        self.first = self.token = ids[:, context : context + 1]
+        self.context, self.made = context, 0
+
+    def step(self) -> Tensor:
+        """Return the logits after one more token."""
+        if self.made == self.context:
+            self.restart()
+        logits = self.model(self.token, past_key_values=self.cache, use_cache=True).logits
+        self.token = logits[:, -1].argmax(-1, keepdim=True)
+        self.made += 1
         return logits
 
+    def restart(self) -> None:
+        """Forget what was decoded."""
+        if self.made:
+            self.cache.crop(-self.made)
+        self.token, self.made = self.first, 0
+
+    def first_step(self) -> Tensor:
+        """Return the logits of the first step: later tokens differ where two logits nearly tie."""
+        self.restart()
+        return self.step()
+
+
+def _decode_work(inputs: Inputs, model: PreTrainedModel, details: dict[str, Any]) -> Work:
+    decoder = _Decoder(model, inputs.ids, inputs.context)
     per_token = details["state_bytes"] + inputs.models.shape.kv_bytes(inputs.context)
     return Work(
-        call=lambda: decode(inputs.tokens),
-        # later tokens may differ where two logits nearly tie, so one step is compared
-        output=lambda: decode(1),
-        read_bytes=inputs.tokens * per_token,
-        units=inputs.tokens,
+        call=decoder.step,
+        output=decoder.first_step,
+        read_bytes=per_token,
+        units=1,
         details={**details, "bytes_read_per_token": per_token},
     )
 
@@ -96,6 +118,13 @@ def _build(kind: str) -> Callable[[Inputs], Work]:
     return build
 
 
+def _build_eager(inputs: Inputs) -> Work:
+    """Run transformers without the torch.compile that it wraps around parts of its layer."""
+    work = _build("bitlinear")(inputs)
+    eager = torch.compiler.set_stance("force_eager")
+    return replace(work, call=eager(work.call), output=eager(work.output))
+
+
 def _reference(inputs: Inputs) -> Tensor:
     work = _build("autobitlinear")(inputs)
     return work.output()
@@ -107,7 +136,6 @@ def case(
     layers: int | None = None,
     prompt: int = 512,
     context: int = 64,
-    steps: int = 4,
 ) -> Case:
     """Return the case.
 
@@ -116,14 +144,13 @@ def case(
         layers: how many; None takes as many as the free memory allows.
         prompt: tokens of the prefill.
         context: tokens in the cache before decoding.
-        steps: tokens decoded in one call.
 
     Raises:
         ValueError: a number is not positive, or not one layer fits into memory.
     """
     if shape not in SHAPES:
         raise ValueError(f"`shape`: expected one of {', '.join(SHAPES)}, got {shape!r}")
-    for name, value in (("prompt", prompt), ("context", context), ("steps", steps)):
+    for name, value in (("prompt", prompt), ("context", context)):
         if value < 1:
             raise ValueError(f"`{name}`: expected at least 1, got {value}")
     full = SHAPES[shape]
@@ -153,7 +180,7 @@ def case(
         title=f"Model of {_TITLES[shape]} shapes, {fitting} of {full.layers} layers, bf16 head",
         grid=[
             {"phase": "prefill", "context": 0, "tokens": prompt},
-            {"phase": "decode", "context": context, "tokens": steps},
+            {"phase": "decode", "context": context, "tokens": 1},
         ],
         inputs=inputs,
         reference=_reference,
@@ -162,6 +189,10 @@ def case(
             "transformers_packed": Provider(
                 "hf bitlinear", _build("bitlinear"), TOLERANCE, "bf16",
                 "transformers, unpacks on each call",
+            ),
+            "transformers_eager": Provider(
+                "hf bitlinear, eager", _build_eager, TOLERANCE, "bf16",
+                "transformers without its torch.compile", default=False,
             ),
             "transformers_bf16": Provider(
                 "hf autobitlinear", _build("autobitlinear"), TOLERANCE, "bf16",

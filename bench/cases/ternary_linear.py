@@ -7,6 +7,7 @@ they exceed the last-level cache four times. The "hot" rows use one copy.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -101,6 +102,13 @@ def _transformers(inputs: Inputs) -> Work:
     return _work(inputs, inputs.x, make, packed.nbytes, lambda x, layer: layer(x))
 
 
+def _transformers_eager(inputs: Inputs) -> Work:
+    """Run the layer without the torch.compile that transformers wraps around its parts."""
+    compiled = _transformers(inputs)
+    eager = torch.compiler.set_stance("force_eager")(compiled.call)
+    return dataclasses.replace(compiled, call=eager)
+
+
 def _grid() -> list[dict[str, Any]]:
     rows = ((1, "cold"), (1, "hot"), (16, "hot"), (512, "hot"))
     return [{"M": M, "cache": cache, "K": K, "N": N} for M, cache in rows for K, N in SHAPES]
@@ -131,6 +139,10 @@ def case() -> Case:
             "transformers": Provider(
                 "hf BitLinear", _transformers, PEER_TOLERANCE, "bf16",
                 "transformers, unpacks on each call",
+            ),
+            "transformers_eager": Provider(
+                "hf BitLinear, eager", _transformers_eager, PEER_TOLERANCE, "bf16",
+                "without its torch.compile", default=False,
             ),
             "reference": Provider(
                 "bitnet_triton reference", _ours_reference, own, "fp32", "forced", default=False
