@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 import bitnet_triton as bt
 from bitnet_triton.kernels import ternary_linear
@@ -56,8 +56,30 @@ def code_three(tensors):
 
 
 @pytest.mark.parametrize("format", ["bitlinear", "packed"])
-def test_a_packed_value_of_three(format, damaged):
-    refused(damaged(code_three, format), f"{UP}: holds the packed value 3")
+@pytest.mark.parametrize("place", [0, 1, 7, 8, 799, 1599])
+@pytest.mark.parametrize("plane", range(4))
+def test_a_packed_value_of_three(plane, place, format, damaged):
+    def change(tensors):
+        tensors[UP].view(-1)[place] |= 3 << (2 * plane)
+
+    refused(damaged(change, format), f"{UP}: holds the packed value 3")
+
+
+def test_a_packed_value_of_three_in_the_last_odd_bytes(checkpoint, save_checkpoint, tmp_path):
+    config = AutoConfig.from_pretrained(checkpoint())
+    config.intermediate_size = 68  # 17 packed rows of 17 codes in the gates: no multiple of 8 bytes
+    config.hidden_size, config.head_dim = 68, 16
+    with torch.device("meta"):
+        model = bt.BitNetForCausalLM(config)
+    model.to_empty(device="cpu")
+    tensors = {name: torch.ones_like(tensor) for name, tensor in model.state_dict().items()}
+    assert tensors[UP].numel() % 8 == 4
+    config.save_pretrained(tmp_path)
+    save_checkpoint(tensors, tmp_path)
+    bt.BitNetForCausalLM.from_pretrained(tmp_path)
+    tensors[UP][-1, -1] = 0b11
+    save_checkpoint(tensors, tmp_path)
+    refused(tmp_path, f"{UP}: holds the packed value 3")
 
 
 @pytest.mark.parametrize("value", [0.5, 2.0, torch.nan, torch.inf])
