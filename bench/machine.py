@@ -131,4 +131,5 @@ def _commit() -> str | None:
 def command_line() -> str:
     """Return how this run was started, without folders."""
     arguments = [Path(a).name if os.path.isabs(a) else a for a in sys.argv[1:]]
-    return " ".join(["python -m bench", *arguments])
+    program = Path(sys.argv[0]).name
+    return " ".join([program if program == "bitnet-triton" else "python -m bench", *arguments])

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from bench.__main__ import app
 from bench.case import Settings
 from bench.cases import ternary_linear
-from bench.machine import copies_beyond_cache, last_level_cache_bytes
+from bench.machine import command_line, copies_beyond_cache, last_level_cache_bytes
 from bench.measure import Row, spread
 from bench.memory import peak_extra_bytes
 from bench.peaks import Peaks, measure_peaks
@@ -61,6 +61,13 @@ def test_json_says_what_the_figures_depend_on(data):
     assert data["settings"]["threads"] == 1
     assert data["command"].startswith("python -m bench")
     assert data["software"]["backends"]["reference"] == "available"
+
+
+def test_command_is_told_without_folders(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/a/bench/__main__.py", "model", "--output", "/b/r.json"])
+    assert command_line() == "python -m bench model --output r.json"
+    monkeypatch.setattr(sys, "argv", ["/a/bin/bitnet-triton", "bench", "model"])
+    assert command_line() == "bitnet-triton bench model"
 
 
 def test_foreign_json_is_refused(tmp_path):
