@@ -176,9 +176,15 @@ def default_backend():
 
 @pytest.fixture(autouse=True)
 def _reference_backend(request, monkeypatch):
-    if "default_backend" not in request.fixturenames:
-        # by the environment: threads, as streaming starts them, begin with an empty context
-        monkeypatch.setenv(ENVIRONMENT_VARIABLE, "reference")
+    if "default_backend" in request.fixturenames:
+        yield
+        return
+    # by the environment: threads, as streaming starts them, begin with an empty context
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "reference")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # in models this small a second thread only waits for the first
+    yield
+    torch.set_num_threads(threads)
 
 
 def first_output(model, ids, **kwargs) -> Tensor:
@@ -218,7 +224,7 @@ def steady_ids(token_ids):
     and the logits then differ a thousand times more than the bit.
     """
 
-    def draw(model, B=32, T=5) -> Tensor:
+    def draw(model, B=32, T=5, **kwargs) -> Tensor:
         ids = token_ids(B, T)
         is_steady = torch.ones(B, dtype=torch.bool)
 
@@ -233,7 +239,7 @@ def steady_ids(token_ids):
             for module in model.modules()
             if isinstance(module, (HfBitLinear, AutoBitLinear))
         ]
-        first_output(model, ids)
+        first_output(model, ids, **kwargs)
         for hook in hooks:
             hook.remove()
         assert is_steady.sum() >= 4, "too few sequences to compare"

@@ -42,12 +42,16 @@ class BitNetConfig(HfBitNetConfig):
     attention: str | dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.attention is not None:
-            self.attention = AttentionPlan.from_config(self.attention).to_config()
         quantization_config = kwargs.pop("quantization_config", ONLINE)
         if quantization_config is not None:
             kwargs["quantization_config"] = in_memory(quantization_config)
         super().__post_init__(**kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # here and not in __post_init__: from_pretrained sets its keyword arguments afterwards
+        if name == "attention" and value is not None:
+            value = AttentionPlan.from_config(value).to_config()
+        super().__setattr__(name, value)
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
