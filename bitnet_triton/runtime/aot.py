@@ -14,7 +14,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -215,15 +215,25 @@ def _amd(compiled: Any) -> tuple[int, int, str]:
 
 
 def markdown_table(rows: Sequence[Resources]) -> str:
-    """Write ``rows`` as a Markdown table."""
-    lines = [
-        "| " + " | ".join(f.name for f in fields(Resources)) + " |",
-        "|" + "---|" * len(fields(Resources)),
-    ]
+    """Write a Markdown table: a line for a kernel, its dtypes and tiles; a column for a target."""
+    targets = list(dict.fromkeys(row.target for row in rows))
+    lines: dict[tuple[str, str, str], dict[str, str]] = {}
     for row in rows:
         constants = " ".join(f"{name}={value}" for name, value in row.constants)
-        instructions = " ".join(f"`{i}`" for i in row.instructions)
-        cells = [row.kernel, row.target, " ".join(row.dtypes), constants]
-        cells += [str(row.registers), str(row.spills), str(row.shared), instructions]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        cell = f"{row.registers}, {row.spills}, {row.shared}, {_short(row.instructions)}"
+        key = (row.kernel, " ".join(row.dtypes), constants)
+        lines.setdefault(key, {})[row.target] = cell
+    table = [["kernel", "tensors", "constants", *targets], ["---"] * (3 + len(targets))]
+    table += [
+        [*key, *(cells.get(target, "") for target in targets)] for key, cells in lines.items()
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in table)
+
+
+def _short(instructions: Sequence[str]) -> str:
+    """Name family and operand of matrix instructions: "wgmma s8", "mfma bf16"."""
+    names = []
+    for instruction in instructions:
+        family, *_, operand = re.split(r"[._]", instruction.removeprefix("v_").removesuffix(".s32"))
+        names.append(f"{family} {'bf16' if '.bf16' in instruction else operand}")
+    return " + ".join(dict.fromkeys(names)) or "-"

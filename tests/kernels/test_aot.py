@@ -164,5 +164,17 @@ def test_sizes_of_one_compile():
         assert compile_for(launch, TARGETS["sm_80"]).spills == 0
 
 
+def test_the_table_has_a_line_for_a_launch_and_a_column_for_a_target():
+    launch_name = next(n for n in LAUNCHES if n.startswith("bit_linear_fwd"))
+    rows = [resources(launch_name, target) for target in ("sm_90", "gfx942")]
+    head, _, line = markdown_table(rows).splitlines()
+    assert head == "| kernel | tensors | constants | sm_90 | gfx942 |"
+    kernel, tensors, constants, *cells = line.strip("| ").split(" | ")
+    assert (kernel, tensors.split()[0]) == ("bit_linear_fwd", "i8")
+    assert "BLOCK_K=64" in constants
+    for cell, row, instruction in zip(cells, rows, ("wgmma s8", "mfma i8")):
+        assert cell == f"{row.registers}, 0, {row.shared}, {instruction}"
+
+
 if __name__ == "__main__":
     sys.stdout.write(markdown_table([resources(n, t) for n in LAUNCHES for t in TARGETS]) + "\n")

@@ -191,25 +191,23 @@ def test_the_references_straight_through_form_passes_gradcheck(levels, monkeypat
 
 
 @pytest.mark.parametrize("op", ["packed", "trained"])
-def test_float16_gradients_survive_where_a_product_would_not(op, device, backend):
-    """Sums of dy beyond 65504 before scaling, and dy times the scale below 6e-8."""
+@pytest.mark.parametrize("size", [400.0, 1e-4], ids=["large", "small"])
+def test_float16_gradients_survive_where_a_product_would_not(size, op, device, backend):
+    """Sums of large dy pass 65504 before scaling; small dy times the scale is below 6e-8."""
     N, K = 512, 16
-    codes = torch.ones(N, K, dtype=torch.int8, device=device)
-    x = (quantised_rows(2, K, device=device) / 128).half().requires_grad_()
-    weight = (codes * 1e-3).half().requires_grad_()
-    dy = torch.tensor([[400.0], [1e-4]], device=device).half().expand(2, N)
+    x = (quantised_rows(20, K, device=device) / 128).half().requires_grad_()
+    weight = torch.full((N, K), 1e-3, device=device).requires_grad_()
+    packed = TernaryWeight.from_codes(torch.ones(N, K, dtype=torch.int8, device=device), 1e-3)
+    dy = torch.full((20, N), size, dtype=torch.float16, device=device)
     with use_backend(backend):
-        if op == "packed":
-            y = ternary_linear(x, TernaryWeight.from_codes(codes, weight.float().mean().detach()))
-        else:
-            y = bit_linear(x, weight)
+        y = ternary_linear(x, packed) if op == "packed" else bit_linear(x, weight)
         y.backward(dy)
     exact_dx = dy.double() @ weight.detach().double()
     eager_dx = (dy.float() @ weight.detach().float()).half()
     assert_close("dx", x.grad, exact_dx, eager=eager_dx)
     if op == "trained":
         exact_dweight = dy.double().t() @ x.detach().double()
-        eager_dweight = (dy.float().t() @ x.detach().float()).half()
+        eager_dweight = dy.float().t() @ x.detach().float()
         assert_close("dweight", weight.grad, exact_dweight, eager=eager_dweight)
 
 
@@ -266,8 +264,8 @@ def test_inputs_that_are_not_contiguous(device, backend):
         same = gradients(*(t.contiguous() for t in (x, weight, bias, dy)), packed)
     for name, value, expected in zip(("y", "dx", "dweight"), ours, same):
         assert torch.equal(value, expected), name
-    # summed in the order of its strides
-    assert_close("dbias", ours[-1], 2 * dy.double().sum(0), eager=same[-1])
+    # a sum in another order, of ten values: the few elements say little about its worst error
+    assert_close("dbias", ours[-1], 2 * dy.double().sum(0), worst=1e-5)
 
 
 def test_backward_runs_twice_with_the_same_result(device, backend):

@@ -54,15 +54,11 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return select("quantize_activations", _ACTIVATIONS, x.device, x)(x.contiguous())
 
 
-def _launch(x: Tensor) -> tuple[Tensor, Tensor]:
-    return quantize_rows(x)
-
-
 def _fake(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((x.shape[0], 1), dtype=torch.float32)
 
 
-_quantize_activations_fwd = register_op("quantize_activations_fwd", _launch, _fake)
+_quantize_activations_fwd = register_op("quantize_activations_fwd", quantize_rows, _fake)
 
 
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -63,10 +63,14 @@ def _ternary_linear_fwd_kernel(
             a_ptr + tokens[None, :] * K + (k + ks)[:, None],
             mask=is_token[None, :] & in_k[:, None], other=0,
         )  # [BLOCK_K, BLOCK_M]  # fmt: skip
-        acc0 = tl.dot((packed & 3).to(tl.int8) - 1, a, acc0, out_dtype=tl.int32)  # [BLOCK_R, BLOCK_M]
-        acc1 = tl.dot(((packed >> 2) & 3).to(tl.int8) - 1, a, acc1, out_dtype=tl.int32)
-        acc2 = tl.dot(((packed >> 4) & 3).to(tl.int8) - 1, a, acc2, out_dtype=tl.int32)
-        acc3 = tl.dot((packed >> 6).to(tl.int8) - 1, a, acc3, out_dtype=tl.int32)
+        w0 = (packed & 3).to(tl.int8) - 1  # [BLOCK_R, BLOCK_K], and the three below
+        w1 = ((packed >> 2) & 3).to(tl.int8) - 1
+        w2 = ((packed >> 4) & 3).to(tl.int8) - 1
+        w3 = (packed >> 6).to(tl.int8) - 1
+        acc0 = tl.dot(w0, a, acc0, out_dtype=tl.int32)  # [BLOCK_R, BLOCK_M], and the three below
+        acc1 = tl.dot(w1, a, acc1, out_dtype=tl.int32)
+        acc2 = tl.dot(w2, a, acc2, out_dtype=tl.int32)
+        acc3 = tl.dot(w3, a, acc3, out_dtype=tl.int32)
 
     token_scale = tl.load(a_scale_ptr + tokens, mask=is_token, other=0.0)
     scale = tl.load(scale_ptr)
@@ -112,7 +116,8 @@ def _bit_linear_fwd_kernel(
             a_ptr + tokens[None, :] * K + (k + ks)[:, None],
             mask=is_token[None, :] & in_k[:, None], other=0,
         )  # [BLOCK_K, BLOCK_M]  # fmt: skip
-        acc = tl.dot(weight_codes(weight, scale, mean, BINARY), a, acc, out_dtype=tl.int32)  # [BLOCK_N, BLOCK_M]
+        codes = weight_codes(weight, scale, mean, BINARY)
+        acc = tl.dot(codes, a, acc, out_dtype=tl.int32)  # [BLOCK_N, BLOCK_M]
 
     token_scale = tl.load(a_scale_ptr + tokens, mask=is_token, other=0.0)
     in_tile = is_row[:, None] & is_token[None, :]
