@@ -205,7 +205,8 @@ def _check_shapes(model: PreTrainedModel, entries: dict[str, Entry]) -> None:
             raise CheckpointError(
                 f"{entry.name}: expected shape {list(tensor.shape)}, got {list(entry.shape)}"
             )
-        kind, dtypes = "floating point", FLOATS
+        kind: str = "floating point"
+        dtypes: tuple[str, ...] = FLOATS
         if name in packed:
             is_packed = tensor.dtype == torch.uint8
             kind, dtypes = ("packed uint8", ("U8",)) if is_packed else ("codes", (*FLOATS, "I8"))

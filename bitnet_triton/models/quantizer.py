@@ -33,7 +33,7 @@ class TernaryQuantConfig(BitNetQuantConfig):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, as every published checkpoint has it."""
@@ -83,7 +83,7 @@ def replace_linears(
     if not isinstance(config, BitNetQuantConfig):
         config = TernaryQuantConfig(**config)
     skip = HfQuantizer.get_modules_to_not_convert(
-        model, config.modules_to_not_convert, model._keep_in_fp32_modules
+        model, config.modules_to_not_convert, list(model._keep_in_fp32_modules or ())
     )
     for name, linear in _linears(model, skip):
         model.set_submodule(name, _our_linear(name, linear, config))
@@ -93,7 +93,7 @@ def _our_linear(name: str, linear: nn.Linear, config: BitNetQuantConfig) -> nn.M
     norm = None
     if config.use_rms_norm:
         with torch.device(linear.weight.device):
-            norm = LlamaRMSNorm(linear.in_features, eps=config.rms_norm_eps)
+            norm = LlamaRMSNorm(linear.in_features, eps=config.rms_norm_eps)  # type: ignore[arg-type]
     if config.linear_class == "autobitlinear" and config.quantization_mode == "online":
         return BitLinear.from_linear(linear, norm)
     divides = config.linear_class == "bitlinear"
@@ -129,8 +129,7 @@ class TernaryHfQuantizer(BitNetHfQuantizer):
         replace_linears(model, self.quantization_config)
         files = checkpoint_files or []
         self._unpacked = unpacked_layers(model, files)
-        for name in self._unpacked:
-            layer = model.get_submodule(name)
+        for layer in self._unpacked_layers(model):
             shape = (layer.out_features, layer.in_features)
             layer.weight = torch.empty(shape, dtype=torch.int8, device="meta")
         if files:
@@ -139,7 +138,12 @@ class TernaryHfQuantizer(BitNetHfQuantizer):
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
-        for name in self._unpacked:
-            layer = model.get_submodule(name)
+        for layer in self._unpacked_layers(model):
             layer.weight = TernaryWeight.from_codes(layer.weight.to(torch.int8), 1.0).packed
         return model
+
+    def _unpacked_layers(self, model: PreTrainedModel) -> Iterator[PackedBitLinear]:
+        for name in self._unpacked:
+            layer = model.get_submodule(name)
+            assert isinstance(layer, PackedBitLinear)
+            yield layer

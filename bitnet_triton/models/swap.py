@@ -52,8 +52,8 @@ def _forget_unpacking(model: nn.Module) -> None:
     # transformers remembers that it unpacked the checkpoint and would undo it while saving; our
     # layers already hold what a checkpoint holds
     conversions = getattr(model, "_weight_conversions", None)
-    if conversions:
-        model._weight_conversions = [
+    if isinstance(conversions, list):
+        conversions[:] = [
             conversion
             for conversion in conversions
             if not any(

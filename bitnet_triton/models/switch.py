@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.models.bitnet.configuration_bitnet import BitNetConfig as HfBitNetConfig
@@ -10,11 +11,11 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_bitnet import BitNetHfQuantizer
 
 from bitnet_triton.models.bitnet import BitNetForCausalLM, BitNetModel
-from bitnet_triton.models.quantizer import TernaryHfQuantizer
+from bitnet_triton.models.quantizer import PUBLISHED_METHOD, TernaryHfQuantizer
 
 logger = logging.getLogger("bitnet_triton")
 
-_MODELS = {AutoModel: BitNetModel, AutoModelForCausalLM: BitNetForCausalLM}
+_MODELS: dict[Any, type] = {AutoModel: BitNetModel, AutoModelForCausalLM: BitNetForCausalLM}
 
 
 def enable() -> None:
@@ -23,15 +24,16 @@ def enable() -> None:
     For code that loads models itself: ``pipeline``, evaluation harnesses, servers. Holds for
     models loaded from now on, of every architecture; ``disable()`` undoes it.
     """
-    AUTO_QUANTIZER_MAPPING["bitnet"] = TernaryHfQuantizer
+    AUTO_QUANTIZER_MAPPING[PUBLISHED_METHOD] = TernaryHfQuantizer
     for auto, model in _MODELS.items():
-        auto.register(HfBitNetConfig, model, exist_ok=True)
+        # not auto.register: transformers 5.17 ignores it, silently, for a config of its own
+        auto._model_mapping._extra_content[HfBitNetConfig] = model
     logger.info("transformers loads `quant_method: bitnet` checkpoints with bitnet_triton")
 
 
 def disable() -> None:
     """Undo ``enable()``; models that are loaded stay as they are."""
-    AUTO_QUANTIZER_MAPPING["bitnet"] = BitNetHfQuantizer
+    AUTO_QUANTIZER_MAPPING[PUBLISHED_METHOD] = BitNetHfQuantizer
     for auto in _MODELS:
         auto._model_mapping._extra_content.pop(HfBitNetConfig, None)
     logger.info("transformers loads `quant_method: bitnet` checkpoints with its own layers")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import PreTrainedConfig
 from transformers.models.bitnet.configuration_bitnet import BitNetConfig as HfBitNetConfig
 
 from bitnet_triton.attention import AttentionPlan
@@ -65,7 +66,7 @@ class BitNetConfig(HfBitNetConfig):
         return super().from_dict(_checked(config_dict), **kwargs)
 
     @classmethod
-    def from_hf(cls, config: HfBitNetConfig) -> BitNetConfig:
+    def from_hf(cls, config: PreTrainedConfig) -> BitNetConfig:
         """Turn a config of transformers' own class into one of this class."""
         if isinstance(config, cls):
             return config
