@@ -170,11 +170,12 @@ def test_the_statistics_of_a_large_weight_are_accurate(device, backend):
 
 
 def test_packing_uses_the_codes_of_training(device, backend):
-    weight, x = randn(64, 96, device=device), torch.eye(96, device=device)
+    # 127 times the identity has scale 1 and reads the weights out
+    weight, x = randn(64, 96, device=device), 127 * torch.eye(96, device=device)
     with use_backend(backend):
         codes, scale = quantize_weight(weight)
-        y = bit_linear(x, weight)  # the identity reads the weights out
-    assert torch.equal(y, (codes * scale).t())
+        y = bit_linear(x, weight)
+    assert torch.equal(y, (127 * codes * scale).t())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
