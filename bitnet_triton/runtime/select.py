@@ -111,6 +111,28 @@ def _device_objection(backend: str, device_type: str) -> str | None:
     return None
 
 
+def explain(
+    op: str, implementations: Mapping[str, Implementation], device: torch.device
+) -> list[tuple[str, str | None]]:
+    """Return the backends that ``select`` would try on ``device``, each with its objection.
+
+    What an implementation thinks of particular shapes and dtypes is left out.
+    """
+    forced = forced_backend()
+    return [
+        (backend, _objection(op, implementations, backend, device.type))
+        for backend in (BACKENDS if forced is None else (forced,))
+    ]
+
+
+def _objection(
+    op: str, implementations: Mapping[str, Implementation], backend: str, device_type: str
+) -> str | None:
+    if backend not in implementations:
+        return f"{op} has no `{backend}` implementation"
+    return _device_objection(backend, device_type)
+
+
 def select(
     op: str, implementations: Mapping[str, Implementation], device: torch.device, *args: Any
 ) -> Callable[..., Any]:
@@ -128,15 +150,13 @@ def select(
     forced = forced_backend()
     objections: list[tuple[str, str]] = []
     for backend in BACKENDS if forced is None else (forced,):
-        implementation = implementations.get(backend)
-        if implementation is None:
-            objections.append((backend, f"{op} has no `{backend}` implementation"))
-            continue
-        objection = _device_objection(backend, device.type) or implementation.supports(*args)
+        objection = _objection(op, implementations, backend, device.type)
+        if objection is None:
+            objection = implementations[backend].supports(*args)
         if objection is None:
             if forced is None and (op, device.type, backend) not in _logged:
                 _log_choice(op, device.type, backend, objections)
-            return implementation.run
+            return implementations[backend].run
         objections.append((backend, objection))
     if forced is not None:
         raise BackendUnavailableError(

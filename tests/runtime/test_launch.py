@@ -55,9 +55,9 @@ def test_a_program_of_the_quantiser_holds_the_whole_row():
 
 
 def test_a_row_that_no_program_holds_is_refused_by_the_triton_quantiser():
-    from bitnet_triton.kernels.quantize.op import _ACTIVATIONS
+    from bitnet_triton.kernels.quantize.op import ACTIVATIONS_FWD
 
-    supports = _ACTIVATIONS["triton"].supports
+    supports = ACTIVATIONS_FWD["triton"].supports
     largest = largest_size("quantize_activations_fwd")
     assert supports(torch.empty(1, largest, device="meta")) is None
     assert "at most" in supports(torch.empty(1, largest + 1, device="meta"))

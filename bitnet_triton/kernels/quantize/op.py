@@ -40,7 +40,7 @@ def _reference_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes.to(torch.int8), scale
 
 
-_ACTIVATIONS = {
+ACTIVATIONS_FWD = {
     "triton": Implementation(_triton_activations, _triton_activations_objection),
     "compile": Implementation(compiled_quantize_activations),
     "reference": Implementation(_reference_activations),
@@ -51,7 +51,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Quantise x [M, K] by rows without checks; for the ops above this one."""
     if x.shape[0] == 0:
         return _fake(x)
-    return select("quantize_activations", _ACTIVATIONS, x.device, x)(x.contiguous())
+    return select("quantize_activations", ACTIVATIONS_FWD, x.device, x)(x.contiguous())
 
 
 def _fake(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,7 +97,7 @@ def _reference_stats(weight: Tensor) -> Tensor:
     return weight_stats_reference(weight.float())
 
 
-_STATS = {
+WEIGHT_STATS = {
     "triton": Implementation(_eager_stats),  # a plain reduction: nothing that a kernel would add
     "compile": Implementation(compiled_weight_stats),
     "reference": Implementation(_reference_stats),
@@ -105,7 +105,7 @@ _STATS = {
 
 
 def _launch_stats(weight: Tensor) -> Tensor:
-    return select("weight_stats", _STATS, weight.device)(weight.contiguous())
+    return select("weight_stats", WEIGHT_STATS, weight.device)(weight.contiguous())
 
 
 def _fake_stats(weight: Tensor) -> Tensor:

@@ -1,0 +1,64 @@
+"""``bitnet-triton doctor``: the choice it prints is the choice that is made."""
+
+import logging
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from bitnet_triton.cli import app
+from bitnet_triton.kernels import IMPLEMENTATIONS, TernaryWeight, ternary_linear
+
+runner = CliRunner()
+
+
+def doctor(*arguments):
+    return runner.invoke(
+        app, ["doctor", *arguments], catch_exceptions=False, env={"COLUMNS": "200"}
+    )
+
+
+def test_names_a_backend_for_every_op():
+    lines = doctor().stdout.splitlines()
+    for op in IMPLEMENTATIONS:
+        (row,) = [line for line in lines if line.startswith(op + " ")]
+        assert row.split()[1] in ("triton", "compile", "reference")
+
+
+def test_prints_the_backend_that_really_runs(caplog):
+    (row,) = [line for line in doctor().stdout.splitlines() if line.startswith("ternary_linear ")]
+    with caplog.at_level(logging.INFO, logger="bitnet_triton"):
+        weight = TernaryWeight.from_codes(torch.ones(4, 8, dtype=torch.int8), 1.0)
+        ternary_linear(torch.ones(1, 8), weight)
+    assert f"ternary_linear on cpu runs on backend `{row.split()[1]}`" in caplog.text
+
+
+def test_says_why_triton_does_not_run_on_the_cpu():
+    assert "not triton on cpu: stock Triton compiles for GPUs" in doctor().stdout
+
+
+def test_shows_a_forced_backend(monkeypatch):
+    monkeypatch.setenv("BITNET_TRITON_BACKEND", "reference")
+    output = doctor().stdout
+    assert "(forced: reference)" in output
+    (row,) = [line for line in output.splitlines() if line.startswith("ternary_linear ")]
+    assert row.split()[1] == "reference"
+
+
+def test_checks_every_backend_that_can_run():
+    output = doctor("--check").stdout
+    assert "compile on cpu: agrees" in output
+    assert "reference on cpu: agrees" in output
+
+
+def test_a_backend_that_differs_fails_the_check(monkeypatch):
+    monkeypatch.setattr("bitnet_triton.cli.doctor._worst_error", lambda *_: 0.1)
+    result = doctor("--check")
+    assert "DIFFERS" in result.stdout
+    assert result.exit_code == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_triton_runs_on_the_gpu():
+    assert "triton on cuda:0: agrees" in doctor("--check").stdout
