@@ -24,7 +24,7 @@ def parse_mode(value: str | Mapping[str, Any]) -> Any:
         value: a mode's name, or a mapping with ``mode`` and the settings of that mode.
 
     Raises:
-        TypeError: ``value`` is neither.
+        TypeError: ``value`` is neither, or a setting without a default is missing.
         ValueError: the mode or a setting is unknown.
     """
     if isinstance(value, str):
@@ -46,4 +46,7 @@ def parse_mode(value: str | Mapping[str, Any]) -> Any:
                 f"`attention`: mode {name!r} has no setting {key!r} "
                 f"(settings: {known}){_hint(key, fields)}"
             )
-    return MODES[name](**settings)
+    try:
+        return MODES[name](**settings)
+    except TypeError as error:  # a setting without a default is missing
+        raise TypeError(f"`attention`: mode {name!r}: {error}") from error

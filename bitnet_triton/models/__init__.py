@@ -6,8 +6,9 @@ from bitnet_triton.models.bitnet import BitNetConfig, BitNetForCausalLM, BitNetM
 from bitnet_triton.models.swap import use_ternary_kernels
 from bitnet_triton.models.switch import disable, enable
 
-# Names only: nothing that transformers already knows changes. exist_ok: transformers looks first at
-# the name of the class, which its own config has too, and takes ours for a second registration
+# Names only, as in attention/hub.py: nothing that transformers already knows changes. exist_ok:
+# transformers looks first at the name of the class, which its own config has too, and takes ours
+# for a second registration
 AutoConfig.register(BitNetConfig.model_type, BitNetConfig, exist_ok=True)
 AutoModel.register(BitNetConfig, BitNetModel, exist_ok=True)
 AutoModelForCausalLM.register(BitNetConfig, BitNetForCausalLM, exist_ok=True)

@@ -26,8 +26,9 @@ class BitNetConfig(HfBitNetConfig):
 
     Args:
         attention: an attention mode by name (``"full"``), or as a dict with ``mode`` and its
-            settings. None leaves attention to transformers. A config with a mode is saved under
-            the model type ``bitnet_triton``, any other as plain ``bitnet``.
+            settings; or a plan, a dict with ``prefill`` and ``decode``, each of them a mode or a
+            list with a mode for each layer. None leaves attention to transformers. A config with
+            a mode is saved under the model type ``bitnet_triton``, any other as plain ``bitnet``.
         quantization_config: how the linears are quantised, as in published checkpoints. A fresh
             config has trainable ternary linears (``autobitlinear``, ``online``); a ``config.json``
             without the field, and an explicit None, mean dense linears, as in transformers.
@@ -47,6 +48,8 @@ class BitNetConfig(HfBitNetConfig):
         if quantization_config is not None:
             kwargs["quantization_config"] = in_memory(quantization_config)
         super().__post_init__(**kwargs)
+        if self.attention is not None:
+            AttentionPlan.from_config(self.attention).check_layers(self.num_hidden_layers)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # here and not in __post_init__: from_pretrained sets its keyword arguments afterwards

@@ -10,10 +10,26 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedConfig
 
+from bitnet_triton.attention import AttentionPlan, hub
 from bitnet_triton.errors import CheckpointError
 from bitnet_triton.models.bitnet.configuration_bitnet import BitNetConfig
 from bitnet_triton.models.checkpoint import check_checkpoint, check_folder, check_suffixes
 from bitnet_triton.models.quantizer import replace_linears
+
+
+def _prepared_plan(config: BitNetConfig) -> AttentionPlan | None:
+    """Return the plan of ``config``, if any, and lead transformers' attention layers to it."""
+    if config.attention is None:
+        return None
+    asked = config._attn_implementation
+    if asked not in (None, hub.NAME):
+        raise ValueError(
+            f"`attn_implementation`: expected none beside `config.attention`, got {asked!r}"
+        )
+    config._attn_implementation = hub.NAME
+    plan = AttentionPlan.from_config(config.attention)
+    plan.check_layers(config.num_hidden_layers)  # again: keyword arguments come after its check
+    return plan
 
 
 class _TernaryModel(hf.BitNetPreTrainedModel):
@@ -23,7 +39,10 @@ class _TernaryModel(hf.BitNetPreTrainedModel):
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         config = BitNetConfig.from_hf(config)
+        plan = _prepared_plan(config)
         super().__init__(config, *args, **kwargs)
+        if plan is not None:
+            hub.set_plan(self, plan)
         if getattr(config, "quantization_config", None) is not None:
             replace_linears(self, config.quantization_config)
 
