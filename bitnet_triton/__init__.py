@@ -24,7 +24,7 @@ _HOME = {
     "use_ternary_kernels": "bitnet_triton.models",
 }
 
-__all__ = [*sorted(_HOME), "__version__"]  # noqa: PLE0604 - all strings
+__all__ = [*sorted(_HOME), "__version__"]
 
 
 def __getattr__(name: str) -> Any:
