@@ -210,6 +210,16 @@ def test_a_pickled_adapter_is_never_read(checkpoint, tmp_path):
     refused(tmp_path, "adapter_model.bin: .*pickled weights are never read")
 
 
+def test_a_pickled_variant_is_never_read(copy_of):
+    folder = copy_of("dense")
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.fp16.bin").write_bytes(pickle.dumps(Bomb()))
+    config = json.loads((folder / "config.json").read_text())
+    del config["dtype"]  # transformers would read it from the first file
+    (folder / "config.json").write_text(json.dumps(config))
+    refused(folder, "no file named model.fp16.safetensors", error=OSError, variant="fp16")
+
+
 def test_a_folder_without_weights(copy_of):
     folder = copy_of("packed")
     (folder / "model.safetensors").unlink()

@@ -212,6 +212,13 @@ def test_a_config_survives_its_own_plain_data_and_its_file(fields, tmp_path):
     assert method in (None, "bitnet")
 
 
+def test_the_name_of_our_quantiser_stays_in_memory(checkpoint):
+    config = bt.BitNetForCausalLM.from_pretrained(checkpoint()).config
+    assert config.quantization_config.quant_method == "bitnet_triton"
+    assert config.quantization_config.to_dict()["quant_method"] == "bitnet"
+    assert "bitnet_triton" not in config.to_json_string()
+
+
 def test_a_config_of_transformers_becomes_ours_with_all_its_fields(checkpoint):
     theirs = HfBitNetConfig.from_pretrained(checkpoint("packed", tied=True, bias=True))
     ours = bt.BitNetConfig.from_hf(theirs)
