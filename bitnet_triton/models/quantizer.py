@@ -21,7 +21,7 @@ from transformers.utils.quantization_config import BitNetQuantConfig
 
 from bitnet_triton.kernels import TernaryWeight
 from bitnet_triton.models.checkpoint import check_checkpoint, unpacked_layers
-from bitnet_triton.nn import BitLinear, PackedBitLinear
+from bitnet_triton.nn import BitLinear, PackedBitLinear, use_output_head
 
 PUBLISHED_METHOD = "bitnet"
 METHOD = "bitnet_triton"
@@ -74,7 +74,7 @@ def _linears(model: nn.Module, skip: list[str]) -> Iterator[tuple[str, nn.Linear
 def replace_linears(
     model: PreTrainedModel, quantization_config: Mapping[str, Any] | BitNetQuantConfig
 ) -> None:
-    """Replace the dense linears of ``model`` by ours, in place; those that are ours stay.
+    """Replace the dense linears and the head of ``model`` by ours, in place; ours stay.
 
     Raises:
         ValueError: a linear cannot be packed, or ``quantization_config`` holds an invalid value.
@@ -87,6 +87,7 @@ def replace_linears(
     )
     for name, linear in _linears(model, skip):
         model.set_submodule(name, _our_linear(name, linear, config))
+    use_output_head(model)
 
 
 def _our_linear(name: str, linear: nn.Linear, config: BitNetQuantConfig) -> nn.Module:

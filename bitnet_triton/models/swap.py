@@ -10,7 +10,7 @@ from transformers.integrations.bitnet import AutoBitLinear, BitNetDeserialize
 from transformers.integrations.bitnet import BitLinear as HfBitLinear
 
 from bitnet_triton.kernels import TernaryWeight
-from bitnet_triton.nn import BitLinear, PackedBitLinear
+from bitnet_triton.nn import BitLinear, PackedBitLinear, use_output_head
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -20,7 +20,8 @@ def use_ternary_kernels(model: Model) -> Model:
 
     Works for any architecture that was loaded with ``quant_method: bitnet``: packed
     (``bitlinear``), ``autobitlinear`` offline, whose weights shrink to two bits, and online, which
-    stays trainable. Weights are shared or packed, never quantised anew.
+    stays trainable. Weights are shared or packed, never quantised anew. A dense output head keeps
+    its weights and multiplies plain matrices (``OutputHead``).
 
     Args:
         model: a loaded model, on any device.
@@ -44,6 +45,7 @@ def use_ternary_kernels(model: Model) -> Model:
     ours = {name: _convert(name, layer) for name, layer in found.items()}
     for name, layer in ours.items():
         model.set_submodule(name, layer)
+    use_output_head(model)
     _forget_unpacking(model)
     return model
 

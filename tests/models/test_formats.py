@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel
 
 import bitnet_triton as bt
-from bitnet_triton.nn import BitLinear, PackedBitLinear
+from bitnet_triton.nn import BitLinear, OutputHead, PackedBitLinear
 
 FORMATS = ["bitlinear", "packed", "codes", "online", "dense"]
 VARIANTS = [
@@ -109,10 +109,10 @@ def test_the_default_backend_gives_the_same_logits(
         ("dense", torch.nn.Linear),
     ],
 )
-def test_the_linears_are_ours_and_the_head_stays_dense(format, kind, checkpoint):
+def test_the_linears_are_ours_and_the_head_is_not_quantised(format, kind, checkpoint):
     model = ours(checkpoint(format))
     linears = {n: type(m) for n, m in model.named_modules() if n.endswith(("_proj", "lm_head"))}
-    assert linears.pop("lm_head") is torch.nn.Linear
+    assert linears.pop("lm_head") is OutputHead
     assert len(linears) == 14
     assert set(linears.values()) == {kind}
 

@@ -15,6 +15,7 @@ from bitnet_triton.errors import CheckpointError
 from bitnet_triton.models.bitnet.configuration_bitnet import BitNetConfig
 from bitnet_triton.models.checkpoint import check_checkpoint, check_folder, check_suffixes
 from bitnet_triton.models.quantizer import replace_linears
+from bitnet_triton.nn import use_output_head
 
 
 def _prepared_plan(config: BitNetConfig) -> AttentionPlan | None:
@@ -45,6 +46,8 @@ class _TernaryModel(hf.BitNetPreTrainedModel):
             hub.set_plan(self, plan)
         if getattr(config, "quantization_config", None) is not None:
             replace_linears(self, config.quantization_config)
+        else:
+            use_output_head(self)
 
     @classmethod
     def from_pretrained(
