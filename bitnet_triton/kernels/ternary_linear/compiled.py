@@ -22,16 +22,21 @@ MAX_K_ONE_ROW = (2**31 - 1) // (128 * 2 * 4**3)
 
 
 @compile_by_kind
-def _one_row_sums(a: Tensor, packed: Tensor) -> tuple[Tensor, ...]:
-    """Sum a [K] int32 * (code + 1) over each row of ``packed`` [N / 4, K], one plane of rows each.
+def _one_row(
+    a: Tensor, a_scale: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Map int8 a [1, K] and ``packed`` [N / 4, K] to y [1, N], one plane of rows after another.
 
-    The bits stay where they are in the byte; the finished sum is shifted, not every term.
+    The bits stay where they are in the byte; the finished sum is shifted, not every term. The
+    quantiser stays outside: inside, Inductor would run it again for every row.
     """
-    wide = packed.to(torch.int32)
-    return tuple(
-        ((wide & (3 << (2 * j))) * a).sum(-1, dtype=torch.int32) >> (2 * j)
+    wide, a32 = packed.to(torch.int32), a[0].to(torch.int32)
+    planes = [
+        ((wide & (3 << (2 * j))) * a32).sum(-1, dtype=torch.int32) >> (2 * j)
         for j in range(CODES_PER_BYTE)
-    )
+    ]
+    return _scaled(torch.stack(planes).view(1, -1), a, a_scale, scale, bias, dtype)
 
 
 @compile_by_kind
@@ -40,14 +45,16 @@ def _unpack_planes(words: Tensor, mask: int) -> Tensor:
     return torch.stack([(words >> (2 * j)) & mask for j in range(CODES_PER_BYTE)])
 
 
-@compile_by_kind
-def _scale_sums(
+def _scaled(
     sums: Tensor, a: Tensor, a_scale: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """Turn sums of a * (code + 1) [M, N] into the output [M, N]."""
     exact = sums - a.sum(-1, keepdim=True, dtype=torch.int32)
     y = exact.float() * (a_scale * scale)
     return (y if bias is None else y + bias).to(dtype)
+
+
+_scale_sums = compile_by_kind(_scaled)
 
 
 @compile_by_kind
@@ -78,9 +85,8 @@ def compiled_ternary_linear_fwd(
     """Map x [M, K] and packed [N / 4, K] to y [M, N] in the dtype of x."""
     a, a_scale = compiled_quantize_activations(x)
     if reads_packed(x):
-        sums = torch.cat(_one_row_sums(a[0].to(torch.int32), packed)).unsqueeze(0)
-    else:
-        sums = torch._int_mm(a, unpack_unsigned(packed).t())
+        return _one_row(a, a_scale, packed, scale, bias, x.dtype)
+    sums = torch._int_mm(a, unpack_unsigned(packed).t())
     return _scale_sums(sums, a, a_scale, scale, bias, x.dtype)
 
 

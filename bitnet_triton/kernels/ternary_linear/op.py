@@ -191,6 +191,11 @@ def _autocast(x: Tensor) -> Tensor:
     return x if dtype is None else x.to(dtype)
 
 
+def _wants_gradient(*args: Tensor | None) -> bool:
+    """Tell whether autograd has to see a call; leaving it out saves some 30 microseconds."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args)
+
+
 def ternary_linear(x: Tensor, weight: TernaryWeight, bias: Tensor | None = None) -> Tensor:
     """Multiply activations, quantised to int8 by token, by packed ternary weights.
 
@@ -220,7 +225,8 @@ def ternary_linear(x: Tensor, weight: TernaryWeight, bias: Tensor | None = None)
     _check_input(x, K, weight.device)
     _check_bias(bias, N, weight.device)
     x = _autocast(x)
-    y = _TernaryLinear.apply(x.reshape(-1, K), weight.packed, weight.scale, bias)
+    args = (x.reshape(-1, K), weight.packed, weight.scale, bias)
+    y = (_TernaryLinear.apply if _wants_gradient(*args) else _ternary_linear_fwd)(*args)
     return y.view(*x.shape[:-1], N)
 
 
@@ -261,5 +267,7 @@ def bit_linear(
         raise ValueError(f"`levels`: expected one of {', '.join(LEVELS)}, got {levels!r}")
     x = _autocast(x)
     stats = weight_stats(weight.detach())
-    y, _, _ = _BitLinear.apply(x.reshape(-1, K), weight, bias, stats, levels == "binary")
+    args = (x.reshape(-1, K), weight, bias)
+    run = _BitLinear.apply if _wants_gradient(*args) else _bit_linear_fwd
+    y, _, _ = run(*args, stats, levels == "binary")
     return y.view(*x.shape[:-1], N)
