@@ -209,7 +209,7 @@ def bits_per_byte(
 @app.command()
 def train(
     output: Annotated[Path, typer.Option(help="Folder for checkpoints and the result.")],
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 4000,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 3200,
     batch_size: Annotated[int, typer.Option(help=f"Blocks of {CONTEXT} tokens in a step.")] = 4,
     learning_rate: Annotated[float, typer.Option(help="Peak of the first stage.")] = 2e-3,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,

@@ -13,7 +13,7 @@ from rich.console import Console
 from bitnet_triton.cli.arguments import parse_dtype
 
 EMBEDDED = "tiny"
-DEFAULT_PROMPT = "def read_lines(path):\n"
+DEFAULT_PROMPT = "import os\n\n\ndef read_lines(path):"
 
 console = Console(stderr=True, highlight=False)
 
@@ -37,18 +37,25 @@ def generate(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     chat: Annotated[bool, typer.Option(help="Use the tokenizer's chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 200,
-    do_sample: Annotated[bool, typer.Option(help="Sample, or take the likeliest token.")] = True,
-    temperature: Annotated[float, typer.Option(help="Flatness of the distribution.")] = 0.7,
-    top_k: Annotated[int, typer.Option(help="Sample from the k likeliest tokens.")] = 50,
-    top_p: Annotated[float, typer.Option(help="Sample from this share of probability.")] = 0.95,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1: repeat less.")] = 1.05,
+    do_sample: Annotated[
+        bool | None,
+        typer.Option("--do-sample/--no-do-sample", help="Sample, or take the likeliest token."),
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="Flatness of the distribution.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample from this much probability.")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Leave out tokens below this share of the likeliest.")
+    ] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: repeat less.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = None,
 ) -> None:
     """Write text with a ternary model and say how fast it went.
 
     Streams to standard output; speeds of prefill (reading the prompt) and decode (writing) go to
     standard error. Works for BitNet checkpoints and for any other architecture with
-    `quant_method: bitnet`.
+    `quant_method: bitnet`. Sampling options that are left out come from the model's
+    `generation_config.json`.
 
     **Examples**
 
@@ -73,12 +80,15 @@ def generate(
             loaded.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
         if seed is not None:
             torch.manual_seed(seed)
-        sampling: dict[str, Any] = {
+        sampling = {
             "do_sample": do_sample,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
             "repetition_penalty": repetition_penalty,
         }
-        if do_sample:
-            sampling |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        sampling = {name: value for name, value in sampling.items() if value is not None}
         _write(loaded, tokenizer, inputs, max_new_tokens, sampling, show_prompt=not chat)
 
 

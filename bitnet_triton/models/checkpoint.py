@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -24,8 +23,6 @@ from bitnet_triton.nn import PackedBitLinear
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 
-_LOW_BITS = np.uint64(0x5555555555555555)  # the lower bit of each code in eight bytes
-_BLOCK = 2**15  # words that stay in a core's cache
 
 
 @dataclass(frozen=True)
@@ -225,21 +222,10 @@ def _check_codes(entry: Entry, *, is_packed: bool) -> None:
     # opened anew for each tensor: a mapped file counts as memory for as long as it is open
     with open_checkpoint(entry.file) as opened:
         values = opened.get_tensor(entry.name)
-        if is_packed and _holds_three(values):
+        if is_packed and has_invalid_code(values):
             raise CheckpointError(f"{entry.name}: holds the packed value 3, which is no code")
         if not is_packed and not bool(((values == 0) | (values.abs() == 1)).all()):
             raise CheckpointError(f"{entry.name}: expected codes -1, 0 and 1")
-
-
-def _holds_three(packed: Tensor) -> bool:
-    """Do as ``has_invalid_code``, hundreds of times as fast: eight bytes at once, one thread."""
-    flat = packed.reshape(-1)
-    aligned = flat.numel() // 8 * 8
-    words = flat[:aligned].numpy().view(np.uint64)
-    blocks = (words[start : start + _BLOCK] for start in range(0, len(words), _BLOCK))
-    return any((block & (block >> 1) & _LOW_BITS).any() for block in blocks) or has_invalid_code(
-        flat[aligned:]
-    )
 
 
 def _check_scale(entry: Entry) -> None:

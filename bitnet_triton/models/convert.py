@@ -225,9 +225,10 @@ def _same(before: _Ternary, after: _Ternary, dtype: torch.dtype | None) -> bool:
     """Compare codes exactly; scale and bias up to the rounding of the dtype they went through."""
     # the mean over a matrix is itself only good to about 1e-6
     rounding = max(torch.finfo(dtype or torch.bfloat16).eps, 1e-6)
-    same_bias = (before.bias is None) == (after.bias is None) and (
-        before.bias is None or torch.allclose(before.bias, after.bias, rtol=rounding, atol=1e-30)
-    )
+    if before.bias is None or after.bias is None:
+        same_bias = before.bias is after.bias
+    else:
+        same_bias = torch.allclose(before.bias, after.bias, rtol=rounding, atol=1e-30)
     # a matrix of zeros has no scale to speak of: the quantiser's smallest one
     same_scale = torch.allclose(before.scale, after.scale, rtol=rounding, atol=1e-30)
     is_zero = not bool(before.codes.any())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,7 +34,7 @@ class OutputHead(nn.Linear):
         return logits.view(*input.shape[:-1], self.out_features)
 
 
-def use_output_head(model: nn.Module) -> None:
+def use_output_head(model: Any) -> None:
     """Replace the dense output head of a transformers model by ``OutputHead``, in place."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if type(head) is nn.Linear:

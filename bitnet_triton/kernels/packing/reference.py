@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 CODES_PER_BYTE = 4
+_WORD = 8  # bytes
 
 
 def pack_codes(codes: Tensor) -> Tensor:
@@ -28,9 +29,15 @@ def unpack_codes(packed: Tensor) -> Tensor:
 
 
 def has_invalid_code(packed: Tensor) -> bool:
-    """Tell whether a byte of ``packed`` holds the value 3, a block of rows at a time."""
-    # both bits of a code set: only then does the byte share a low bit with itself shifted by one
-    return any(
-        bool((rows & (rows >> 1) & 0b01010101).any())
-        for rows in packed.split(max(1, 2**20 // max(1, packed.shape[-1])))
-    )
+    """Tell whether a byte of ``packed`` holds the value 3."""
+    # eight bytes at a time, a block of them that fits into a cache: whole checkpoints go through
+    flat = packed.reshape(-1)
+    flat = flat.clone() if flat.storage_offset() % _WORD else flat
+    aligned = flat.numel() // _WORD * _WORD
+    blocks = (*flat[:aligned].view(torch.int64).split(2**17), flat[aligned:])
+    # a 3 has both bits set: only then does a low bit of a code meet the high bit, shifted by one
+    return any(bool((block & (block >> 1) & _low_bits(block)).any()) for block in blocks)
+
+
+def _low_bits(block: Tensor) -> int:
+    return 0x5555555555555555 if block.dtype == torch.int64 else 0x55
