@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
@@ -22,7 +21,6 @@ from bitnet_triton.kernels.packing import has_invalid_code
 from bitnet_triton.nn import PackedBitLinear
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
-
 
 
 @dataclass(frozen=True)
