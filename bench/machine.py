@@ -93,6 +93,7 @@ def describe_software(device: torch.device) -> dict[str, Any]:
 
     versions = {"python": platform.python_version(), "bitnet_triton": bitnet_triton.__version__}
     versions |= {package: _version(package) for package in _PACKAGES}
+    versions["torch"] = torch.__version__  # names the build too: +cpu, +cu130
     return {
         "versions": versions,
         "commit": _commit(),

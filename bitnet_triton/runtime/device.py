@@ -7,6 +7,8 @@ import importlib.metadata
 import importlib.util
 import os
 import shutil
+import sysconfig
+from pathlib import Path
 
 import torch
 
@@ -29,6 +31,12 @@ def cpp_compiler() -> str | None:
     return next((path for c in candidates if c and (path := shutil.which(c))), None)
 
 
+@functools.cache
+def has_python_headers() -> bool:
+    """Tell whether the C headers of Python are installed, which torch.compile includes."""
+    return (Path(sysconfig.get_path("include")) / "Python.h").is_file()
+
+
 def triton_objection(device: torch.device) -> str | None:
     """Say why Triton kernels cannot run on tensors of ``device``; None when they can."""
     if triton_version() is None:
@@ -45,7 +53,11 @@ def triton_objection(device: torch.device) -> str | None:
 def compile_objection(device: torch.device) -> str | None:
     """Say why torch.compile cannot run on tensors of ``device``; None when it can."""
     if device.type == "cpu":
-        return None if cpp_compiler() else "torch.compile needs a C++ compiler (g++ or clang++)"
+        if not cpp_compiler():
+            return "torch.compile needs a C++ compiler (g++ or clang++)"
+        if not has_python_headers():
+            return "torch.compile needs the C headers of Python (python3-dev, python3-devel)"
+        return None
     if device.type in ("cuda", "xpu"):
         return None if triton_version() else "torch.compile needs Triton on a GPU"
     return f"torch.compile is not supported on `{device.type}`"

@@ -40,6 +40,18 @@ def test_torch_compile_needs_a_compiler_on_a_cpu(monkeypatch):
     assert compile_objection(CPU) == "torch.compile needs a C++ compiler (g++ or clang++)"
 
 
+def test_torch_compile_needs_the_headers_of_python(monkeypatch, tmp_path):
+    monkeypatch.setattr(device.sysconfig, "get_path", lambda _: str(tmp_path))
+    assert not device.has_python_headers.__wrapped__()
+    (tmp_path / "Python.h").touch()
+    assert device.has_python_headers.__wrapped__()
+
+    monkeypatch.setattr(device, "has_python_headers", lambda: False)
+    assert compile_objection(CPU) == (
+        "torch.compile needs the C headers of Python (python3-dev, python3-devel)"
+    )
+
+
 def test_torch_compile_does_not_run_everywhere():
     assert compile_objection(META) == "torch.compile is not supported on `meta`"
 
