@@ -147,12 +147,13 @@ def _write(
             super().put(value)
 
     streamer = TimedStreamer()
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     with torch.inference_mode():
         output = model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
             streamer=streamer,
-            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+            pad_token_id=pad,
             **sampling,
         )
     prompt_tokens = inputs["input_ids"].shape[1]
