@@ -1,0 +1,131 @@
+"""From C++ source to a loaded library: look in the cache, else compile."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import re
+import threading
+from pathlib import Path
+
+from bitnet_triton.triton_cpu import cache, compat
+from bitnet_triton.triton_cpu.toolchain import CompilerError, Toolchain, toolchain
+
+PACKAGE = Path(__file__).parent
+INCLUDE = PACKAGE / "include"
+
+_KEY_LENGTH = 64
+_loaded: dict[str, ctypes.CDLL] = {}
+_loading = threading.Lock()
+
+
+@functools.cache
+def sources_identity() -> str:
+    """Hash our own Python and C++ files: code that another version made is not used."""
+    digest = hashlib.sha256()
+    for path in sorted([*PACKAGE.rglob("*.py"), *INCLUDE.rglob("*.h")]):
+        digest.update(str(path.relative_to(PACKAGE)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+@functools.cache
+def headers_identity() -> str:
+    """Hash the C++ headers."""
+    digest = hashlib.sha256()
+    for path in sorted(INCLUDE.rglob("*.h")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def build(source: str, name: str) -> bytes:
+    """Compile a kernel, or take it from the cache; return the shared library, ended by its key.
+
+    Args:
+        source: C++.
+        name: of the kernel, for errors and dumps.
+
+    Raises:
+        CompilerError: the compiler refused the source.
+        ToolchainError: there is no compiler.
+        CacheError: the cache directory cannot be used.
+    """
+    dump(source, name)
+    tools = toolchain()
+    parts = (source, headers_identity(), tools.identity, compat.version())
+    key = hashlib.sha256(repr(parts).encode()).hexdigest()
+    assert len(key) == _KEY_LENGTH
+    with cache.locked(key[0]):
+        return _cached(key) or _compile(tools, source, name, key).read_bytes()
+
+
+def _cached(key: str) -> bytes | None:
+    """Return the library of ``key``; None where there is none, or only half of one."""
+    path = cache.find(f"{key}.so")
+    binary = path.read_bytes() if path else b""
+    return binary if binary.endswith(key.encode()) else None
+
+
+def _compile(tools: Toolchain, source: str, name: str, key: str) -> Path:
+    with cache.scratch() as folder:
+        text, library = folder / "kernel.cpp", folder / "kernel.so"
+        text.write_text(source)
+        includes = [f"-I{path}" for path in (precompiled_header(tools), INCLUDE) if path]
+        try:
+            tools.run(*includes, text, "-o", library)
+        except CompilerError as error:
+            raise CompilerError(
+                f"kernel {name}: {error}\nTRITON_CPU_DUMP=<folder> keeps the C++ source"
+            ) from None
+        with library.open("ab") as file:  # what follows an ELF file is no concern of the loader
+            file.write(key.encode())
+        return cache.publish(library, f"{key}.so")
+
+
+def precompiled_header(tools: Toolchain) -> Path | None:
+    """Return the folder that holds tcpu.h compiled ahead; None where the compiler is not GCC.
+
+    GCC takes it in place of the header in the next include folder, which saves most of the time
+    that a small kernel takes.
+    """
+    if tools.kind != "gcc":
+        return None
+    parts = (headers_identity(), tools.identity)
+    folder = f"header-{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}"
+    with cache.locked("header"):
+        found = cache.find(f"{folder}/tcpu.h.gch")
+        if found is None:
+            with cache.scratch() as temporary:
+                compiled = temporary / "tcpu.h.gch"
+                tools.run("-x", "c++-header", INCLUDE / "tcpu.h", "-o", compiled)
+                found = cache.publish(compiled, f"{folder}/tcpu.h.gch")
+    return found.parent
+
+
+def load(binary: bytes) -> ctypes.CDLL:
+    """Load what ``build`` returned, once for each process, from its file in the cache."""
+    key = binary[-_KEY_LENGTH:].decode(errors="replace")
+    library = _loaded.get(key)
+    if library is not None:
+        return library
+    if not re.fullmatch(rf"[0-9a-f]{{{_KEY_LENGTH}}}", key):
+        raise cache.CacheError("a compiled kernel in Triton's cache is damaged; delete the cache")
+    with _loading:
+        if key not in _loaded:
+            path = cache.directory() / f"{key}.so"
+            if _cached(key) is None:
+                cache.write(path.name, binary)
+            _loaded[key] = ctypes.CDLL(str(path))
+        return _loaded[key]
+
+
+def dump(source: str, name: str) -> None:
+    """Write the C++ of a kernel where ``TRITON_CPU_DUMP`` says."""
+    folder = os.environ.get("TRITON_CPU_DUMP")
+    if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        safe = re.sub(r"\W", "_", name)[:100]
+        (Path(folder) / f"{safe}-{hashlib.sha256(source.encode()).hexdigest()[:8]}.cpp").write_text(
+            source
+        )

@@ -1,0 +1,105 @@
+"""What stands between a launch and compiled code: check the grid, pack the arguments, call."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+
+from bitnet_triton.triton_cpu import build
+from bitnet_triton.triton_cpu.arguments import Packer, overlap
+from bitnet_triton.triton_cpu.compiler import TARGET, options_of
+
+_LARGEST = 2**31 - 1
+
+
+class Entry:
+    """The entry point of a loaded kernel."""
+
+    __slots__ = ("message", "run")
+
+    def __init__(self, binary: bytes) -> None:
+        library = build.load(binary)
+        self.run = library.tcpu_launch
+        self.run.argtypes = [*[ctypes.c_int] * 4, ctypes.c_void_p]
+        self.run.restype = ctypes.c_int
+        self.message = library.tcpu_message
+        self.message.restype = ctypes.c_char_p
+
+
+class Launcher:
+    """Starts one compiled kernel; Triton makes one for each, as ``driver.launcher_cls``.
+
+    Args:
+        src: what was compiled: signature, constants.
+        metadata: what the stages of the compiler wrote down.
+    """
+
+    def __init__(self, src: Any, metadata: Any) -> None:
+        self.name: str = metadata.name
+        self._src = src
+        self._metadata = metadata
+        self._packer = Packer(src.signature, metadata.arguments)
+        self._disjoint = [(i, j) for i, j in metadata.disjoint]
+        self._cautious: Entry | None = None
+        self._lock = threading.Lock()
+
+    def __call__(
+        self, nx: int, ny: int, nz: int, stream: Any, entry: Entry, packed_metadata: Any,
+        launch_metadata: Any, enter: Any, leave: Any, *arguments: Any,
+    ) -> None:  # fmt: skip
+        """Run the kernel, called as Triton calls a launcher."""
+        if enter is not None:
+            enter(launch_metadata)
+        self.start(entry, nx, ny, nz, arguments)
+        if leave is not None:
+            leave(launch_metadata)
+
+    def start(self, entry: Entry, nx: int, ny: int, nz: int, arguments: Sequence[Any]) -> None:
+        """Run the kernel over a grid and wait for it.
+
+        Args:
+            entry: of the kernel.
+            nx: programs along axis 0.
+            ny: programs along axis 1.
+            nz: programs along axis 2.
+            arguments: of every parameter, constants included.
+
+        Raises:
+            ValueError: the grid is negative or too large, or a tensor is not on the CPU.
+            TypeError: an argument is not what the kernel was compiled for.
+            AssertionError: a ``tl.device_assert`` failed.
+        """
+        values = self._packer.values(arguments)
+        packed = self._packer.pack(values)
+        if not (0 < nx <= _LARGEST and 0 < ny <= _LARGEST and 0 < nz <= _LARGEST):
+            check_grid(self.name, nx, ny, nz)
+            return
+        if self._disjoint and overlap(values, self._disjoint):
+            entry = self._cautious or self._compile_cautious()
+        if entry.run(nx, ny, nz, torch.get_num_threads(), packed):
+            text = entry.message() or b""
+            raise AssertionError(text.decode(errors="replace"))
+
+    def _compile_cautious(self) -> Entry:
+        """Compile the kernel for arguments that share memory."""
+        with self._lock:
+            if self._cautious is None:
+                options = {**options_of(self._metadata), "assume_disjoint": False}
+                kernel = triton.compile(self._src, target=TARGET, options=options)
+                self._cautious = Entry(kernel.asm["so"])
+            return self._cautious
+
+
+def check_grid(name: str, *grid: int) -> None:
+    """Refuse a grid that cannot be run.
+
+    Raises:
+        ValueError: it is negative or too large.
+    """
+    if min(grid) < 0 or max(grid) > _LARGEST:
+        raise ValueError(f"kernel {name}: expected a grid of 0 to 2**31 - 1 programs, got {grid}")
