@@ -9,11 +9,7 @@
 // n/4, n/8, ... 1 away. Where that is less than a vector's length, lanes of a vector change places.
 #pragma once
 
-#include <stdint.h>
-
-#ifndef TCPU_INLINE
-#define TCPU_INLINE static inline __attribute__((always_inline))
-#endif
+#include "types.h"
 
 namespace tcpu {
 namespace sorting {
@@ -93,21 +89,21 @@ template <int... I> struct below<0, I...> { typedef indices<I...> type; };
 template <class K> using lanes = typename below<LANES<K>>::type;
 
 #ifdef __clang__
-#define TCPU_SHUFFLE(a, b, index) __builtin_shufflevector(a, b, (index)...)
+#define TCPU_SORT_SHUFFLE(a, b, index) __builtin_shufflevector(a, b, (index)...)
 #else
-#define TCPU_SHUFFLE(a, b, index) __builtin_shuffle(a, b, vec<K>{K(index)...})
+#define TCPU_SORT_SHUFFLE(a, b, index) __builtin_shuffle(a, b, vec<K>{K(index)...})
 #endif
 
 // Lane i becomes lane i ^ MASK.
 template <class K, int MASK, int... I> TCPU_INLINE vec<K> swapped(vec<K> v, indices<I...>) {
-  return TCPU_SHUFFLE(v, v, I ^ MASK);
+  return TCPU_SORT_SHUFFLE(v, v, I ^ MASK);
 }
 // Lane i of a where bit BIT of i is clear, of b where it is set.
 template <class K, int BIT, int... I> TCPU_INLINE vec<K> blend(vec<K> a, vec<K> b, indices<I...>) {
-  return TCPU_SHUFFLE(a, b, I & BIT ? I + int(sizeof...(I)) : I);
+  return TCPU_SORT_SHUFFLE(a, b, I & BIT ? I + int(sizeof...(I)) : I);
 }
 
-#undef TCPU_SHUFFLE
+#undef TCPU_SORT_SHUFFLE
 
 template <class V> TCPU_INLINE V smaller(V a, V b) { return a < b ? a : b; }
 template <class V> TCPU_INLINE V larger(V a, V b) { return a < b ? b : a; }
@@ -176,7 +172,7 @@ template <class K> TCPU_INLINE void keep_smaller(void* row, const void* other, i
 }
 
 // A row of less than one vector, filled up with keys that come last.
-template <class T, bool DESCENDING, int N> TCPU_INLINE vec<key<T>> sorted_short(const T* row) {
+template <class T, bool DESCENDING, int N> TCPU_INLINE vec<key<T>> sorted_short(const void* row) {
   typedef key<T> K;
   K x[LANES<K>];
   for (int i = 0; i < LANES<K>; ++i) x[i] = LARGEST<K>;
@@ -188,15 +184,13 @@ template <class T, bool DESCENDING, int N> TCPU_INLINE vec<key<T>> sorted_short(
   return load<K>(x, 0);
 }
 
-}  // namespace sorting
+// ---- rows of elements
 
-// Sort x[N] in place; N is a power of two.
-template <class T, bool DESCENDING, int N> static void sort_row(T* x) {
-  using namespace sorting;
+template <class T, bool DESCENDING, int N> TCPU_INLINE void sort_elements(void* x) {
   typedef key<T> K;
   if constexpr (N < LANES<K>) {
     const vec<K> v = sorted_short<T, DESCENDING, N>(x);
-    __builtin_memcpy((void*)x, &v, N * sizeof(T));
+    __builtin_memcpy(x, &v, N * sizeof(T));
   } else {
     encode<T, DESCENDING>(x, x, N);
     sort_keys<K>(x, N);
@@ -204,26 +198,40 @@ template <class T, bool DESCENDING, int N> static void sort_row(T* x) {
   }
 }
 
-// The first K values of sorted x[N]; both are powers of two, K <= N. Uses 2 K elements of stack.
-template <class T, bool DESCENDING, int N, int K> static void topk_row(const T* x, T* out) {
-  using namespace sorting;
-  typedef key<T> Key;
-  constexpr int CHUNK = K < LANES<Key> ? LANES<Key> : K;
-  if constexpr (N < LANES<Key>) {
-    const vec<Key> v = sorted_short<T, DESCENDING, N>(x);
-    __builtin_memcpy((void*)out, &v, K * sizeof(T));
+template <class T, bool DESCENDING, int N, int TAKEN>
+TCPU_INLINE void first_elements(const void* x, void* out) {
+  typedef key<T> K;
+  if constexpr (N < LANES<K>) {
+    const vec<K> v = sorted_short<T, DESCENDING, N>(x);
+    __builtin_memcpy(out, &v, TAKEN * sizeof(T));
   } else {
-    alignas(VECTOR_BYTES) Key best[CHUNK], next[CHUNK];
+    constexpr int CHUNK = TAKEN < LANES<K> ? LANES<K> : TAKEN;
+    alignas(VECTOR_BYTES) K best[CHUNK], next[CHUNK];
     encode<T, DESCENDING>(x, best, CHUNK);
-    sort_keys<Key>(best, CHUNK);
+    sort_keys<K>(best, CHUNK);
     for (int i = CHUNK; i < N; i += CHUNK) {
-      encode<T, DESCENDING>(x + i, next, CHUNK);
-      sort_keys<Key>(next, CHUNK);
-      keep_smaller<Key>(best, next, CHUNK);
+      encode<T, DESCENDING>((const char*)x + i * sizeof(T), next, CHUNK);
+      sort_keys<K>(next, CHUNK);
+      keep_smaller<K>(best, next, CHUNK);
     }
     decode<T, DESCENDING>(best, CHUNK);
-    __builtin_memcpy((void*)out, best, K * sizeof(T));
+    __builtin_memcpy(out, best, TAKEN * sizeof(T));
   }
+}
+
+}  // namespace sorting
+
+// Sort x[N] in place; N is a power of two.
+template <class T, bool DESCENDING, int N> static void sort_row(T* x) {
+  static_assert(N > 0 && (N & (N - 1)) == 0, "N: expected a power of two");
+  sorting::sort_elements<T, DESCENDING, N>(x);
+}
+
+// The first K values of sorted x[N]; both are powers of two. Needs the stack of 2 K elements.
+template <class T, bool DESCENDING, int N, int K> static void topk_row(const T* x, T* out) {
+  static_assert(N > 0 && (N & (N - 1)) == 0, "N: expected a power of two");
+  static_assert(K > 0 && K <= N && (K & (K - 1)) == 0, "K: expected a power of two up to N");
+  sorting::first_elements<T, DESCENDING, N, K>(x, out);
 }
 
 }  // namespace tcpu
