@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import operator
 import re
 import struct
 from collections.abc import Callable, Iterator, Sequence
@@ -63,9 +62,12 @@ class Packer:
     Args:
         signature: parameter -> Triton's type, constants included.
         types: the MLIR types of the compiled function's arguments.
+        disjoint: pairs of slots, of pointers that the compiled code takes to share no memory.
     """
 
-    def __init__(self, signature: dict[str, Any], types: Sequence[str]) -> None:
+    def __init__(
+        self, signature: dict[str, Any], types: Sequence[str], disjoint: Sequence[Sequence[int]]
+    ) -> None:
         self._parameters = [str(name) for name in signature]
         self._places = list(_flat(signature.values()))
         self._owners: list[tuple[int, ...]] = []  # slot -> place of the argument it comes from
@@ -75,15 +77,14 @@ class Packer:
             self._kinds += kinds
             self._owners += [place] * len(kinds)
         self._check(types)
-        self._select = self._selector()
-        self.pointers = [slot for slot, kind in enumerate(self._kinds) if kind[0] == "*"]
-        self._converters = [
-            (slot, _CONVERTERS[kind])
-            for slot, kind in enumerate(self._kinds)
-            if kind in _CONVERTERS
-        ]
         self._formats = ["Q" if k[0] == "*" else _SCALARS[k][1] for k in self._kinds]
-        self._pack = struct.Struct("<" + "".join(self._formats)).pack
+        self._nested = len(self._kinds) > len(self._places) or any(
+            len(place) > 1 or _is_descriptor(kind) for place, kind in self._places
+        )
+        involved = sorted({slot for pair in disjoint for slot in pair})
+        self._involved = [self._position(slot) for slot in involved]
+        self._pairs = [(involved.index(i), involved.index(j)) for i, j in disjoint]
+        self._pack = self._make_pack()
 
     def _check(self, types: Sequence[str]) -> None:
         """Assert that both sides of the interface have the same idea of it."""
@@ -94,17 +95,36 @@ class Packer:
                 f"the kernel takes ({', '.join(types)}), its signature means ({', '.join(mine)})"
             )
 
-    def _selector(self) -> Callable[[Sequence[Any]], Sequence[Any]]:
-        """Return the function that picks from the arguments those that are passed on."""
-        places = self._places
-        if any(len(place) > 1 for place, _ in places) or any(_is_descriptor(k) for _, k in places):
-            return self._flatten
-        indices = [place[0] for place, _ in places]
-        if len(indices) > 1:
-            return operator.itemgetter(*indices)
-        return lambda arguments: [arguments[index] for index in indices]
+    def _position(self, slot: int) -> int:
+        """Return where the value of a slot is in what ``_values`` returns."""
+        return slot if self._nested else self._owners[slot][0]
 
-    def _flatten(self, arguments: Sequence[Any]) -> list[Any]:
+    def _make_pack(self) -> Callable[..., bytes]:
+        """Return a function that packs values; it is written for this signature, to be fast.
+
+        For a tensor, a constant and a number it reads
+        ``lambda v0, v1, v2: pack(v0.data_ptr(), v2) if v0.is_cpu else slowly(v0, v1, v2)``.
+        """
+        names = [f"v{i}" for i in range(len(self._kinds if self._nested else self._parameters))]
+        fields, checks = [], []
+        for slot, kind in enumerate(self._kinds):
+            name = names[self._position(slot)]
+            if kind[0] == "*":
+                checks.append(f"{name}.is_cpu")
+                fields.append(f"{name}.data_ptr()")
+            else:
+                fields.append(f"{kind}({name})" if kind in _CONVERTERS else name)
+        every = ", ".join(names)
+        text = f"lambda {every}: pack({', '.join(fields)})"
+        if checks:
+            text += f" if {' and '.join(checks)} else slowly({every})"
+        pack = struct.Struct("<" + "".join(self._formats)).pack
+        return eval(text, {"pack": pack, "slowly": self._pack_slowly, **_CONVERTERS})
+
+    def _values(self, arguments: Sequence[Any]) -> Sequence[Any]:
+        """Take tuples and descriptors apart; without any, return the arguments as they are."""
+        if not self._nested:
+            return arguments
         values: list[Any] = []
         for place, kind in self._places:
             value: Any = arguments
@@ -113,37 +133,42 @@ class Packer:
             values += compat.descriptor_values(value) if _is_descriptor(kind) else [value]
         return values
 
-    def values(self, arguments: Sequence[Any]) -> Sequence[Any]:
-        """Return the value of each slot, pointers as tensors."""
-        return self._select(arguments)
+    def pack(self, arguments: Sequence[Any]) -> bytes:
+        """Return the slots that hold ``arguments``.
 
-    def pack(self, values: Sequence[Any]) -> bytes:
-        """Return the slots that hold ``values``.
+        Args:
+            arguments: of all parameters of the kernel, constants included.
 
         Raises:
             ValueError: a tensor is not on the CPU.
             TypeError: a value cannot be passed as what the kernel was compiled for.
             OverflowError: an integer is too large for its type.
         """
-        slots = list(values)
+        values = self._values(arguments)
         try:
-            for slot in self.pointers:
-                tensor = slots[slot]
-                if not tensor.is_cpu:
-                    self._refuse(slot, tensor)
-                slots[slot] = tensor.data_ptr()
-            for slot, convert in self._converters:
-                slots[slot] = convert(slots[slot])
-            return self._pack(*slots)
+            return self._pack(*values)
         except (AttributeError, TypeError, OverflowError, struct.error):
-            return self._pack_slowly(values)
+            return self._pack_slowly(*values)
 
-    def _pack_slowly(self, values: Sequence[Any]) -> bytes:
+    def overlap(self, arguments: Sequence[Any]) -> bool:
+        """Tell whether two pointers share memory that the compiled code takes to share none."""
+        values = self._values(arguments)
+        ranges = [storage_range(values[position]) for position in self._involved]
+        for i, j in self._pairs:
+            start, end = ranges[i]
+            other_start, other_end = ranges[j]
+            if start < other_end and other_start < end:
+                return True
+        return False
+
+    def _pack_slowly(self, *values: Any) -> bytes:
         """Pack values of rarer types, and name the one that cannot be packed."""
-        return b"".join(self._pack_one(slot, value) for slot, value in enumerate(values))
+        slots = range(len(self._kinds))
+        return b"".join(self._pack_one(slot, values[self._position(slot)]) for slot in slots)
 
     def _pack_one(self, slot: int, value: Any) -> bytes:
         kind = self._kinds[slot]
+        plain: Any
         try:
             if kind[0] == "*":
                 plain = self._address(slot, value)
@@ -197,14 +222,3 @@ def storage_range(value: Any) -> tuple[int, int]:
         return (0, 2**64) if isinstance(value, int) and value else (0, 0)
     start = storage.data_ptr()
     return start, start + storage.nbytes()
-
-
-def overlap(values: Sequence[Any], pairs: Sequence[tuple[int, int]]) -> bool:
-    """Tell whether two pointer arguments, of those in ``pairs``, share memory."""
-    ranges: dict[int, tuple[int, int]] = {}
-    for i, j in pairs:
-        start, end = ranges.get(i) or ranges.setdefault(i, storage_range(values[i]))
-        other_start, other_end = ranges.get(j) or ranges.setdefault(j, storage_range(values[j]))
-        if start < other_end and other_start < end:
-            return True
-    return False

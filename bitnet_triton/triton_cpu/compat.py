@@ -80,11 +80,11 @@ def pack_arguments(
     return fn._pack_args(backend, kwargs, bound, special, rest)
 
 
-def debug_default() -> bool:
-    """Tell whether the user asked Triton to compile assertions into all kernels."""
+def runtime_knobs() -> Any:
+    """Return Triton's settings at run time; ``debug`` asks for assertions in all kernels."""
     from triton import knobs
 
-    return bool(knobs.runtime.debug)
+    return knobs.runtime
 
 
 def implied_options() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import operator
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 import triton
 
 from bitnet_triton.triton_cpu import build
-from bitnet_triton.triton_cpu.arguments import Packer, overlap
+from bitnet_triton.triton_cpu.arguments import Packer
 from bitnet_triton.triton_cpu.compiler import TARGET, options_of
 
 _LARGEST = 2**31 - 1
@@ -24,9 +25,8 @@ class Entry:
 
     def __init__(self, binary: bytes) -> None:
         library = build.load(binary)
+        # without prototypes, ctypes converts in a third of the time: int to int, bytes to char*
         self.run = library.tcpu_launch
-        self.run.argtypes = [*[ctypes.c_int] * 4, ctypes.c_void_p]
-        self.run.restype = ctypes.c_int
         self.message = library.tcpu_message
         self.message.restype = ctypes.c_char_p
 
@@ -43,8 +43,8 @@ class Launcher:
         self.name: str = metadata.name
         self._src = src
         self._metadata = metadata
-        self._packer = Packer(src.signature, metadata.arguments)
-        self._disjoint = [(i, j) for i, j in metadata.disjoint]
+        self._packer = Packer(src.signature, metadata.arguments, metadata.disjoint)
+        self._disjoint = bool(metadata.disjoint)
         self._cautious: Entry | None = None
         self._lock = threading.Lock()
 
@@ -74,16 +74,20 @@ class Launcher:
             TypeError: an argument is not what the kernel was compiled for.
             AssertionError: a ``tl.device_assert`` failed.
         """
-        values = self._packer.values(arguments)
-        packed = self._packer.pack(values)
+        packed = self._packer.pack(arguments)
         if not (0 < nx <= _LARGEST and 0 < ny <= _LARGEST and 0 < nz <= _LARGEST):
             check_grid(self.name, nx, ny, nz)
             return
-        if self._disjoint and overlap(values, self._disjoint):
+        if self._disjoint and self._packer.overlap(arguments):
             entry = self._cautious or self._compile_cautious()
-        if entry.run(nx, ny, nz, torch.get_num_threads(), packed):
+        try:
+            failed = entry.run(nx, ny, nz, torch.get_num_threads(), packed)
+        except ctypes.ArgumentError:  # integers of NumPy, say, or none at all
+            nx, ny, nz = map(operator.index, (nx, ny, nz))
+            failed = entry.run(nx, ny, nz, torch.get_num_threads(), packed)
+        if failed:
             text = entry.message() or b""
-            raise AssertionError(text.decode(errors="replace"))
+            raise AssertionError(f"kernel {self.name}: {text.decode(errors='replace')}")
 
     def _compile_cautious(self) -> Entry:
         """Compile the kernel for arguments that share memory."""

@@ -73,10 +73,12 @@ class SideKernel(KernelInterface):
         self.fn = fn
         self.arg_names = fn.arg_names
         self.__name__ = fn.__name__
+        self._constants = fn.constexprs
         self._backend = CPUBackend(TARGET)
         self._bind = compat.make_binder(fn, self._backend)
         self._compiled: dict[tuple, tuple[Launcher, Entry, Any]] = {}
         self._lock = threading.Lock()
+        self._knobs = compat.runtime_knobs()
 
     def run(self, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> Any:
         """Compile the kernel where needed and, unless ``warmup``, run it over ``grid``."""
@@ -89,13 +91,15 @@ class SideKernel(KernelInterface):
             self._explain(args, kwargs)
             raise
         values = tuple(bound.values())
-        debug = fn.debug or compat.debug_default()
-        # the types keep 1, 1.0 and True apart
-        key = (*special, *map(type, values), *rest.items(), debug)
+        debug = fn.debug or self._knobs.debug
+        # the types keep constants like 1, 1.0 and True apart
+        kinds = [type(values[i]) for i in self._constants]
+        key = (*special, *kinds, *rest.items(), debug)
         found = self._compiled.get(key)
         if found is None:
             found = self._compile(key, bound, special, rest, kwargs, debug)
-        self._check_globals()
+        if fn.used_global_vals:
+            self._check_globals()
         launcher, entry, kernel = found
         if not warmup:
             launcher.start(entry, *_three(grid(bound) if callable(grid) else grid), values)
@@ -140,8 +144,7 @@ class SideKernel(KernelInterface):
 
 def _three(grid: Sequence[int]) -> tuple[int, int, int]:
     """Fill a grid of one to three sizes up with ones."""
-    try:
-        nx, ny, nz = (*grid, 1, 1)[: max(3, len(grid))]
-    except (TypeError, ValueError):
-        raise ValueError(f"`grid`: expected one to three sizes, got {grid!r}") from None
-    return nx, ny, nz
+    rank = len(grid)
+    if not 1 <= rank <= 3:
+        raise ValueError(f"`grid`: expected one to three sizes, got {grid!r}")
+    return grid[0], grid[1] if rank > 1 else 1, grid[2] if rank > 2 else 1
