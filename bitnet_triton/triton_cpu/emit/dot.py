@@ -1,0 +1,130 @@
+"""tl.dot through the micro-kernels of include/dot.h."""
+
+from __future__ import annotations
+
+from bitnet_triton.triton_cpu.analyse import in_seven_bits, walk
+from bitnet_triton.triton_cpu.emit.ctypes import c_type
+from bitnet_triton.triton_cpu.emit.emitter import Emitter, handles
+from bitnet_triton.triton_cpu.emit.lanes import emit_vector_products, vector_product
+from bitnet_triton.triton_cpu.emit.values import Buffer
+from bitnet_triton.triton_cpu.emit.views import matrix_view
+from bitnet_triton.triton_cpu.ir import Op, Value
+
+_EIGHT_BIT_FLOATS = ("f8",)
+_HALVES = frozenset({"f16", "bf16"})
+
+
+def _operand_type(op: Op) -> str | None:
+    """Return the C++ type that both operands are converted to; None for their own."""
+    a, b, _ = (operand.type.elem for operand in op.operands[:3])
+    if a.startswith(_EIGHT_BIT_FLOATS) and b.startswith(_EIGHT_BIT_FLOATS):
+        return "bf16"  # holds every 8-bit float exactly
+    result = op.results[0].type.elem
+    if a != b or result == "f64" or (a == "f32" and result in _HALVES):
+        return c_type(op.results[0].type) if result == "f64" else "float"
+    return None
+
+
+def _sign(op: Op) -> str:
+    if op.operands[0].type.elem != "i8":
+        return "Sign::both"
+    if in_seven_bits(op.operands[0]):
+        return "Sign::a_u7"
+    return "Sign::b_u7" if in_seven_bits(op.operands[1]) else "Sign::both"
+
+
+@handles("tt.dot")
+def _dot(emitter: Emitter, op: Op) -> None:
+    if op.operands[0].type.rank == 3:
+        _batched(emitter, op)
+    elif vector_product(emitter, op) is not None:
+        emit_vector_products(emitter, op)
+    else:
+        _matrix_product(emitter, op)
+
+
+def _matrix_product(emitter: Emitter, op: Op) -> None:
+    a, b, _ = op.operands[:3]
+    (m, k), n = a.type.shape or (0, 0), (b.type.shape or (0, 0))[1]
+    name, c_sum = _accumulator(emitter, op)
+    elem, sign = _operand_type(op), _sign(op)
+    with emitter.braces():
+        left = matrix_view(emitter, a, unit=1, c_elem=elem)
+        right = emitter.packed.get((b, sign)) or _pack(emitter, b, sign, elem)
+        emitter.write(f"dot<{m}, {n}, {k}, {sign}>({left.base}, {left.steps[0]}, {right}, {name});")
+    _finish(emitter, op, name, c_sum)
+
+
+def _pack(emitter: Emitter, b: Value, sign: str, elem: str | None) -> str:
+    """Pack the right operand for the micro-kernel; return the array's name."""
+    k, n = b.type.shape or (0, 0)
+    c_elem = elem or c_type(b.type)
+    packed = emitter.fresh("packed")
+    emitter.write(f"alignas(64) {c_elem} {packed}[packed_elements<{c_elem}, {k}, {n}>()];")
+    with emitter.braces():
+        view = matrix_view(emitter, b, c_elem=elem)
+        arguments = f"{view.base}, {view.steps[0]}, {view.steps[1]}, {packed}"
+        emitter.write(f"pack_b<{c_elem}, {k}, {n}, {sign}>({arguments});")
+    return packed
+
+
+def pack_ahead(emitter: Emitter, loop: Op) -> None:
+    """Before a loop: pack the right operands that are the same in every trip."""
+    for op in walk([block for region in loop.regions for block in region]):
+        if op.name != "tt.dot" or op.operands[0].type.rank != 2:
+            continue
+        b, sign = op.operands[1], _sign(op)
+        outside = b.block is not None and emitter.block.inside(b.block)
+        if outside and (b, sign) not in emitter.packed and vector_product(emitter, op) is None:
+            emitter.packed[b, sign] = _pack(emitter, b, sign, _operand_type(op))
+
+
+def _accumulator(emitter: Emitter, op: Op) -> tuple[str, str]:
+    """Return an array that starts as the third operand, and its type: in place if that dies."""
+    start, result = op.operands[2], op.results[0]
+    if result.type.elem in _HALVES:
+        name = emitter.array(result.type.size, "float", "sums")
+        emitter.store_into(start, name, "float")
+        return name, "float"
+    name = emitter.reusable(start)
+    if name is None:
+        name = emitter.array(result.type.size, c_type(result.type), result.name or "sums")
+    if emitter.buffer(start) is None or emitter.buffer(start).name != name:
+        emitter.store_into(start, name)
+    return name, c_type(result.type)
+
+
+def _finish(emitter: Emitter, op: Op, name: str, c_sum: str) -> None:
+    """Hold the result in the accumulator, rounded if it was summed in float."""
+    result = op.results[0]
+    c_elem = c_type(result.type)
+    if c_sum != c_elem:
+        rounded = emitter.array(result.type.size, c_elem, result.name or "dot")
+        emitter.write("#pragma GCC ivdep")
+        emitter.write(
+            f"for (int i = 0; i < {result.type.size}; ++i) {rounded}[i] = {c_elem}({name}[i]);"
+        )
+        name = rounded
+    emitter.held[result] = Buffer(name, emitter.block)
+
+
+def _batched(emitter: Emitter, op: Op) -> None:
+    a, b, _ = op.operands[:3]
+    (batch, m, k), n = a.type.shape or (0, 0, 0), (b.type.shape or (0, 0, 0))[2]
+    elem, sign = _operand_type(op), _sign(op)
+    name, c_sum = _accumulator(emitter, op)
+    c_elem = elem or c_type(a.type)
+    arrays = []
+    for operand in (a, b):
+        array = emitter.array(operand.type.size, c_elem, "batch")
+        emitter.store_into(operand, array, elem)
+        arrays.append(array)
+    packed = emitter.fresh("packed")
+    emitter.write(f"alignas(64) {c_elem} {packed}[packed_elements<{c_elem}, {k}, {n}>()];")
+    at = emitter.fresh("batch")
+    with emitter.braces(f"for (int {at} = 0; {at} < {batch}; ++{at})"):
+        right = f"{arrays[1]} + {at} * {k * n}, {n}, 1, {packed}"
+        emitter.write(f"pack_b<{c_elem}, {k}, {n}, {sign}>({right});")
+        left = f"{arrays[0]} + {at} * {m * k}, {k}"
+        emitter.write(f"dot<{m}, {n}, {k}, {sign}>({left}, {packed}, {name} + {at} * {m * n});")
+    _finish(emitter, op, name, c_sum)

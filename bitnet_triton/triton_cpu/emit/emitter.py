@@ -1,0 +1,438 @@
+"""The state of an emission: what holds each value, and the C++ written so far.
+
+Every block value is at first a function of its index (``element``): splats, broadcasts, offsets
+and arithmetic are inlined into the loop nest that needs them, and the host compiler vectorises
+the innermost loop. Values are written to arrays where fusing would be wrong (a load may not move
+past a store) or wasteful (something expensive that is read twice).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from bitnet_triton.triton_cpu.analyse import INDEXING, address_slice, base_pointer, offsets
+from bitnet_triton.triton_cpu.emit import scalar
+from bitnet_triton.triton_cpu.emit.ctypes import c_type, literal
+from bitnet_triton.triton_cpu.emit.elements import ELEMENTS
+from bitnet_triton.triton_cpu.emit.lanes import vector_product
+from bitnet_triton.triton_cpu.emit.masks import holds_everywhere
+from bitnet_triton.triton_cpu.emit.nest import Nest
+from bitnet_triton.triton_cpu.emit.strides import data_order
+from bitnet_triton.triton_cpu.emit.values import Buffer, Held, Index, Lazy, Scalar, row_major
+from bitnet_triton.triton_cpu.ir import Block, Op, UnsupportedOperation, Value, used_after
+
+Handler = Callable[["Emitter", Op], None]
+HANDLERS: dict[str, Handler] = {}
+TERMINATORS = frozenset(
+    {"scf.yield", "scf.condition", "tt.return", "tt.reduce.return", "tt.scan.return"}
+)
+# Arrays above this size would eat the stacks of the threads (8 MiB each by default)
+_LARGE_ARRAY = 1 << 18
+_PER_ELEMENT = ("arith.", "math.", "tt.fp_to_fp", "tt.bitcast", "tt.extern_elementwise")
+
+
+def _is_per_element(op: Op) -> bool:
+    return op.name.startswith(_PER_ELEMENT) and op.results[0].is_block
+
+
+def handles(*names: str) -> Callable[[Handler], Handler]:
+    """Register the function that emits the operations ``names``."""
+
+    def register(handler: Handler) -> Handler:
+        HANDLERS.update(dict.fromkeys(names, handler))
+        return handler
+
+    return register
+
+
+class Emitter:
+    """Emits the body of one kernel."""
+
+    def __init__(
+        self, function: Op, functions: dict[str, Op], *, materialise: bool, assume_disjoint: bool
+    ) -> None:
+        self.function = function
+        self.functions = functions
+        self.materialise_all = materialise
+        self.assume_disjoint = assume_disjoint
+        self.held: dict[Value, Held] = {}
+        # Right operands of products that were packed before a loop, by how they were
+        self.packed: dict[tuple[Value, str], str] = {}
+        self.disjoint: set[tuple[int, int]] = set()
+        self.done: set[Op] = set()
+        self.lines: list[str] = []
+        self.arena = 0
+        self.block: Block = function.regions[0][0]
+        self._addresses = address_slice(function.regions[0])
+        self._pending: list[Value] = []
+        # Values of outer blocks that are held in arrays of the current block
+        self._borrowed: dict[Value, Held | None] = {}
+        self._depth = 1
+        self._names = 0
+
+    # writing -------------------------------------------------------------------------------
+
+    def fresh(self, hint: str) -> str:
+        """Return a name that was not used before."""
+        self._names += 1
+        return f"{hint}_{self._names}"
+
+    def write(self, line: str) -> None:
+        """Write one line at the current indentation."""
+        self.lines.append("  " * self._depth + line)
+
+    @contextlib.contextmanager
+    def braces(self, head: str = "") -> Iterator[None]:
+        """Write ``head {``, the lines of the with block, and ``}``."""
+        self.write(f"{head} {{".lstrip())
+        self._depth += 1
+        yield
+        self._depth -= 1
+        self.write("}")
+
+    def array(self, size: int, element: str, hint: str = "b") -> str:
+        """Declare an array; large ones live in memory that a thread keeps between programs."""
+        name = self.fresh(hint)
+        if size * 8 <= _LARGE_ARRAY:
+            self.write(f"alignas(64) {element} {name}[{max(size, 1)}];")
+        else:
+            self.write(f"{element}* const {name} = ({element}*)(arena + {self.arena});")
+            self.arena += -(-size * 8 // 64) * 64
+        return name
+
+    # reading values ------------------------------------------------------------------------
+
+    def scalar(self, value: Value) -> str:
+        """Return the expression of a scalar."""
+        held = self.held[value]
+        assert isinstance(held, Scalar)
+        return held.code
+
+    def buffer(self, value: Value) -> Buffer | None:
+        """Return the array that holds a value, if one does."""
+        held = self.held.get(value)
+        return held if isinstance(held, Buffer) else None
+
+    def is_address(self, value: Value) -> bool:
+        """Tell whether an integer is on its way into an address."""
+        return value in self._addresses
+
+    def mark_address(self, value: Value) -> None:
+        """Take the arithmetic of ``value`` not to overflow."""
+        self._addresses.add(value)
+
+    def element(self, value: Value, index: Index, nest: Nest) -> str:
+        """Return the expression of one element; what it needs is written into ``nest``."""
+        shape = value.type.shape
+        if shape is None:
+            return self.scalar(value)
+        index = tuple("0" if size == 1 else i for size, i in zip(shape, index))
+        key = (value, index)
+        if key not in nest.elements:
+            nest.elements[key] = self._element(value, index, nest)
+        return nest.elements[key]
+
+    def _element(self, value: Value, index: Index, nest: Nest) -> str:
+        held = self.held.get(value)
+        if isinstance(held, Buffer):
+            place = row_major(value.type.shape or (), index)
+            return nest.bind(c_type(value.type), f"{held.name}[{place}]")
+        if isinstance(held, Lazy):
+            return held.element(index, nest)
+        if value.type.elem == "i1":
+            if value in nest.granted:
+                return "true"
+            nest.masks[value] = None
+        op = value.op
+        if op is None:
+            raise UnsupportedOperation(f"the block argument `{value.name}` has no value")
+        if op.name in ELEMENTS:
+            return ELEMENTS[op.name](self, op, value, index, nest)
+        operands = [self.element(operand, index, nest) for operand in op.operands]
+        return self._compute(op, operands, nest)
+
+    def _compute(self, op: Op, operands: list[str], nest: Nest) -> str:
+        if op.name in ("arith.andi", "arith.select") and operands[0] == "true":
+            return operands[1]
+        if op.name == "arith.andi" and operands[1] == "true":
+            return operands[0]
+        if op.name == "arith.ori" and "true" in operands:
+            return "true"
+        result = op.results[0]
+        code = scalar.expression(op, operands, wraps=not self.is_address(result))
+        return nest.bind(c_type(result.type), code)
+
+    # loops ---------------------------------------------------------------------------------
+
+    def loops(
+        self,
+        sizes: tuple[int, ...],
+        body: Callable[[Nest, Index], None],
+        order: tuple[int, ...] | None = None,
+        *,
+        independent: bool = True,
+    ) -> None:
+        """Write a loop nest over ``sizes``.
+
+        Where the conditions that ``body`` meets can be decided for all elements at once, the nest
+        is written a second time without them, and the choice is made at run time.
+
+        Args:
+            sizes: number of trips of every dimension.
+            body: writes the statements for one index into the nest.
+            order: dimensions, outermost first.
+            independent: the trips of the innermost loop may run in any order.
+        """
+        nest, names = self._fill(sizes, body, order, frozenset())
+        masks = [(m, c) for m in nest.masks if (c := holds_everywhere(self, m)) is not None]
+        if not masks:
+            self._write_nest(nest, names, sizes, independent)
+            return
+        conditions = " && ".join(dict.fromkeys(c for _, c in masks if c != "true"))
+        fast, fast_names = self._fill(sizes, body, order, frozenset(m for m, _ in masks))
+        if not conditions:
+            self._write_nest(fast, fast_names, sizes, independent)
+            return
+        with self.braces(f"if ({conditions})"):
+            self._write_nest(fast, fast_names, sizes, independent)
+        with self.braces("else"):
+            self._write_nest(nest, names, sizes, independent)
+
+    def _fill(
+        self,
+        sizes: tuple[int, ...],
+        body: Callable[[Nest, Index], None],
+        order: tuple[int, ...] | None,
+        granted: frozenset[Value],
+    ) -> tuple[Nest, dict[int, str]]:
+        names = {d: self.fresh("i") for d in order or range(len(sizes)) if sizes[d] > 1}
+        nest = Nest(self, len(names), granted)
+        nest.depth_of.update({name: level + 1 for level, name in enumerate(names.values())})
+        body(nest, tuple(names.get(d, "0") for d in range(len(sizes))))
+        return nest, names
+
+    def _write_nest(
+        self, nest: Nest, names: dict[int, str], sizes: tuple[int, ...], independent: bool
+    ) -> None:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.braces())
+            for line in nest.levels[0]:
+                self.write(line)
+            for level, (dim, name) in enumerate(names.items(), 1):
+                if level == len(names) and independent:
+                    self.write("#pragma GCC ivdep")
+                head = f"for (int {name} = 0; {name} < {sizes[dim]}; ++{name})"
+                stack.enter_context(self.braces(head))
+                for line in nest.levels[level]:
+                    self.write(line)
+
+    def element_now(self, value: Value, index: Index) -> str:
+        """Compute one element at a constant index, at the current place in the program."""
+        nest = Nest(self, 0)
+        code = self.element(value, index, nest)
+        for line in nest.levels[0]:
+            self.write(line)
+        return code
+
+    # materialising -------------------------------------------------------------------------
+
+    def store_into(self, value: Value, name: str, c_elem: str | None = None) -> None:
+        """Write all elements of ``value`` to an array in row-major order."""
+        shape = value.type.shape or ()
+
+        def body(nest: Nest, index: Index) -> None:
+            code = self.element(value, index, nest)
+            place = row_major(shape, index)
+            nest.statement(f"{name}[{place}] = {f'{c_elem}({code})' if c_elem else code};")
+
+        self.loops(shape, body, data_order(self, value))
+
+    def materialise(self, value: Value) -> Buffer:
+        """Hold ``value`` in an array of its own, from here on."""
+        held = self.held.get(value)
+        if isinstance(held, Buffer):
+            return held
+        name = self.array(value.type.size, c_type(value.type), value.name or "b")
+        self.store_into(value, name)
+        buffer = Buffer(name, self.block)
+        if value.block is not self.block:
+            self._borrowed.setdefault(value, held)
+        self.held[value] = buffer
+        return buffer
+
+    def settle(self, op: Op) -> None:
+        """Before a side effect or a region: write out what loaded from memory and is still needed."""
+        waiting = []
+        for value in self._pending:
+            if isinstance(self.held.get(value), Buffer):
+                continue
+            if value.block is not op.block:
+                waiting.append(value)
+            elif used_after(value, op) or (op.regions and op in value.uses):
+                self.materialise(value)
+        self._pending = waiting
+
+    def reusable(self, value: Value) -> str | None:
+        """Return an array that ``value`` may be computed into because an operand dies there."""
+        if len(value.uses) != 1:
+            return None
+        held = self.held.get(value)
+        if isinstance(held, Buffer):
+            return held.name if held.owner is self.block else None
+        op = value.op
+        if held is not None or op is None or op.block is not self.block:
+            return None
+        if not op.name.startswith("arith.") or op.name == "arith.constant":
+            return None
+        for operand in op.operands:
+            if operand.type == value.type and (name := self.reusable(operand)):
+                return name
+        return None
+
+    # operations ----------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def scope(self, block: Block) -> Iterator[None]:
+        """Emit code that belongs to ``block``; arrays declared in it are forgotten afterwards."""
+        saved = self.block, self._pending, self._borrowed
+        self.block, self._pending, self._borrowed = block, [], {}
+        yield
+        for value, held in self._borrowed.items():
+            if held is None:
+                del self.held[value]
+            else:
+                self.held[value] = held
+        self.block, self._pending, self._borrowed = saved
+
+    def run_block(self, block: Block) -> Op:
+        """Emit the operations of ``block`` up to its terminator, and return that."""
+        for op in block.ops:
+            if op.name in TERMINATORS:
+                return op
+            self.run(op)
+        raise UnsupportedOperation(f"a block without an end: `{block.ops[-1].name}`")
+
+    def run(self, op: Op) -> None:
+        """Emit one operation."""
+        if op in self.done:
+            return
+        handler = HANDLERS.get(op.name)
+        if handler is not None:
+            handler(self, op)
+        elif op.regions or len(op.results) != 1:
+            raise op.unsupported()
+        elif op.results[0].is_block:
+            self.defer(op)
+        else:
+            self._run_scalar(op)
+        if self.materialise_all:
+            for result in op.results:
+                if result.is_block and not isinstance(self.held.get(result), Buffer):
+                    self.materialise(result)
+
+    def _run_scalar(self, op: Op) -> None:
+        result = op.results[0]
+        if op.name == "arith.constant":
+            self.held[result] = Scalar(literal(op.attributes["value"], result.type))
+            return
+        code = scalar.expression(
+            op, [self.scalar(v) for v in op.operands], wraps=not self.is_address(result)
+        )
+        self.define(result, code)
+
+    def define(self, value: Value, code: str) -> None:
+        """Give a scalar value a name of its own."""
+        name = self.fresh(value.name or "s")
+        self.write(f"{c_type(value.type)} const {name} = {code};")
+        self.held[value] = Scalar(name)
+
+    def defer(self, op: Op) -> None:
+        """Leave an elementwise operation to the nests that read it, unless that is wasteful."""
+        if op.name not in ELEMENTS:
+            # Find out now, while the operation's line is known, whether C++ can say it
+            scalar.expression(op, ["x"] * len(op.operands), wraps=True)
+        for result in op.results:
+            price, loads = self._lazy_cost(result)
+            if op.name == "tt.broadcast" and self._worth_keeping(op):
+                self.materialise(op.operands[0])
+            elif self._read_twice(result) and self._is_dear(result, price, loads):
+                self.materialise(result)
+            elif loads or price >= scalar.EXPENSIVE:
+                self._pending.append(result)
+
+    def _is_dear(self, value: Value, price: int, loads: bool) -> bool:
+        is_index = value.type.pointer or value.type.elem == "i1" or self.is_address(value)
+        return price >= scalar.EXPENSIVE and (loads or not is_index) and value.type.size > 1
+
+    def _read_twice(self, value: Value) -> bool:
+        """Tell whether ``value`` ends up in two nests, each of which would compute it anew."""
+        roots: set[Op] = set()
+        seen: set[Op] = set()
+        work = list(value.uses)
+        while work:
+            use = work.pop()
+            if use in seen:
+                continue
+            seen.add(use)
+            if use.block is value.block and _is_per_element(use):
+                work.extend(use.results[0].uses)
+            else:
+                roots.add(use)
+        products = [root for root in roots if root.name == "tt.dot"]
+        if products and len(products) == len(roots):
+            # Products row by row share one pass over what they read
+            return len(value.uses) > 1 and not all(vector_product(self, p) for p in products)
+        return len(roots) > 1 or (len(value.uses) > 1 and bool(products))
+
+    def _worth_keeping(self, op: Op) -> bool:
+        """Tell whether a broadcast would compute something dear again and again."""
+        price, _ = self._lazy_cost(op.operands[0])
+        return price > 2 * scalar.LOAD_COST
+
+    def _lazy_cost(self, value: Value) -> tuple[int, bool]:
+        """Return what an element costs where it is inlined, and whether that reads memory."""
+        price, loads = 0, False
+        seen: set[Value] = set()
+        work = [value]
+        while work:
+            value = work.pop()
+            if value in seen or value in self.held or value.op is None or not value.is_block:
+                continue
+            seen.add(value)
+            price += 0 if value.op.name in INDEXING else scalar.cost(value.op)
+            loads = loads or value.op.name == "tt.load"
+            work.extend(value.op.operands)
+        return price, loads
+
+    # memory order --------------------------------------------------------------------------
+
+    def fused_loads(self, value: Value, seen: set[Value] | None = None) -> list[Op]:
+        """Return the loads that reading ``value`` would perform."""
+        seen = set() if seen is None else seen
+        if value in seen or value in self.held or value.op is None or not value.is_block:
+            return []
+        seen.add(value)
+        found = [value.op] if value.op.name == "tt.load" else []
+        for operand in value.op.operands:
+            found += self.fused_loads(operand, seen)
+        return found
+
+    def may_fuse(self, load: Op, target: Value) -> bool:
+        """Tell whether a load may run in the same loop as a store to ``target``.
+
+        A block is loaded before a block is stored. Element by element that is the same only if
+        they touch the same element in the same trip, or never the same memory at all; the latter
+        is assumed of different arguments and noted for the launcher to check.
+        """
+        read, written = base_pointer(load.operands[0]), base_pointer(target)
+        if read is None or written is None or not self.assume_disjoint:
+            return False
+        if read is written:
+            return offsets(load.operands[0]) == offsets(target)
+        args = self.function.regions[0][0].args
+        if read not in args or written not in args:
+            return False
+        i, j = sorted((args.index(read), args.index(written)))
+        self.disjoint.add((i, j))
+        return True

@@ -1,0 +1,310 @@
+"""Products of a matrix with one vector or a few: no packing, one pass over the matrix.
+
+Each output is a sum along memory. Sixteen lanes of partial sums an output are kept, over all
+trips of a loop if the products only accumulate there, and added up once at the end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from bitnet_triton.triton_cpu.analyse import in_seven_bits, splat_integer
+from bitnet_triton.triton_cpu.emit.ctypes import c_type
+from bitnet_triton.triton_cpu.emit.nest import Nest
+from bitnet_triton.triton_cpu.emit.values import Buffer, Index, Lanes
+from bitnet_triton.triton_cpu.emit.views import (
+    View,
+    address_step,
+    is_memory,
+    matrix_view,
+    untransposed,
+)
+from bitnet_triton.triton_cpu.ir import Op, Value
+
+if TYPE_CHECKING:
+    from bitnet_triton.triton_cpu.emit.emitter import Emitter
+
+LANES = 16
+_INT8_LANES = 64
+_MOST_VECTORS = 4
+_BYTE_OPERATIONS = {
+    "arith.andi": "&", "arith.ori": "|", "arith.xori": "^", "arith.addi": "+", "arith.subi": "-",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class VectorProduct:
+    """A product seen as matrix [rows, depth] times vectors [count, depth].
+
+    Attributes:
+        matrix: the operand with many rows.
+        vectors: the other one.
+        along: dimension of ``matrix`` that is summed.
+        count: number of vectors.
+        rows: number of rows, a multiple of 16.
+        depth: length of the sums.
+    """
+
+    op: Op
+    matrix: Value
+    vectors: Value
+    along: int
+    count: int
+    rows: int
+    depth: int
+
+
+def vector_product(emitter: Emitter, op: Op) -> VectorProduct | None:
+    """Return how a product is computed row by row; None if it is better packed."""
+    a, b, _ = op.operands[:3]
+    if a.type.rank != 2 or a.type.elem != b.type.elem:
+        return None
+    (m, k), n = a.type.shape or (0, 0), (b.type.shape or (0, 0))[1]
+    few = VectorProduct(op, b, a, 0, m, n, k) if m <= n else VectorProduct(op, a, b, 1, n, m, k)
+    if few.rows % LANES:
+        return None
+    result = op.results[0].type.elem
+    if a.type.elem == "i8" and result == "i32":
+        fits = few.count <= _MOST_VECTORS and k % _INT8_LANES == 0
+        return few if fits and _in_bytes(emitter, few.matrix, few.along) else None
+    if a.type.elem in ("f32", "bf16", "f16") and result == "f32" and few.count == 1:
+        root, order = untransposed(few.matrix)
+        if is_memory(emitter, root) and address_step(emitter, root, order[few.along]) == 1:
+            return few
+    return None
+
+
+def _in_bytes(emitter: Emitter, value: Value, along: int) -> bool:
+    """Tell whether 64 neighbours of an int8 value can be computed at once, as bytes."""
+    if value.type.elem != "i8" or value.type.pointer:
+        return False
+    if splat_integer(value) is not None:
+        return True
+    if emitter.buffer(value) is not None:
+        return along == value.type.rank - 1
+    op = value.op
+    if op is None or value in emitter.held:
+        return False
+    if op.name == "tt.load":
+        return is_memory(emitter, value) and address_step(emitter, value, along) == 1
+    if op.name == "tt.trans":
+        return _in_bytes(emitter, op.operands[0], op.integers("order")[along])
+    if op.name in ("arith.shrui", "arith.shli"):
+        shift = splat_integer(op.operands[1])
+        return shift is not None and 0 <= shift < 8 and _in_bytes(emitter, op.operands[0], along)
+    return op.name in _BYTE_OPERATIONS and all(_in_bytes(emitter, v, along) for v in op.operands)
+
+
+def keeps_lanes(emitter: Emitter, argument: Value, yielded: Value) -> bool:
+    """Tell whether a loop-carried value is only ever added to by products row by row."""
+    value = argument
+    while value is not yielded:
+        if len(value.uses) != 1:
+            return False
+        use = value.uses[0]
+        if use.name != "tt.dot" or use.operands[2] is not value or use.block is not yielded.block:
+            return False
+        if vector_product(emitter, use) is None:
+            return False
+        value = use.results[0]
+    return value is not argument and len(value.uses) == 1
+
+
+def open_lanes(emitter: Emitter, initial: Value) -> Lanes:
+    """Declare partial sums, all zero, and what they will be added to."""
+    n, c_elem = initial.type.size, c_type(initial.type)
+    start = emitter.array(n, c_elem, "start")
+    emitter.store_into(initial, start)
+    return Lanes(_zero_lanes(emitter, n, c_elem), start)
+
+
+def _zero_lanes(emitter: Emitter, n: int, c_elem: str) -> str:
+    name = emitter.array(n * LANES, c_elem, "lanes")
+    emitter.write(f"memset({name}, 0, sizeof({c_elem}) * {n * LANES});")
+    return name
+
+
+def emit_vector_products(emitter: Emitter, op: Op) -> None:
+    """Emit ``op`` and the products after it that read the same vectors, in one pass.
+
+    Planes of packed weights are one load and several products: together they read it once.
+    """
+    group = _group(emitter, op)
+    targets = [_target(emitter, product) for product in group]
+    with emitter.braces():
+        vectors = _vector_array(emitter, group[0])
+        if op.operands[0].type.elem == "i8":
+            _int8_products(emitter, group, targets, vectors)
+        else:
+            for product, target in zip(group, targets):
+                _float_product(emitter, product, target, vectors)
+    for product, target in zip(group, targets):
+        emitter.done.add(product.op)
+        _hold(emitter, product, target)
+
+
+def _group(emitter: Emitter, op: Op) -> list[VectorProduct]:
+    first = vector_product(emitter, op)
+    assert first is not None and op.block is not None
+    group = [first]
+    for following in op.block.ops[op.index + 1 :]:
+        if following.name != "tt.dot":
+            if following.regions or not following.results or following.name in _BARRIERS:
+                break
+            continue
+        product = vector_product(emitter, following)
+        if product is None or not _belongs(emitter, product, group):
+            break
+        group.append(product)
+    return group
+
+
+_BARRIERS = frozenset({"tt.atomic_rmw", "tt.atomic_cas", "tt.call"})
+
+
+def _belongs(emitter: Emitter, product: VectorProduct, group: list[VectorProduct]) -> bool:
+    first = group[0]
+    shape = (product.vectors, product.along, product.rows, product.depth)
+    if shape != (first.vectors, first.along, first.rows, first.depth):
+        return False
+    # What it starts from must be known by now: a carried value, a constant or an earlier sum
+    start = product.op.operands[2]
+    return start in emitter.held or splat_integer(start) == 0 or _is_zero(start)
+
+
+def _is_zero(value: Value) -> bool:
+    op = value.op
+    return op is not None and op.name == "arith.constant"
+
+
+def _target(emitter: Emitter, product: VectorProduct) -> Lanes:
+    held = emitter.held.get(product.op.operands[2])
+    if isinstance(held, Lanes):
+        return held
+    return open_lanes(emitter, product.op.operands[2])
+
+
+def _hold(emitter: Emitter, product: VectorProduct, target: Lanes) -> None:
+    """Pass open lanes on through the loop; fold those that were opened here."""
+    result = product.op.results[0]
+    if isinstance(emitter.held.get(product.op.operands[2]), Lanes):
+        emitter.held[result] = target
+        return
+    emitter.write(f"fold_lanes<{result.type.size}>({target.name}, {target.start});")
+    emitter.held[result] = Buffer(target.start, emitter.block)
+
+
+def _vector_array(emitter: Emitter, product: VectorProduct) -> str:
+    """Return the address of the vectors [count, depth], contiguous."""
+    value, depth_dim = product.vectors, 1 - product.along
+    if product.count == 1:
+        return matrix_view(emitter, value, unit=depth_dim).base
+    array = emitter.array(value.type.size, c_type(value.type), "vectors")
+
+    def body(nest: Nest, index: Index) -> None:
+        i, k = (index[1 - depth_dim], index[depth_dim])
+        nest.statement(
+            f"{array}[({i}) * {product.depth} + {k}] = {emitter.element(value, index, nest)};"
+        )
+
+    emitter.loops(value.type.shape or (), body)
+    return array
+
+
+def _float_product(emitter: Emitter, product: VectorProduct, target: Lanes, vectors: str) -> None:
+    view = matrix_view(emitter, product.matrix, unit=product.along)
+    step = view.steps[1 - product.along]
+    emitter.write(
+        f"dot_lanes<{product.rows}, {product.depth}>({vectors}, {view.base}, {step}, {target.name});"
+    )
+
+
+def _int8_products(
+    emitter: Emitter, group: list[VectorProduct], targets: list[Lanes], vectors: str
+) -> None:
+    first = group[0]
+    leaves: dict[Value, View] = {}
+    for product in group:
+        _prepare(emitter, product.matrix, product.along, leaves)
+    biased = [not in_seven_bits(p.matrix) and not in_seven_bits(p.vectors) for p in group]
+    for v in range(first.count):
+        if any(biased):
+            emitter.write(
+                f"int32_t const total{v} = sum_bytes<{first.depth}>({vectors} + {v * first.depth});"
+            )
+    with emitter.braces(f"for (int n = 0; n < {first.rows}; ++n)"):
+        _open_rows(emitter, group, targets, biased)
+        with emitter.braces(f"for (int k = 0; k < {first.depth}; k += {_INT8_LANES})"):
+            for v in range(first.count):
+                emitter.write(f"v64u8 const x{v} = load64({vectors} + {v * first.depth} + k);")
+            for i, product in enumerate(group):
+                emitter.write(
+                    f"v64u8 const w{i} = {_bytes(emitter, product.matrix, product.along, leaves)};"
+                )
+                for v in range(first.count):
+                    emitter.write(f"dot4(s{i}_{v}, {_ordered(product, i, v)});")
+        for i, target in enumerate(targets):
+            for v in range(first.count):
+                emitter.write(f"store_lanes({_row(target, first, v)}, s{i}_{v});")
+
+
+def _row(target: Lanes, product: VectorProduct, v: int) -> str:
+    """Return the address of the partial sums of row n and vector v, as the result is laid out."""
+    place = f"{v * product.rows} + n" if product.along == 0 else f"n * {product.count} + {v}"
+    return f"{target.name} + ({place}) * {LANES}"
+
+
+def _open_rows(
+    emitter: Emitter, group: list[VectorProduct], targets: list[Lanes], biased: list[bool]
+) -> None:
+    for i, (product, target) in enumerate(zip(group, targets)):
+        for v in range(product.count):
+            # dot4 multiplies unsigned by signed: bytes biased by 128 are taken back here
+            bias = f", -128 * total{v}" if biased[i] else ""
+            emitter.write(f"v16i32 s{i}_{v} = load_lanes({_row(target, product, v)}{bias});")
+
+
+def _ordered(product: VectorProduct, i: int, v: int) -> str:
+    """Return the arguments of dot4: the operand known to be unsigned first."""
+    if in_seven_bits(product.matrix):
+        return f"w{i}, x{v}"
+    if in_seven_bits(product.vectors):
+        return f"x{v}, w{i}"
+    return f"flip64(w{i}), x{v}"
+
+
+def _prepare(emitter: Emitter, value: Value, along: int, leaves: dict[Value, View]) -> None:
+    """Find out where the loads below a byte expression read."""
+    op = value.op
+    if value in leaves or splat_integer(value) is not None:
+        return
+    if emitter.buffer(value) is not None or (op is not None and op.name == "tt.load"):
+        leaves[value] = matrix_view(emitter, value, unit=along)
+        return
+    assert op is not None
+    if op.name == "tt.trans":
+        _prepare(emitter, op.operands[0], op.integers("order")[along], leaves)
+        return
+    for operand in op.operands:
+        _prepare(emitter, operand, along, leaves)
+
+
+def _bytes(emitter: Emitter, value: Value, along: int, leaves: dict[Value, View]) -> str:
+    """Return the expression of 64 bytes of row ``n`` from column ``k`` on."""
+    constant = splat_integer(value)
+    if constant is not None:
+        return f"splat64({constant})"
+    if value in leaves:
+        view = leaves[value]
+        return f"load64({view.base} + n * int64_t({view.steps[1 - along]}) + k)"
+    op = value.op
+    assert op is not None
+    if op.name == "tt.trans":
+        return _bytes(emitter, op.operands[0], op.integers("order")[along], leaves)
+    first = _bytes(emitter, op.operands[0], along, leaves)
+    if op.name in ("arith.shrui", "arith.shli"):
+        function = "shr64" if op.name == "arith.shrui" else "shl64"
+        return f"{function}({first}, {splat_integer(op.operands[1])})"
+    second = _bytes(emitter, op.operands[1], along, leaves)
+    return f"({first} {_BYTE_OPERATIONS[op.name]} {second})"

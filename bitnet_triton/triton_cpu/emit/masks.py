@@ -1,0 +1,80 @@
+"""Decide a condition for all elements of a block at once.
+
+Masks are conjunctions of comparisons between integers that grow or fall along each dimension:
+their extremes stand at corners of the block. Where a mask holds at the worst corner, it holds
+everywhere, and the loop nest needs no masks at all.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bitnet_triton.triton_cpu.analyse import splat_integer
+from bitnet_triton.triton_cpu.emit.ctypes import BITS
+from bitnet_triton.triton_cpu.emit.strides import stride
+from bitnet_triton.triton_cpu.ir import Op, Value
+
+if TYPE_CHECKING:
+    from bitnet_triton.triton_cpu.emit.emitter import Emitter
+
+_LESS = {2: "<", 3: "<="}
+_GREATER = {4: ">", 5: ">="}
+_DEPTH = 24
+
+
+def holds_everywhere(emitter: Emitter, mask: Value, depth: int = 0) -> str | None:
+    """Return a C++ condition under which every element of ``mask`` is true; None if unknown.
+
+    What the condition needs is written at the current place in the program.
+    """
+    if splat_integer(mask) is not None:
+        return "true" if splat_integer(mask) else None
+    op = mask.op
+    if mask in emitter.held or op is None or depth > _DEPTH:
+        return None
+    if op.name in ("tt.broadcast", "tt.expand_dims", "tt.trans", "tt.reshape"):
+        return holds_everywhere(emitter, op.operands[0], depth + 1)
+    if op.name == "tt.splat":
+        return emitter.scalar(op.operands[0])
+    if op.name in ("arith.andi", "arith.ori"):
+        parts = [holds_everywhere(emitter, operand, depth + 1) for operand in op.operands]
+        if op.name == "arith.andi":
+            return None if None in parts else f"({parts[0]} && {parts[1]})"
+        known = [part for part in parts if part is not None]
+        return f"({' || '.join(known)})" if known else None
+    return _compare(emitter, op) if op.name == "arith.cmpi" else None
+
+
+def _compare(emitter: Emitter, op: Op) -> str | None:
+    predicate = op.integer("predicate")
+    sign = _LESS.get(predicate) or _GREATER.get(predicate)
+    if sign is None:
+        return None
+    left = _extreme(emitter, op.operands[0], highest=predicate in _LESS)
+    right = _extreme(emitter, op.operands[1], highest=predicate in _GREATER)
+    if left is None or right is None:
+        return None
+    return " && ".join([f"({left[0]} {sign} {right[0]})", *left[1], *right[1]])
+
+
+def _extreme(emitter: Emitter, value: Value, highest: bool) -> tuple[str, list[str]] | None:
+    """Return the largest or smallest element, and what must hold for it to be that."""
+    steps = [stride(emitter, value, dim) for dim in range(value.type.rank)]
+    if None in steps:
+        return None
+    shape = value.type.shape or ()
+    span = sum(abs(step) * (size - 1) for step, size in zip(steps, shape))
+    if span >= 2 ** (BITS.get(value.type.elem, 1) - 1):
+        return None
+    corners = [
+        tuple(
+            str(size - 1) if step and (step > 0) == up else "0" for step, size in zip(steps, shape)
+        )
+        for up in (False, True)
+    ]
+    if span == 0:
+        return emitter.element_now(value, corners[0]), []
+    low, high = (emitter.element_now(value, corner) for corner in corners)
+    # An integer that wraps around inside the block stands in the wrong order at its ends
+    ordered = [] if emitter.is_address(value) else [f"({low} <= {high})"]
+    return (high if highest else low), ordered

@@ -1,0 +1,53 @@
+"""A loop nest under construction."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from bitnet_triton.triton_cpu.ir import Value
+
+if TYPE_CHECKING:
+    from bitnet_triton.triton_cpu.emit.emitter import Emitter
+    from bitnet_triton.triton_cpu.emit.values import Index
+
+_IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
+
+
+class Nest:
+    """Collects statements, each at the outermost loop whose index it depends on.
+
+    Attributes:
+        levels: the statements before the first loop, inside the first, inside the second, ...
+        depth_of: the level of every name that was bound here.
+        elements: expressions of elements that were already computed.
+        masks: conditions met on the way, candidates for a version without them.
+        granted: conditions taken to hold for every element.
+    """
+
+    def __init__(self, emitter: Emitter, loops: int, granted: frozenset[Value] = frozenset()):
+        self.emitter = emitter
+        self.levels: list[list[str]] = [[] for _ in range(loops + 1)]
+        self.depth_of: dict[str, int] = {}
+        self.elements: dict[tuple[Value, Index], str] = {}
+        self.masks: dict[Value, None] = {}
+        self.granted = granted
+
+    def level(self, *expressions: str) -> int:
+        """Return the outermost level at which all the names in ``expressions`` are known."""
+        return max(
+            (self.depth_of.get(n, 0) for e in expressions for n in _IDENTIFIER.findall(e)),
+            default=0,
+        )
+
+    def bind(self, c_type: str, expression: str, *depends: str, hint: str = "t") -> str:
+        """Name an expression, at the outermost level where it can be computed."""
+        level = self.level(expression, *depends)
+        name = self.emitter.fresh(hint)
+        self.levels[level].append(f"{c_type} const {name} = {expression};")
+        self.depth_of[name] = level
+        return name
+
+    def statement(self, code: str) -> None:
+        """Add a statement to the innermost loop."""
+        self.levels[-1].append(code)

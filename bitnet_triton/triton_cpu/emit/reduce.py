@@ -1,0 +1,223 @@
+"""Reductions and scans: a scalar region combines the elements along one axis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from bitnet_triton.triton_cpu.emit import scalar
+from bitnet_triton.triton_cpu.emit.ctypes import c_type, literal
+from bitnet_triton.triton_cpu.emit.emitter import TERMINATORS, Emitter, handles
+from bitnet_triton.triton_cpu.emit.nest import Nest
+from bitnet_triton.triton_cpu.emit.values import Buffer, Index, Scalar, row_major
+from bitnet_triton.triton_cpu.ir import Block, Op, Value
+
+# Combining operations that include/reduce.h folds in registers
+_FOLDS = {
+    "arith.addf": "h_add", "arith.addi": "h_add", "arith.mulf": "h_mul", "arith.muli": "h_mul",
+    "arith.maxnumf": "h_maxnum", "arith.minnumf": "h_minnum", "arith.maximumf": "h_maximum",
+    "arith.minimumf": "h_minimum", "arith.maxsi": "h_max", "arith.minsi": "h_min",
+    "arith.maxui": "h_umax", "arith.minui": "h_umin", "arith.andi": "h_and", "arith.ori": "h_or",
+    "arith.xori": "h_xor",
+}  # fmt: skip
+_FOLDED_TYPES = frozenset({"f32", "f64", "i32", "i64"})
+
+
+def combine(emitter: Emitter, block: Block, inputs: list[str], nest: Nest) -> list[str]:
+    """Inline a scalar region; return the expressions of what it yields."""
+    known = dict(zip(block.args, inputs))
+
+    def read(value: Value) -> str:
+        return known[value] if value in known else emitter.scalar(value)
+
+    for op in block.ops:
+        if op.name in TERMINATORS or op.name == "tt.map_elementwise.return":
+            return [read(value) for value in op.operands]
+        if op.regions or len(op.results) != 1:
+            raise op.unsupported("inside a reduction, a scan or an elementwise function")
+        result = op.results[0]
+        if op.name == "arith.constant":
+            known[result] = literal(op.attributes["value"], result.type)
+            continue
+        code = scalar.expression(op, [read(value) for value in op.operands], wraps=True)
+        known[result] = nest.bind(c_type(result.type), code, *inputs)
+    raise AssertionError("a region without an end")
+
+
+@handles("tt.reduce")
+def _reduce(emitter: Emitter, op: Op) -> None:
+    axis = op.integer("axis")
+    shape = op.operands[0].type.shape or ()
+    outputs = [
+        emitter.array(result.type.size, c_type(result.type), result.name) for result in op.results
+    ]
+    if all(size == 1 for size in shape[axis + 1 :]):
+        _reduce_rows(emitter, op, axis, outputs)
+    else:
+        _reduce_columns(emitter, op, axis, outputs)
+    for result, name in zip(op.results, outputs):
+        block = result.is_block
+        emitter.held[result] = Buffer(name, emitter.block) if block else Scalar(f"{name}[0]")
+
+
+def _reduce_columns(emitter: Emitter, op: Op, axis: int, outputs: list[str]) -> None:
+    """Combine slice after slice into the result: the inner loop runs along memory."""
+    shape = op.operands[0].type.shape or ()
+    kept = shape[:axis] + shape[axis + 1 :]
+    step = emitter.fresh("j")
+
+    def body(at: str) -> Callable[[Nest, Index], None]:
+        def write(nest: Nest, index: Index) -> None:
+            full = (*index[:axis], at, *index[axis:])
+            values = [emitter.element(operand, full, nest) for operand in op.operands]
+            place = row_major(kept, index)
+            if at != "0":
+                olds = _read_back(op, outputs, place, nest)
+                values = combine(emitter, op.regions[0][0], olds + values, nest)
+            for name, value in zip(outputs, values):
+                nest.statement(f"{name}[{place}] = {value};")
+
+        return write
+
+    emitter.loops(kept, body("0"))
+    with emitter.braces(f"for (int {step} = 1; {step} < {shape[axis]}; ++{step})"):
+        emitter.loops(kept, body(step))
+
+
+def _read_back(op: Op, arrays: list[str], place: str, nest: Nest) -> list[str]:
+    """Bind the current contents of accumulators, in the innermost loop."""
+    depends = [name for name, level in nest.depth_of.items() if level == len(nest.levels) - 1][:1]
+    return [
+        nest.bind(c_type(operand.type), f"{name}[{place}]", *depends)
+        for operand, name in zip(op.operands, arrays)
+    ]
+
+
+def _fold_name(op: Op) -> str | None:
+    """Return the register fold for a reduction by one commutative operation."""
+    block = op.regions[0][0]
+    if len(op.operands) != 1 or len(block.ops) != 2:
+        return None
+    if op.operands[0].type.elem not in _FOLDED_TYPES or set(block.ops[0].operands) != set(
+        block.args
+    ):
+        return None
+    return _FOLDS.get(block.ops[0].name)
+
+
+def _reduce_rows(emitter: Emitter, op: Op, axis: int, outputs: list[str]) -> None:
+    """Combine along the contiguous axis: lanes side by side first, then among each other."""
+    shape = op.operands[0].type.shape or ()
+    n = shape[axis]
+    fold = _fold_name(op)
+    lanes = min(n, 64 if fold and n >= 256 else 16)
+    kept = shape[:axis] + shape[axis + 1 :]
+    elems = [c_type(operand.type) for operand in op.operands]
+
+    def body(nest: Nest, index: Index) -> None:
+        accumulators = [emitter.fresh("lanes") for _ in elems]
+        for elem, name in zip(elems, accumulators):
+            nest.statement(f"alignas(64) {elem} {name}[{lanes}];")
+        nest.statement(_lane_loop(emitter, op, nest, index, axis, accumulators, lanes, "0"))
+        if n > lanes:
+            at = emitter.fresh("j")
+            inner = _lane_loop(emitter, op, nest, index, axis, accumulators, lanes, at)
+            nest.statement(f"for (int {at} = {lanes}; {at} < {n}; {at} += {lanes}) {{ {inner} }}")
+        _fold(emitter, op, nest, accumulators, lanes, fold)
+        place = row_major(kept, index)
+        for output, name in zip(outputs, accumulators):
+            last = f"hreduce<{fold}, {lanes}>({name})" if fold else f"{name}[0]"
+            nest.statement(f"{output}[{place}] = {last};")
+
+    emitter.loops(kept, body, independent=False)
+
+
+def _lane_loop(
+    emitter: Emitter, op: Op, nest: Nest, index: Index, axis: int, accumulators: list[str],
+    lanes: int, start: str,
+) -> str:  # fmt: skip
+    """Return the code that combines ``lanes`` elements from ``start`` on into the accumulators."""
+    lane = emitter.fresh("l")
+    inner = Nest(emitter, 1, nest.granted)
+    inner.depth_of[lane] = 1
+    at = lane if start == "0" else f"({start} + {lane})"
+    full = (*index[:axis], at, *index[axis:])
+    values = [emitter.element(operand, full, inner) for operand in op.operands]
+    if start != "0":
+        olds = _read_back(op, accumulators, lane, inner)
+        values = combine(emitter, op.regions[0][0], olds + values, inner)
+    stores = [f"{name}[{lane}] = {value};" for name, value in zip(accumulators, values)]
+    nest.masks.update(inner.masks)
+    loop = f"for (int {lane} = 0; {lane} < {lanes}; ++{lane}) "
+    body = " ".join(inner.levels[1] + stores)
+    return f"{{ {' '.join(inner.levels[0])}\n#pragma GCC ivdep\n{loop}{{ {body} }} }}"
+
+
+def _fold(
+    emitter: Emitter, op: Op, nest: Nest, accumulators: list[str], lanes: int, fold: str | None
+) -> None:
+    """Combine the upper half of the lanes into the lower, until one is left."""
+    half = 0 if fold else lanes // 2
+    while half:
+        lane = emitter.fresh("l")
+        inner = Nest(emitter, 1)
+        inner.depth_of[lane] = 1
+        low = _read_back(op, accumulators, lane, inner)
+        high = _read_back(op, accumulators, f"{lane} + {half}", inner)
+        values = combine(emitter, op.regions[0][0], low + high, inner)
+        stores = [f"{name}[{lane}] = {value};" for name, value in zip(accumulators, values)]
+        body = " ".join(inner.levels[1] + stores)
+        nest.statement(f"for (int {lane} = 0; {lane} < {half}; ++{lane}) {{ {body} }}")
+        half //= 2
+
+
+@handles("tt.scan")
+def _scan(emitter: Emitter, op: Op) -> None:
+    axis, reverse = op.integer("axis"), op.flag("reverse")
+    shape = op.operands[0].type.shape or ()
+    sources = [emitter.materialise(operand).name for operand in op.operands]
+    outputs = [emitter.array(r.type.size, c_type(r.type), r.name) for r in op.results]
+    kept = shape[:axis] + shape[axis + 1 :]
+    first = shape[axis] - 1 if reverse else 0
+
+    def copy(nest: Nest, index: Index) -> None:
+        place = row_major(shape, (*index[:axis], str(first), *index[axis:]))
+        for source, output in zip(sources, outputs):
+            nest.statement(f"{output}[{place}] = {source}[{place}];")
+
+    at = emitter.fresh("j")
+
+    def step(nest: Nest, index: Index) -> None:
+        here = row_major(shape, (*index[:axis], at, *index[axis:]))
+        before = f"{at} {'+' if reverse else '-'} 1"
+        there = row_major(shape, (*index[:axis], f"({before})", *index[axis:]))
+        olds = _read_back(op, outputs, there, nest)
+        news = _read_back(op, sources, here, nest)
+        values = combine(emitter, op.regions[0][0], olds + news, nest)
+        for output, value in zip(outputs, values):
+            nest.statement(f"{output}[{here}] = {value};")
+
+    emitter.loops(kept, copy)
+    order = (f"{at} = {shape[axis] - 2}; {at} >= 0; --{at}" if reverse
+             else f"{at} = 1; {at} < {shape[axis]}; ++{at}")  # fmt: skip
+    with emitter.braces(f"for (int {order})"):
+        emitter.loops(kept, step)
+    for result, name in zip(op.results, outputs):
+        emitter.held[result] = Buffer(name, emitter.block)
+
+
+@handles("tt.map_elementwise")
+def _map_elementwise(emitter: Emitter, op: Op) -> None:
+    if op.integer("pack", 1) != 1:
+        raise op.unsupported("pack > 1")
+    outputs = [emitter.array(r.type.size, c_type(r.type), r.name) for r in op.results]
+    shape = op.results[0].type.shape or ()
+
+    def body(nest: Nest, index: Index) -> None:
+        inputs = [emitter.element(operand, index, nest) for operand in op.operands]
+        values = combine(emitter, op.regions[0][0], inputs, nest)
+        for output, value in zip(outputs, values):
+            nest.statement(f"{output}[{row_major(shape, index)}] = {value};")
+
+    emitter.loops(shape, body)
+    for result, name in zip(op.results, outputs):
+        emitter.held[result] = Buffer(name, emitter.block)

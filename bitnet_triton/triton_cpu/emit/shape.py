@@ -1,0 +1,176 @@
+"""Operations that rearrange a block."""
+
+from __future__ import annotations
+
+import math
+
+from bitnet_triton.triton_cpu.emit.ctypes import c_type
+from bitnet_triton.triton_cpu.emit.emitter import Emitter, handles
+from bitnet_triton.triton_cpu.emit.nest import Nest
+from bitnet_triton.triton_cpu.emit.values import Buffer, Index, Lazy, Scalar, row_major
+from bitnet_triton.triton_cpu.ir import Op, Value
+
+
+@handles("tt.reshape")
+def _reshape(emitter: Emitter, op: Op) -> None:
+    source, result = op.operands[0], op.results[0]
+    origin = _split_dims(source.type.shape or (), result.type.shape or ())
+    if origin is not None and emitter.buffer(source) is None:
+        emitter.held[result] = _split_view(emitter, source, result, origin)
+        return
+    emitter.held[result] = Buffer(emitter.materialise(source).name)
+
+
+def _split_dims(source: tuple[int, ...], result: tuple[int, ...]) -> list[list[int]] | None:
+    """Return, for each source dimension, the dimensions of the result that it was split into.
+
+    None if dimensions were merged: their elements would need divisions to be found.
+    """
+    groups: list[list[int]] = []
+    dim = 0
+    for size in source:
+        group: list[int] = []
+        product = 1
+        while product < size:
+            if dim == len(result):
+                return None
+            group.append(dim)
+            product *= result[dim]
+            dim += 1
+        if product != size:
+            return None
+        groups.append(group)
+    return groups if math.prod(result[dim:]) == 1 else None
+
+
+def _split_view(emitter: Emitter, source: Value, result: Value, groups: list[list[int]]) -> Lazy:
+    shape = result.type.shape or ()
+
+    def element(index: Index, nest: Nest) -> str:
+        places = []
+        for group in groups:
+            sizes = tuple(shape[d] for d in group)
+            place = row_major(sizes, tuple(index[d] for d in group))
+            places.append(place if place.isidentifier() or place == "0" else f"({place})")
+        return emitter.element(source, tuple(places), nest)
+
+    return Lazy(element)
+
+
+@handles("tt.unsplat")
+def _unsplat(emitter: Emitter, op: Op) -> None:
+    source = op.operands[0]
+    emitter.held[op.results[0]] = Scalar(emitter.element_now(source, ("0",) * source.type.rank))
+
+
+@handles("tt.join")
+def _join(emitter: Emitter, op: Op) -> None:
+    result = op.results[0]
+
+    def element(index: Index, nest: Nest) -> str:
+        if index[-1] in ("0", "1"):
+            return emitter.element(op.operands[int(index[-1])], index[:-1], nest)
+        first, second = (emitter.element(v, index[:-1], nest) for v in op.operands)
+        return nest.bind(c_type(result.type), f"{index[-1]} == 0 ? {first} : {second}")
+
+    if all(use.name == "tt.split" for use in result.uses) and not _loads(emitter, op):
+        emitter.held[result] = Lazy(element)
+        return
+    name = emitter.array(result.type.size, c_type(result.type), "joined")
+    for place, operand in enumerate(op.operands):
+        _copy_into(emitter, operand, result, name, str(place))
+    emitter.held[result] = Buffer(name, emitter.block)
+
+
+def _loads(emitter: Emitter, op: Op) -> bool:
+    return any(emitter.fused_loads(operand) for operand in op.operands)
+
+
+def _copy_into(emitter: Emitter, source: Value, result: Value, name: str, last: str) -> None:
+    """Write ``source`` to the places of ``result`` whose last index is ``last``."""
+    shape = result.type.shape or ()
+    step = shape[-1]
+
+    def body(nest: Nest, index: Index) -> None:
+        code = emitter.element(source, index, nest)
+        place = row_major(shape[:-1], index)
+        nest.statement(f"{name}[({place}) * {step} + {last}] = {code};")
+
+    emitter.loops(shape[:-1], body)
+
+
+@handles("tt.split")
+def _split(emitter: Emitter, op: Op) -> None:
+    source = op.operands[0]
+    if emitter.fused_loads(source):
+        emitter.materialise(source)
+    for place, result in enumerate(op.results):
+        emitter.held[result] = _half(emitter, source, str(place))
+        if not result.is_block:
+            emitter.held[result] = Scalar(emitter.element_now(source, (str(place),)))
+
+
+def _half(emitter: Emitter, source: Value, place: str) -> Lazy:
+    return Lazy(lambda index, nest: emitter.element(source, (*index, place), nest))
+
+
+@handles("tt.cat")
+def _cat(emitter: Emitter, op: Op) -> None:
+    result = op.results[0]
+    name = emitter.array(result.type.size, c_type(result.type), "cat")
+    start = 0
+    for operand in op.operands:
+        emitter.store_into(operand, f"({name} + {start})")
+        start += operand.type.size
+    emitter.held[result] = Buffer(name, emitter.block)
+
+
+@handles("tt.gather")
+def _gather(emitter: Emitter, op: Op) -> None:
+    source, places, result = *op.operands, op.results[0]
+    axis = op.integer("axis")
+    held = emitter.materialise(source)
+    name = emitter.array(result.type.size, c_type(result.type), "gathered")
+
+    def body(nest: Nest, index: Index) -> None:
+        place = emitter.element(places, index, nest)
+        origin = row_major(source.type.shape or (), (*index[:axis], place, *index[axis + 1 :]))
+        target = row_major(result.type.shape or (), index)
+        nest.statement(f"{name}[{target}] = {held.name}[{origin}];")
+
+    emitter.loops(result.type.shape or (), body)
+    emitter.held[result] = Buffer(name, emitter.block)
+
+
+@handles("tt.histogram")
+def _histogram(emitter: Emitter, op: Op) -> None:
+    source, *mask = op.operands
+    result = op.results[0]
+    bins = result.type.size
+    name = emitter.array(bins, c_type(result.type), "histogram")
+    emitter.write(f"memset({name}, 0, sizeof({c_type(result.type)}) * {bins});")
+
+    def body(nest: Nest, index: Index) -> None:
+        code = emitter.element(source, index, nest)
+        wanted = f"uint64_t({code}) < {bins}"
+        if mask:
+            wanted += f" && {emitter.element(mask[0], index, nest)}"
+        nest.statement(f"if ({wanted}) ++{name}[{code}];")
+
+    emitter.loops(source.type.shape or (), body, independent=False)
+    emitter.held[result] = Buffer(name, emitter.block)
+
+
+@handles("ub.poison")
+def _poison(emitter: Emitter, op: Op) -> None:
+    result = op.results[0]
+    zero = f"{c_type(result.type)}(0)"
+    if result.is_block:
+        emitter.held[result] = Lazy(lambda _index, _nest: zero)
+    else:
+        emitter.held[result] = Scalar(zero)
+
+
+@handles("llvm.intr.assume", "tt.assume")
+def _assume(emitter: Emitter, op: Op) -> None:
+    """Compiler hints tell nothing that is needed here."""

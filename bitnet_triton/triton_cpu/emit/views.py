@@ -1,0 +1,147 @@
+"""Operands of products: read where they lie in memory when possible, copied when they must be."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from bitnet_triton.triton_cpu.emit.ctypes import c_type
+from bitnet_triton.triton_cpu.emit.masks import holds_everywhere
+from bitnet_triton.triton_cpu.emit.nest import Nest
+from bitnet_triton.triton_cpu.emit.strides import contiguous_along, linear, stride
+from bitnet_triton.triton_cpu.emit.values import Index, row_major
+from bitnet_triton.triton_cpu.ir import Value
+
+if TYPE_CHECKING:
+    from bitnet_triton.triton_cpu.emit.emitter import Emitter
+
+
+@dataclass(frozen=True)
+class View:
+    """A matrix in memory: the address of its first element, and the steps in elements."""
+
+    base: str
+    steps: tuple[str, str]
+
+
+def matrix_view(
+    emitter: Emitter, value: Value, *, unit: int | None = None, c_elem: str | None = None
+) -> View:
+    """Return where the elements of a matrix lie.
+
+    Args:
+        emitter: writes the code for it.
+        value: [rows, columns].
+        unit: the dimension along which neighbours must lie side by side; None for either.
+        c_elem: the C++ type wanted, if it is not the value's own.
+    """
+    root, order = untransposed(value)
+    if c_elem in (None, c_type(value.type)):
+        buffer = emitter.buffer(root)
+        if buffer is not None:
+            steps = _row_major_steps(root)
+            view = View(buffer.name, (str(steps[order[0]]), str(steps[order[1]])))
+            if unit is None or view.steps[unit] == "1" or (value.type.shape or ())[unit] == 1:
+                return view
+        elif is_memory(emitter, root) and (
+            unit is None or address_step(emitter, root, order[unit]) == 1
+        ):
+            return _loaded_view(emitter, value, root, order, unit)
+    return _copy(emitter, value, unit, c_elem)
+
+
+def untransposed(value: Value) -> tuple[Value, tuple[int, ...]]:
+    """Return the value under a transposition, and which of its dimensions ours are."""
+    if value.op is not None and value.op.name == "tt.trans" and value.type.rank == 2:
+        root, order = untransposed(value.op.operands[0])
+        return root, tuple(order[d] for d in value.op.integers("order"))
+    return value, tuple(range(value.type.rank))
+
+
+def _row_major_steps(value: Value) -> tuple[int, ...]:
+    shape = value.type.shape or ()
+    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+
+
+def is_memory(emitter: Emitter, value: Value) -> bool:
+    """Tell whether ``value`` is a load at addresses that are linear in the index."""
+    op = value.op
+    if op is None or op.name != "tt.load" or value in emitter.held or value.type.elem == "i1":
+        return False
+    return all(linear(emitter, op.operands[0], dim) for dim in range(value.type.rank))
+
+
+def address_step(emitter: Emitter, value: Value, dim: int) -> int | None:
+    """Return the constant step of a load's addresses."""
+    assert value.op is not None
+    return stride(emitter, value.op.operands[0], dim)
+
+
+def _copy(emitter: Emitter, value: Value, unit: int | None, c_elem: str | None) -> View:
+    array = emitter.array(value.type.size, c_elem or c_type(value.type), "copy")
+    return fill_array(emitter, value, array, unit, c_elem)
+
+
+def fill_array(
+    emitter: Emitter, value: Value, array: str, unit: int | None, c_elem: str | None = None
+) -> View:
+    """Copy a matrix to an array; neighbours along ``unit`` come to lie side by side."""
+    rows, columns = value.type.shape or ()
+    from_columns = contiguous_along(emitter, value, 0)
+    to_columns = from_columns if unit is None else unit == 0
+
+    def body(nest: Nest, index: Index) -> None:
+        i, j = index
+        place = (
+            row_major((columns, rows), (j, i)) if to_columns else row_major((rows, columns), index)
+        )
+        code = emitter.element(value, index, nest)
+        nest.statement(f"{array}[{place}] = {f'{c_elem}({code})' if c_elem else code};")
+
+    emitter.loops((rows, columns), body, (1, 0) if from_columns else None)
+    return View(array, ("1", str(rows)) if to_columns else (str(columns), "1"))
+
+
+def _loaded_view(
+    emitter: Emitter, value: Value, root: Value, order: tuple[int, ...], unit: int | None
+) -> View:
+    assert root.op is not None
+    condition: str | None = "true"
+    if len(root.op.operands) > 1:
+        condition = holds_everywhere(emitter, root.op.operands[1])
+    if condition is None:
+        return _copy(emitter, value, unit, None)
+    if condition == "true":
+        return _address_view(emitter, root, order)
+    base, first, second = (emitter.fresh(hint) for hint in ("base", "step", "step"))
+    c_elem = c_type(value.type)
+    emitter.write(f"const {c_elem}* {base}; int64_t {first}, {second};")
+    array = emitter.array(value.type.size, c_elem, "copy")
+    with emitter.braces(f"if ({condition})"):
+        _assign(emitter, (base, first, second), _address_view(emitter, root, order))
+    with emitter.braces("else"):
+        _assign(emitter, (base, first, second), fill_array(emitter, value, array, unit))
+    return View(base, (first, second))
+
+
+def _assign(emitter: Emitter, names: tuple[str, str, str], view: View) -> None:
+    for name, code in zip(names, (view.base, *view.steps)):
+        emitter.write(f"{name} = {code};")
+
+
+def _address_view(emitter: Emitter, root: Value, order: tuple[int, ...]) -> View:
+    assert root.op is not None
+    address = root.op.operands[0]
+    origin = emitter.element_now(address, ("0", "0"))
+    base, c_elem = emitter.fresh("base"), c_type(root.type)
+    emitter.write(f"const {c_elem}* const {base} = (const {c_elem}*)({origin});")
+    steps = []
+    for dim in order:
+        known = stride(emitter, address, dim)
+        if known is None:
+            neighbour = emitter.element_now(address, ("1", "0") if dim == 0 else ("0", "1"))
+            steps.append(f"int64_t({neighbour} - {origin})")
+        else:
+            steps.append(str(known))
+    return View(base, (steps[0], steps[1]))

@@ -1,0 +1,121 @@
+// A kernel's grid, what a program keeps between runs, and what it tells its user.
+#pragma once
+#include <stdio.h>
+#include <stdlib.h>
+#include "types.h"
+
+namespace tcpu {
+
+// ---- integers that a GPU defines and C++ does not ----------------------------------------------
+
+template <class T> TCPU_INLINE T div_signed(T a, T b) {
+  // Lanes that are masked off divide by whatever is there: no trap, as on a GPU
+  if (b == 0) return 0;
+  return b == T(-1) ? T(0 - uint64_t(a)) : T(a / b);
+}
+template <class T> TCPU_INLINE T rem_signed(T a, T b) { return b == 0 || b == T(-1) ? T(0) : T(a % b); }
+template <class T> struct unsigned_of { using type = T; };
+template <> struct unsigned_of<int8_t> { using type = uint8_t; };
+template <> struct unsigned_of<int16_t> { using type = uint16_t; };
+template <> struct unsigned_of<int32_t> { using type = uint32_t; };
+template <> struct unsigned_of<int64_t> { using type = uint64_t; };
+template <class T> using unsigned_t = typename unsigned_of<T>::type;
+template <class T> TCPU_INLINE T div_unsigned(T a, T b) {
+  return b == 0 ? T(0) : T(unsigned_t<T>(a) / unsigned_t<T>(b));
+}
+template <class T> TCPU_INLINE T rem_unsigned(T a, T b) {
+  return b == 0 ? T(0) : T(unsigned_t<T>(a) % unsigned_t<T>(b));
+}
+template <class T> TCPU_INLINE T floordiv_signed(T a, T b) {
+  return T(div_signed(a, b) - (rem_signed(a, b) != 0 && (a < 0) != (b < 0)));
+}
+template <class T> TCPU_INLINE T ceildiv_signed(T a, T b) {
+  return T(div_signed(a, b) + (rem_signed(a, b) != 0 && (a < 0) == (b < 0)));
+}
+// Shifting by the width or more gives what shifting bit by bit would
+template <class T> TCPU_INLINE T shift_left(T a, T b) {
+  return unsigned_t<T>(b) >= sizeof(T) * 8 ? T(0) : T(uint64_t(a) << b);
+}
+template <class T> TCPU_INLINE T shift_right_unsigned(T a, T b) {
+  return unsigned_t<T>(b) >= sizeof(T) * 8 ? T(0) : T(unsigned_t<T>(a) >> b);
+}
+template <class T> TCPU_INLINE T shift_right_signed(T a, T b) {
+  return T(a >> (unsigned_t<T>(b) >= sizeof(T) * 8 ? T(sizeof(T) * 8 - 1) : b));
+}
+TCPU_INLINE bool shift_left(bool a, bool b) { return a && !b; }
+TCPU_INLINE bool shift_right_unsigned(bool a, bool b) { return a && !b; }
+TCPU_INLINE bool shift_right_signed(bool a, bool) { return a; }
+template <class T> TCPU_INLINE T m_fmod(T a, T b) { return sizeof(T) == 4 ? T(__builtin_fmodf(float(a), float(b))) : T(__builtin_fmod(a, b)); }
+
+// ---- what a program tells its user -------------------------------------------------------------
+
+struct Failure { int happened; char text[1024]; };
+static Failure failure;
+
+// Keeps the first failure of a launch: the others follow from it, or say the same
+static __attribute__((noinline, cold)) void fail(const char* text, int x, int y, int z) {
+  if (__atomic_exchange_n(&failure.happened, 1, __ATOMIC_ACQ_REL)) return;
+  snprintf(failure.text, sizeof failure.text, "%s (program %d, %d, %d)", text, x, y, z);
+}
+
+static __attribute__((unused, noinline)) void print_text(const char* prefix, int x, int y, int z) {
+  printf("pid (%d, %d, %d)%s\n", x, y, z, prefix);
+}
+
+TCPU_INLINE void format_value(char* out, int size, double v, bool, bool) { snprintf(out, size, "%f", v); }
+TCPU_INLINE void format_value(char* out, int size, float v, bool hex, bool s) { format_value(out, size, double(v), hex, s); }
+TCPU_INLINE void format_value(char* out, int size, const void* v, bool, bool) { snprintf(out, size, "%p", v); }
+template <class T> TCPU_INLINE void format_value(char* out, int size, T v, bool hex, bool is_signed) {
+  if constexpr (__is_class(T)) snprintf(out, size, "%f", double(float(v)));
+  else if (hex) snprintf(out, size, "0x%0*llx", int(sizeof(T) * 2), (unsigned long long)unsigned_t<T>(v));
+  else if (is_signed) snprintf(out, size, "%lld", (long long)v);
+  else snprintf(out, size, "%llu", (unsigned long long)unsigned_t<T>(v));
+}
+
+template <class T>
+static __attribute__((noinline)) void print_value(
+    const char* prefix, int x, int y, int z, const int* index, int rank, T value, bool hex, bool is_signed) {
+  char places[96] = "", text[64];
+  int at = 0;
+  for (int d = 0; d < rank; ++d) at += snprintf(places + at, sizeof places - at, "%s%d", d ? ", " : "", index[d]);
+  format_value(text, sizeof text, value, hex, is_signed);
+  printf("pid (%d, %d, %d) idx (%s)%s%s\n", x, y, z, places, prefix, text);
+}
+
+// ---- the grid ----------------------------------------------------------------------------------
+
+// Memory for arrays that are too large for a stack; a thread keeps it for the next launch
+struct Arena {
+  char* memory = nullptr;
+  long size = 0;
+  ~Arena() { free(memory); }
+  char* reserve(long wanted) {
+    if (wanted > size) {
+      free(memory);
+      memory = (char*)aligned_alloc(64, (wanted + 63) / 64 * 64);
+      size = memory ? wanted : 0;
+    }
+    return memory;
+  }
+};
+static thread_local Arena thread_arena;
+
+template <long ARENA, class F> static int run_grid(int nx, int ny, int nz, int threads, F program) {
+  const long total = long(nx) * ny * nz;
+  const long chunk = total > 64L * threads ? total / (16L * threads) : 1;
+  failure.happened = 0;
+#pragma omp parallel for schedule(dynamic, chunk) num_threads(threads) if (threads > 1 && total > 1)
+  for (long p = 0; p < total; ++p) {
+    char* arena = nullptr;
+    if constexpr (ARENA > 0) {
+      arena = thread_arena.reserve(ARENA);
+      if (!arena) { fail("out of memory", int(p), 0, 0); continue; }
+    }
+    program(arena, int(p % nx), int(p / nx % ny), int(p / nx / ny));
+  }
+  return failure.happened;
+}
+
+}  // namespace tcpu
+
+extern "C" __attribute__((used)) const char* tcpu_message() { return tcpu::failure.text; }
