@@ -1,40 +1,138 @@
-// Products of small matrices: C [M, N] += A [M, K] B [K, N], with B packed first.
+// Products of small matrices whose second operand was packed by pack_b, and dot products that keep their lanes.
 #pragma once
-#include "vector.h"
+#include "pack.h"
+#include "row_dots.h"
 
 namespace tcpu {
 
-// int8: which operand is known to lie in [0, 127].
-enum class Sign { both, a_u7, b_u7 };
-
-template <class T, int K, int N> constexpr int packed_elements() { return K * N; }
-
-template <class T, int K, int N, Sign S = Sign::both>
-TCPU_INLINE void pack_b(const T* src, int64_t stride_k, int64_t stride_n, T* dst) {
-  for (int k = 0; k < K; ++k)
-    for (int n = 0; n < N; ++n) dst[k * N + n] = src[k * stride_k + n * stride_n];
+// The sums of the rows of A, for biased products.
+template <class P, int M, int K> TCPU_INLINE void sum_a(const int8_t* a, int64_t lda, int32_t* sums) {
+  constexpr int W = width<int32_t>, rest = K % TCPU_VECTOR_BYTES;
+  auto sum_some = [&](auto rows, int m) {
+    vec<int32_t> partial[W] = {};
+#pragma GCC unroll 16
+    for (int i = 0; i < decltype(rows)::value; ++i) {
+      const int8_t* row = a + (m + i) * lda;
+      for (int k = 0; k < K - rest; k += TCPU_VECTOR_BYTES) partial[i] = P::sum_bytes(partial[i], load<vec<int32_t>>(row + k));
+      if constexpr (rest > 0) partial[i] = P::sum_bytes(partial[i], load_part<rest, vec<int32_t>>(row + (K - rest)));
+    }
+    store(sums + m, sum_rows(partial));
+  };
+  for (int m = 0; m + W <= M; m += W) sum_some(Int<W>(), m);
+  if constexpr (M % W > 0) sum_some(Int<M % W>(), M - M % W);
 }
 
+template <class P, int VALID> TCPU_INLINE typename P::Unit load_unit(const typename P::Packed* p) {
+  typename P::Unit unit = 0;
+  memcpy(&unit, p, VALID * sizeof(*p));
+  return unit;
+}
 
+// c [R, V vectors] += a [R, K] times one panel. LAST: lanes used of the last vector.
+template <class P, int R, int V, int K, int LAST, class C>
+TCPU_INLINE void multiply_tile(const typename P::Packed* a, int64_t lda, const typename P::Packed* b, C* c,
+                               int64_t ldc, const int32_t* a_sums) {
+  typedef vec<typename P::Acc> Acc;
+  typedef vec<typename P::Unit> Units;
+  constexpr int G = P::group, W = width<typename P::Acc>, full = K / G, rest = K % G;
+  constexpr int chains = R * V >= 8 ? 1 : R * V >= 4 ? 2 : 4;  // enough independent sums to hide the latency
+  constexpr int last_bytes = LAST * (int)sizeof(C);
+  Acc acc[chains][R][V] = {};
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V - 1; ++v) acc[0][r][v] = load<Acc>(c + r * ldc + v * W);
+    acc[0][r][V - 1] = load_part<last_bytes, Acc>(c + r * ldc + (V - 1) * W);
+    if constexpr (P::biased)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc[0][r][v] -= splat(a_sums[r] * 128);
+  }
+  auto step = [&](auto valid, int g, Acc(&sums)[R][V]) {
+    Units columns[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) columns[v] = load<Units>(b + (int64_t)(g * V + v) * (W * G));
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      Units x = splat(load_unit<P, decltype(valid)::value>(a + r * lda + g * G));
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sums[r][v] = P::step(sums[r][v], columns[v], x);
+    }
+  };
+  for (int g = 0; g + chains <= full; g += chains)
+#pragma GCC unroll 4
+    for (int i = 0; i < chains; ++i) step(Int<G>(), g + i, acc[i]);
+#pragma GCC unroll 4
+  for (int i = 0; i < full % chains; ++i) step(Int<G>(), full - full % chains + i, acc[i]);
+  if constexpr (rest > 0) step(Int<rest>(), full, acc[0]);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      Acc sum = acc[0][r][v];
+#pragma GCC unroll 4
+      for (int i = 1; i < chains; ++i) sum += acc[i][r][v];
+      if (v < V - 1) store(c + r * ldc + v * W, sum);
+      else store_part<last_bytes>(c + r * ldc + v * W, sum);
+    }
+  }
+}
+
+// Rows of A in the type that the policy reads.
+template <class P, int R, int K, class T>
+TCPU_INLINE void convert_rows(const T* a, int64_t lda, typename P::Packed* rows, int64_t row_length) {
+  constexpr int room = TCPU_VECTOR_BYTES / (int)sizeof(typename P::Packed), rest = K % room;
+  constexpr bool by_vectors = is_integer<T>::value || is_same<T, bf16>::value || is_same<T, f16>::value;
+  for (int r = 0; r < R; ++r, a += lda, rows += row_length) {
+    if constexpr (by_vectors) {
+      for (int k = 0; k < K - rest; k += room) store(rows + k, load_units<P, room>(a + k));
+      if constexpr (rest > 0) store(rows + (K - rest), load_units<P, rest>(a + (K - rest)));
+    } else {
+      for (int k = 0; k < K; ++k) rows[k] = (typename P::Packed)a[k];
+    }
+  }
+}
+
+template <class P, int M, int V, int K, int LAST, class T, class C>
+static __attribute__((noinline)) void multiply_panel(const T* a, int64_t lda, const typename P::Packed* b, C* c,
+                                                     int64_t ldc, const int32_t* a_sums) {
+  typedef typename P::Packed D;
+  typedef Split<M, min_of(16, (TCPU_REGISTERS - V - 1 - P::spare) / V)> Blocks;
+  auto multiply_rows = [&](auto rows) {
+    constexpr int R = decltype(rows)::value;
+    if constexpr (reads_directly<T, D>) {
+      multiply_tile<P, R, V, K, LAST>((const D*)a, lda, b, c, ldc, a_sums);
+    } else {
+      constexpr int row_length = divide_up(K, TCPU_VECTOR_BYTES) * TCPU_VECTOR_BYTES;
+      alignas(64) D converted[R * row_length];
+      convert_rows<P, R, K>(a, lda, converted, row_length);
+      multiply_tile<P, R, V, K, LAST>(converted, row_length, b, c, ldc, a_sums);
+    }
+    a += R * lda, c += R * ldc, a_sums += R;
+  };
+  for (int i = 0; i < Blocks::bigs; ++i) multiply_rows(Int<Blocks::big>());
+  if constexpr (Blocks::smalls > 0)
+    for (int i = 0; i < Blocks::smalls; ++i) multiply_rows(Int<Blocks::big - 1>());
+}
+
+// c [M, N] += a [M, K] b [K, N]; rows of a lie lda elements apart, those of c are contiguous.
 template <int M, int N, int K, Sign S = Sign::both, class T, class C>
 TCPU_INLINE void dot(const T* a, int64_t lda, const T* packed, C* c) {
-  for (int m = 0; m < M; ++m)
-    for (int k = 0; k < K; ++k) {
-      C x = (C)a[m * lda + k];
-      for (int n = 0; n < N; ++n) c[m * N + n] += x * (C)packed[k * N + n];
-    }
-}
-
-template <int N, int K, class T, class L>
-TCPU_INLINE void dot_lanes(const T* a, const T* b, int64_t ldb, L* lanes) {
-  for (int n = 0; n < N; ++n)
-    for (int k = 0; k < K; ++k) lanes[n * 16 + k % 16] += (L)a[k] * (L)b[n * ldb + k];
-}
-template <int N, class L> TCPU_INLINE void fold_lanes(const L* lanes, L* c) {
-  for (int n = 0; n < N; ++n) {
-    L sum = lanes[n * 16];
-    for (int i = 1; i < 16; ++i) sum += lanes[n * 16 + i];
-    c[n] += sum;
+  typedef Policy<T, S> P;
+  typedef typename P::Acc Acc;
+  if constexpr (reads_directly<C, Acc>) {
+    typedef Layout<P, K, N> L;
+    int32_t a_sums[P::biased ? divide_up(M, L::W) * L::W : 1];
+    if constexpr (P::biased) sum_a<P, M, K>(a, lda, a_sums);
+    for_panels<L>([&](auto vectors, auto last, int first) {
+      const typename P::Packed* panel = (const typename P::Packed*)packed + (int64_t)first * L::vector_elements;
+      multiply_panel<P, M, decltype(vectors)::value, K, decltype(last)::value>(a, lda, panel, c + first * L::W, N,
+                                                                               a_sums);
+    });
+  } else {
+    Acc sums[M * N] = {};
+    dot<M, N, K, S>(a, lda, packed, sums);
+    typedef typename Choose<is_integer<T>::value && T(-1) < T(0), signed_of<Acc>, Acc>::type Sum;
+    for (int i = 0; i < M * N; ++i) c[i] = C(c[i] + (Sum)sums[i]);
   }
 }
 

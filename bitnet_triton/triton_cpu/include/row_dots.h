@@ -1,0 +1,111 @@
+// Dot products of a vector with a few rows that keep 16 partial sums per row: nothing is packed, and the sum over lanes
+// is left until after a loop over K.
+#pragma once
+#include "tile.h"
+#include "reduce.h"
+
+namespace tcpu {
+
+// How a register of a meets one of b: `elements` of them, and mac(acc, a, b) is acc plus their products, spread over the
+// lanes. has_offset: mac adds too much, by an amount that depends on a alone and is summed up by offset(acc, a).
+template <class T> struct LaneProduct {
+  typedef vec<float> Register;
+  typedef vec<float> Acc;
+  static constexpr int elements = width<float>;
+  static constexpr bool has_offset = false;
+  template <int COUNT> static TCPU_METHOD Register load(const T* p) {
+    if constexpr (is_same<T, float>::value) return load_part<COUNT * 4, vec<float>>(p);
+    else return widen(load_part<COUNT * 2, vec<uint16_t, TCPU_VECTOR_BYTES / 2>>(p), T());
+  }
+  static TCPU_METHOD Acc mac(Acc acc, Register a, Register b) { return acc + a * b; }
+};
+
+#ifdef TCPU_DPBF16
+template <> struct LaneProduct<bf16> {
+  typedef vec<int32_t> Register;
+  typedef vec<float> Acc;
+  static constexpr int elements = 2 * width<float>;
+  static constexpr bool has_offset = false;
+  template <int COUNT> static TCPU_METHOD Register load(const bf16* p) { return load_part<COUNT * 2, Register>(p); }
+  static TCPU_METHOD Acc mac(Acc acc, Register a, Register b) { return dpbf16(acc, a, b); }
+};
+#endif
+
+template <> struct LaneProduct<int8_t> {
+  typedef vec<uint8_t> Register;
+  typedef vec<int32_t> Acc;
+  static constexpr int elements = 4 * width<int32_t>;
+  template <int COUNT> static TCPU_METHOD Register load(const int8_t* p) { return load_part<COUNT, Register>(p); }
+#if defined(TCPU_SDOT)
+  static constexpr bool has_offset = false;
+  static TCPU_METHOD Acc mac(Acc acc, Register a, Register b) { return sdot(acc, (Acc)a, (Acc)b); }
+#elif defined(TCPU_MADD16) && !defined(TCPU_DPBUSD)
+  static constexpr bool has_offset = false;
+  static TCPU_METHOD Acc mac(Acc acc, Register a, Register b) {
+    return acc + madd16(even(a), even(b)) + madd16(odd(a), odd(b));
+  }
+  static TCPU_METHOD Acc even(Register x) { return (Acc)((vec<int16_t>)((vec<uint16_t>)x << 8) >> 8); }
+  static TCPU_METHOD Acc odd(Register x) { return (Acc)((vec<int16_t>)x >> 8); }
+#else
+  static constexpr bool has_offset = true;  // the instruction wants b + 128
+  static TCPU_METHOD Acc mac(Acc acc, Register a, Register b) { return dot4_register(acc, b ^ splat((uint8_t)0x80), a); }
+  static TCPU_METHOD Acc offset(Acc acc, Register a) { return dot4_register(acc, splat((uint8_t)0x80), a); }
+#endif
+};
+
+template <int ROWS, int K, class T, class L>
+TCPU_INLINE void dot_lanes_of_rows(const T* a, const T* b, int64_t ldb, L* lanes) {
+  typedef LaneProduct<T> P;
+  typedef typename P::Acc Acc;
+  constexpr int W = width<L>, registers = 16 / W, step = P::elements, rest = K % step;
+  Acc acc[ROWS][registers], too_much[registers] = {};
+#pragma GCC unroll 8
+  for (int n = 0; n < ROWS; ++n)
+#pragma GCC unroll 4
+    for (int r = 0; r < registers; ++r) acc[n][r] = load<Acc>(lanes + n * 16 + r * W);
+  auto add = [&](auto count, int k, int r) {
+    typename P::Register x = P::template load<decltype(count)::value>(a + k);
+    if constexpr (P::has_offset) too_much[r] = P::offset(too_much[r], x);
+#pragma GCC unroll 8
+    for (int n = 0; n < ROWS; ++n)
+      acc[n][r] = P::mac(acc[n][r], x, P::template load<decltype(count)::value>(b + n * ldb + k));
+  };
+  constexpr int whole = K / step, turns = whole / registers;
+  for (int i = 0; i < turns; ++i)
+#pragma GCC unroll 4
+    for (int r = 0; r < registers; ++r) add(Int<step>(), (i * registers + r) * step, r);
+#pragma GCC unroll 4
+  for (int r = 0; r < whole % registers; ++r) add(Int<step>(), (turns * registers + r) * step, r);
+  if constexpr (rest > 0) add(Int<rest>(), whole * step, 0);
+#pragma GCC unroll 8
+  for (int n = 0; n < ROWS; ++n)
+#pragma GCC unroll 4
+    for (int r = 0; r < registers; ++r) {
+      if constexpr (P::has_offset) acc[n][r] -= too_much[r];
+      store(lanes + n * 16 + r * W, acc[n][r]);
+    }
+}
+
+// lanes [N, 16] += partial sums of a [K] * b [n, K]; rows of b lie ldb elements apart. Which lane takes which element is
+// not specified.
+template <int N, int K, class T, class L>
+TCPU_INLINE void dot_lanes(const T* a, const T* b, int64_t ldb, L* lanes) {
+  constexpr int most = min_of(8, TCPU_REGISTERS / 2 / (16 / width<L>)), rest = N % most;
+  for (int n = 0; n + most <= N; n += most)
+    dot_lanes_of_rows<most, K>(a, b + n * ldb, ldb, lanes + n * 16);
+  if constexpr (rest > 0) dot_lanes_of_rows<rest, K>(a, b + (N - rest) * ldb, ldb, lanes + (N - rest) * 16);
+}
+
+// c[n] += sum of lanes[n][0..15]
+template <int N, class L> TCPU_INLINE void fold_lanes(const L* lanes, L* c) {
+  constexpr int W = width<L>;
+  for (int n = 0; n + W <= N; n += W) {
+    vec<L> rows[W];
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) rows[i] = merge(load_wide<wide<L>>(lanes + (n + i) * 16));
+    store(c + n, load<vec<L>>(c + n) + sum_rows(rows));
+  }
+  for (int n = N - N % W; n < N; ++n) c[n] += hreduce<h_add, 16>(lanes + n * 16);
+}
+
+}  // namespace tcpu
