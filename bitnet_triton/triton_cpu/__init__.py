@@ -8,7 +8,7 @@
 docs/triton-cpu.md tells what it needs, and where it keeps what it compiled.
 """
 
-from bitnet_triton.triton_cpu.launch import (
+from bitnet_triton.triton_cpu.interface import (
     install,
     launch,
     objection,
