@@ -49,16 +49,11 @@ def directory() -> Path:
     Raises:
         CacheError: it cannot be created or written, or another user could write to it.
     """
-    return _prepared(location())
-
-
-@functools.cache
-def _prepared(path: Path) -> Path:
+    path = location()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.mkdir(mode=0o700, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
+        _try_to_write(path)
     except OSError as error:
         raise CacheError(
             f"cannot write to the cache directory {path} ({error.strerror}); "
@@ -66,6 +61,12 @@ def _prepared(path: Path) -> Path:
         ) from error
     refuse_foreign(path)
     return path
+
+
+@functools.cache
+def _try_to_write(path: Path) -> None:
+    with tempfile.TemporaryFile(dir=path):
+        pass
 
 
 def refuse_foreign(path: Path) -> None:
