@@ -71,9 +71,8 @@ def _compile(tools: Toolchain, source: str, name: str, key: str) -> Path:
     with cache.scratch() as folder:
         text, library = folder / "kernel.cpp", folder / "kernel.so"
         text.write_text(source)
-        includes = [f"-I{path}" for path in (precompiled_header(tools), INCLUDE) if path]
         try:
-            tools.run(*includes, text, "-o", library)
+            tools.run(f"-I{INCLUDE}", text, "-o", library)
         except CompilerError as error:
             raise CompilerError(
                 f"kernel {name}: {error}\nTRITON_CPU_DUMP=<folder> keeps the C++ source"
@@ -81,26 +80,6 @@ def _compile(tools: Toolchain, source: str, name: str, key: str) -> Path:
         with library.open("ab") as file:  # what follows an ELF file is no concern of the loader
             file.write(key.encode())
         return cache.publish(library, f"{key}.so")
-
-
-def precompiled_header(tools: Toolchain) -> Path | None:
-    """Return the folder that holds tcpu.h compiled ahead; None where the compiler is not GCC.
-
-    GCC takes it in place of the header in the next include folder, which saves most of the time
-    that a small kernel takes.
-    """
-    if tools.kind != "gcc":
-        return None
-    parts = (headers_identity(), tools.identity)
-    folder = f"header-{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}"
-    with cache.locked("header"):
-        found = cache.find(f"{folder}/tcpu.h.gch")
-        if found is None:
-            with cache.scratch() as temporary:
-                compiled = temporary / "tcpu.h.gch"
-                tools.run("-x", "c++-header", INCLUDE / "tcpu.h", "-o", compiled)
-                found = cache.publish(compiled, f"{folder}/tcpu.h.gch")
-    return found.parent
 
 
 def load(binary: bytes) -> ctypes.CDLL:

@@ -1,4 +1,4 @@
-"""Files that outlive a process: compiled kernels, the precompiled header, what was found out.
+"""Files that outlive a process: compiled kernels, and what was found out about the compiler.
 
 Code from here is loaded into the process, so the directory and its files must belong to the user
 and be writable by nobody else. Files appear whole or not at all: they are written under another
@@ -127,7 +127,6 @@ def find(name: str) -> Path | None:
 def publish(temporary: Path, name: str) -> Path:
     """Move a finished file to its place in the cache; the last writer wins."""
     path = directory() / name
-    path.parent.mkdir(mode=0o700, exist_ok=True)
     temporary.chmod(0o600)
     temporary.replace(path)
     return path

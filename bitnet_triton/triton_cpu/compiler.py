@@ -139,6 +139,8 @@ def _make_ttir(module: Any, metadata: dict[str, Any]) -> Any:
     _keep_native_functions(module)
     manager = ir.pass_manager(module.context)
     passes.common.add_inliner(manager)
+    if hasattr(passes.ttir, "add_rewrite_tensor_pointer"):  # Triton had block pointers up to 3.8
+        passes.ttir.add_rewrite_tensor_pointer(manager)
     passes.ttir.add_rewrite_tensor_descriptor_to_pointer(manager)
     passes.common.add_canonicalizer(manager)
     passes.ttir.add_combine(manager)

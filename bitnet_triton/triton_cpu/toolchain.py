@@ -188,7 +188,9 @@ def _check(found: Toolchain) -> None:
 
 
 def openmp_library() -> str | None:
-    """Return the path of the GNU OpenMP library in this process, if there is one: torch's own."""
+    """Return the path of the GNU OpenMP library that torch has brought into this process."""
+    import torch  # noqa: F401
+
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import stat
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -180,13 +182,34 @@ def test_other_cpu_has_another_identity(monkeypatch):
     toolchain._toolchain.cache_clear()
 
 
-def test_torch_with_its_own_name_for_libgomp_is_linked_by_that_name(tmp_path):
-    import torch
+def test_kernels_share_the_threads_of_a_torch_with_its_own_name_for_libgomp(monkeypatch, tmp_path):
+    """Wheels of torch bring libgomp-a34b3233.so.1, for instance."""
+    original = toolchain.openmp_library()
+    assert original is not None
+    renamed = tmp_path / "libgomp-so.1"
+    renamed.write_bytes(Path(original).read_bytes().replace(b"libgomp.so.1", b"libgomp-so.1"))
+    monkeypatch.setattr(toolchain, "openmp_library", lambda: str(renamed))
+    toolchain._toolchain.cache_clear()
+    try:
+        assert str(renamed) in toolchain.toolchain().libraries  # its check has run a loop
+        build.build('#include "tcpu.h"\n' + SOURCE.replace("return 7;", LOOP), "loop")
+    finally:
+        toolchain._toolchain.cache_clear()
+    (library,) = cache.directory().glob("*.so")
+    said = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True)
+    needed = [line for line in said.stdout.splitlines() if "NEEDED" in line and "gomp" in line]
+    assert len(needed) == 1
+    assert "libgomp-so.1" in needed[0]
 
+
+LOOP = """
+  int sum = 0;
+  #pragma omp parallel for reduction(+ : sum)
+  for (int i = 0; i < 8; ++i) sum += i;
+  return sum;
+"""
+
+
+def test_library_is_linked_as_usual_under_its_usual_name():
     assert toolchain._libraries("gcc", None) == ()
     assert toolchain._libraries("gcc", "/torch/lib/libgomp.so.1") == ()
-    assert "/torch/lib/libgomp-a34b.so.1" in toolchain._libraries(
-        "gcc", "/torch/lib/libgomp-a34b.so.1"
-    )
-    assert torch.__file__ is not None
-    assert cache.directory().is_dir()
