@@ -86,13 +86,7 @@ template <class T> TCPU_INLINE vec<T> splat(T x) { return x - vec<T>{}; }
 #else
 #define TCPU_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vec<lane_int<decltype(a)>, sizeof(a)>){__VA_ARGS__})
 #endif
-template <int BYTES> struct LaneInt;
-template <> struct LaneInt<1> { typedef int8_t type; };
-template <> struct LaneInt<2> { typedef int16_t type; };
-template <> struct LaneInt<4> { typedef int32_t type; };
-template <> struct LaneInt<8> { typedef int64_t type; };
-template <class T> using signed_of = typename LaneInt<sizeof(T)>::type;
-template <class V> using lane_int = typename LaneInt<sizeof(V{}[0])>::type;
+template <class V> using lane_int = typename SignedBits<sizeof(V{}[0])>::type;
 
 // acc[i] += sum over j < 4 of u8(u[4i + j]) * s8(s[4i + j]). Assembly, as GCC 12 spills accumulators around the builtin.
 #ifdef TCPU_DPBUSD

@@ -21,6 +21,12 @@ template <> struct Bits<2> { typedef uint16_t type; };
 template <> struct Bits<4> { typedef uint32_t type; };
 template <> struct Bits<8> { typedef uint64_t type; };
 template <class T> using bits_of = typename Bits<sizeof(T)>::type;
+template <int BYTES> struct SignedBits;
+template <> struct SignedBits<1> { typedef int8_t type; };
+template <> struct SignedBits<2> { typedef int16_t type; };
+template <> struct SignedBits<4> { typedef int32_t type; };
+template <> struct SignedBits<8> { typedef int64_t type; };
+template <class T> using signed_of = typename SignedBits<sizeof(T)>::type;
 
 struct bf16 {
   uint16_t bits;
