@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def _print_machine(devices: list[torch.device]) -> None:
     )
     compiler = cpp_compiler()
     table.add_row("C++ compiler", _first_line(compiler) if compiler else "[yellow]none[/]")
+    _add_triton_cpu(table)
     for device in devices[1:]:
         found = torch.cuda.get_device_properties(device)
         memory = f"{found.total_memory / 2**30:.0f} GiB"
@@ -85,6 +87,21 @@ def _print_machine(devices: list[torch.device]) -> None:
         table.add_row("gpu", "none that torch can use")
     console.print("\n[bold]Machine[/]")
     console.print(table)
+
+
+def _add_triton_cpu(table: Table) -> None:
+    """Say with what Triton kernels are compiled for the CPU, and where they are kept."""
+    from bitnet_triton import triton_cpu
+
+    report = triton_cpu.report()
+    if report.objection is not None:
+        table.add_row("triton on cpu", f"[yellow]{escape(report.objection)}[/]")
+        return
+    table.add_row("triton on cpu", report.compiler)
+    table.add_row("", f"instruction sets: {', '.join(report.features) or 'no special ones'}")
+    table.add_row("", f"compiled kernels: {report.cache}, {report.cache_bytes / 2**20:.1f} MiB")
+    if report.real_triton_cpu:
+        table.add_row("", "the project triton-cpu is installed as well")
 
 
 def _first_line(compiler: str) -> str:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from bitnet_triton import triton_cpu
+
 # torch.is_autocast_enabled raises for the others, "meta" for instance
 _AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
 
@@ -47,7 +49,9 @@ def triton_objection(device: torch.device) -> str | None:
 
     if triton.knobs.runtime.interpret:  # the user set TRITON_INTERPRET=1, to debug a kernel
         return None
-    return f"stock Triton compiles for GPUs, the tensors are on `{device.type}`"
+    if device.type == "cpu":
+        return triton_cpu.objection()
+    return f"Triton compiles for GPUs and CPUs, the tensors are on `{device.type}`"
 
 
 def compile_objection(device: torch.device) -> str | None:
@@ -61,6 +65,11 @@ def compile_objection(device: torch.device) -> str | None:
     if device.type in ("cuda", "xpu"):
         return None if triton_version() else "torch.compile needs Triton on a GPU"
     return f"torch.compile is not supported on `{device.type}`"
+
+
+def smallest_dot(device: torch.device) -> int:
+    """Return the fewest rows that ``tl.dot`` multiplies in a kernel on ``device``."""
+    return 1 if device.type == "cpu" else 16
 
 
 def cpu_capability() -> str:

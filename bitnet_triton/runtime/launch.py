@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
+
+from bitnet_triton import triton_cpu
 
 
 @dataclass(frozen=True)
@@ -23,15 +26,24 @@ _recorded: ContextVar[list[Launch] | None] = ContextVar("bitnet_triton_recorded"
 
 
 def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
-    """Return a callable that starts ``kernel`` over ``grid``; launchers use it for every kernel."""
+    """Return a callable that starts ``kernel`` over ``grid``; launchers use it for every kernel.
+
+    The device of the first argument, a tensor, decides where: on a CPU ``triton_cpu`` compiles and
+    runs the kernel, beside whatever driver Triton has.
+    """
     recorded = _recorded.get()
     if recorded is None:
-        return kernel[grid]
+        return functools.partial(_start, kernel, grid)
 
     def record(*args: Any, **options: Any) -> None:
         recorded.append(Launch(kernel, grid, args, options))
 
     return record
+
+
+def _start(kernel: Any, grid: tuple[int, ...], first: Any, *args: Any, **options: Any) -> None:
+    start = triton_cpu.launch(kernel, grid) if first.is_cpu else kernel[grid]
+    start(first, *args, **options)
 
 
 @contextlib.contextmanager

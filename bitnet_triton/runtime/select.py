@@ -171,7 +171,7 @@ def _joined(objections: list[tuple[str, str]]) -> str:
 
 def _log_choice(op: str, device_type: str, backend: str, objections: list[tuple[str, str]]) -> None:
     _logged.add((op, device_type, backend))
-    # On a CPU `compile` is the fast path as long as Triton has no CPU target
+    # On a CPU `compile` is fast as well; `reference` is not
     fast = ("triton", "compile") if device_type == "cpu" else ("triton",)
     if backend in fast:
         logger.info("%s on %s runs on backend `%s`", op, device_type, backend)

@@ -9,12 +9,23 @@ docs/triton-cpu.md tells what it needs, and where it keeps what it compiled.
 """
 
 from bitnet_triton.triton_cpu.interface import (
+    Report,
     install,
     launch,
     objection,
     real_triton_cpu,
+    report,
     uninstall,
     warmup,
 )
 
-__all__ = ["install", "launch", "objection", "real_triton_cpu", "uninstall", "warmup"]
+__all__ = [
+    "Report",
+    "install",
+    "launch",
+    "objection",
+    "real_triton_cpu",
+    "report",
+    "uninstall",
+    "warmup",
+]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -109,6 +111,43 @@ def _self_test_objection() -> str | None:
     except Exception as error:
         return f"Triton {compat.version()} is newer than what was tested, and fails: {error!r}"
     return None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What there is on this machine to run Triton kernels on its CPU.
+
+    Attributes:
+        objection: why they cannot run; None when they can.
+        compiler: the C++ compiler with its version; empty when there is none.
+        features: the instruction sets of the CPU that make a difference.
+        cache: where compiled kernels are kept.
+        cache_bytes: how large they are.
+        real_triton_cpu: whether the project triton-cpu is installed.
+    """
+
+    objection: str | None
+    compiler: str
+    features: list[str]
+    cache: Path
+    cache_bytes: int
+    real_triton_cpu: bool
+
+
+def report() -> Report:
+    """Return what ``bitnet-triton doctor`` shows."""
+    from bitnet_triton.triton_cpu import cache, toolchain
+
+    why_not = objection()
+    found = toolchain.toolchain() if why_not is None else None
+    return Report(
+        objection=why_not,
+        compiler=f"{' '.join(found.command)}: {found.version}" if found else "",
+        features=toolchain.cpu_features(),
+        cache=cache.location(),
+        cache_bytes=cache.size(),
+        real_triton_cpu=real_triton_cpu(),
+    )
 
 
 def real_triton_cpu() -> bool:

@@ -1,13 +1,17 @@
 """``bitnet-triton doctor``: the choice it prints is the choice that is made."""
 
 import logging
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from bitnet_triton import triton_cpu
 from bitnet_triton.cli import app
 from bitnet_triton.kernels import IMPLEMENTATIONS, TernaryWeight, ternary_linear
+from bitnet_triton.runtime.select import _device_objection
 
 runner = CliRunner()
 
@@ -33,8 +37,34 @@ def test_prints_the_backend_that_really_runs(caplog):
     assert f"ternary_linear on cpu runs on backend `{row.split()[1]}`" in caplog.text
 
 
-def test_says_why_triton_does_not_run_on_the_cpu():
-    assert "not triton on cpu: stock Triton compiles for GPUs" in doctor().stdout
+def test_shows_with_what_triton_kernels_are_compiled_for_the_cpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(triton_cpu, "report", lambda: REPORT)
+    output = doctor().stdout
+    assert "triton on cpu  /bin/c++: c++ 99.1" in output
+    assert "instruction sets: avx2, fma" in output
+    assert "compiled kernels: /somewhere, 3.5 MiB" in output
+
+
+def test_says_why_triton_does_not_run_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(triton_cpu, "report", lambda: replace(REPORT, objection="no compiler"))
+    monkeypatch.setattr(triton_cpu, "objection", lambda: "no compiler")
+    _device_objection.cache_clear()
+    try:
+        output = doctor().stdout
+    finally:
+        _device_objection.cache_clear()
+    assert "triton on cpu  no compiler" in output
+    assert "not triton on cpu: no compiler" in output
+
+
+REPORT = triton_cpu.Report(
+    objection=None,
+    compiler="/bin/c++: c++ 99.1",
+    features=["avx2", "fma"],
+    cache=Path("/somewhere"),
+    cache_bytes=7 << 19,
+    real_triton_cpu=False,
+)
 
 
 def test_shows_a_forced_backend(monkeypatch):

@@ -14,15 +14,22 @@ def _no_triton(monkeypatch):
     monkeypatch.setattr(device, "triton_version", lambda: None)
 
 
-def test_stock_triton_runs_on_gpus_only():
+def test_triton_runs_on_gpus_and_where_there_is_a_compiler_on_the_cpu(monkeypatch):
     assert triton_objection(CUDA) is None
-    assert triton_objection(CPU) == "stock Triton compiles for GPUs, the tensors are on `cpu`"
+    monkeypatch.setattr(device.triton_cpu, "objection", lambda: None)
+    assert triton_objection(CPU) is None
+    monkeypatch.setattr(device.triton_cpu, "objection", lambda: "no compiler")
+    assert triton_objection(CPU) == "no compiler"
+    assert triton_objection(META) == (
+        "Triton compiles for GPUs and CPUs, the tensors are on `meta`"
+    )
 
 
 def test_the_interpreter_runs_on_any_device(monkeypatch):
     import triton
 
     monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    monkeypatch.setattr(device.triton_cpu, "objection", lambda: "no compiler")
     assert triton_objection(CPU) is None
 
 

@@ -1,8 +1,13 @@
 """Launches, started or only recorded, and the tiles they take."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+import triton
+import triton.language as tl
 
+from bitnet_triton import triton_cpu
 from bitnet_triton.runtime import launch
 from bitnet_triton.runtime.autotune import all_tiles, largest_size, tiles
 from bitnet_triton.runtime.launch import record_launches
@@ -15,14 +20,31 @@ class Kernel:
         return lambda *args, **options: started.append((grid, args, options))
 
 
+ON_A_GPU = SimpleNamespace(is_cpu=False)
+
+
 @pytest.fixture(autouse=True)
 def _forget():
     started.clear()
 
 
-def test_a_launch_starts_the_kernel():
-    launch(Kernel(), (2, 3))(1, "x", BLOCK=4)
-    assert started == [((2, 3), (1, "x"), {"BLOCK": 4})]
+def test_a_launch_on_a_gpu_starts_the_kernel():
+    launch(Kernel(), (2, 3))(ON_A_GPU, "x", BLOCK=4)
+    assert started == [((2, 3), (ON_A_GPU, "x"), {"BLOCK": 4})]
+
+
+@triton.jit
+def double_kernel(x_ptr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(x_ptr + i, tl.load(x_ptr + i) * 2)
+
+
+@pytest.mark.skipif(triton_cpu.objection() is not None, reason="needs a C++ compiler")
+def test_a_launch_on_the_cpu_runs_the_compiled_kernel():
+    x = torch.randn(16)
+    expected = x * 2
+    launch(double_kernel, (1,))(x, BLOCK=16)
+    assert torch.equal(x, expected)
 
 
 def test_a_recorded_launch_starts_nothing_and_only_inside_the_block():
@@ -33,7 +55,7 @@ def test_a_recorded_launch_starts_nothing_and_only_inside_the_block():
     (recorded,) = launches
     assert (recorded.kernel, recorded.grid) == (kernel, (2, 3))
     assert (recorded.args, recorded.options) == ((1, "x"), {"BLOCK": 4})
-    launch(kernel, (1,))()
+    launch(kernel, (1,))(ON_A_GPU)
     assert len(started) == len(launches) == 1
 
 
