@@ -11,10 +11,8 @@ from bitnet_triton.triton_cpu.emit.emitter import Emitter, handles
 from bitnet_triton.triton_cpu.emit.lanes import keeps_lanes, open_lanes
 from bitnet_triton.triton_cpu.emit.nest import Nest
 from bitnet_triton.triton_cpu.emit.strides import linear, stride
-from bitnet_triton.triton_cpu.emit.values import Buffer, Index, Lanes, Lazy, Scalar
+from bitnet_triton.triton_cpu.emit.values import Buffer, Held, Index, Lanes, Lazy, Scalar
 from bitnet_triton.triton_cpu.ir import Block, Op, Value
-
-NEGATED = "triton_cpu.negated"
 
 
 @dataclass(frozen=True)
@@ -194,7 +192,7 @@ def _if(emitter: Emitter, op: Op) -> None:
     emitter.settle(op)
     condition = emitter.scalar(op.operands[0])
     for result in op.results:
-        _declare(emitter, result)
+        declare(emitter, result)
     for head, region in zip((f"if ({condition})", "else"), op.regions):
         if not region or not region[0].ops:
             continue
@@ -203,7 +201,7 @@ def _if(emitter: Emitter, op: Op) -> None:
             _assign(emitter, op.results, end.operands)
 
 
-def _declare(emitter: Emitter, value: Value) -> None:
+def declare(emitter: Emitter, value: Value) -> None:
     """Give a value a place that several branches can write."""
     c_elem = c_type(value.type)
     if value.is_block:
@@ -218,11 +216,15 @@ def _declare(emitter: Emitter, value: Value) -> None:
 def _assign(emitter: Emitter, targets: list[Value], sources: list[Value]) -> None:
     """Write values into places that nothing else in ``sources`` reads."""
     for target, source in zip(targets, sources):
-        held = emitter.held[target]
-        if isinstance(held, Buffer):
-            emitter.store_into(source, held.name)
-        else:
-            emitter.write(f"{emitter.scalar(target)} = {emitter.scalar(source)};")
+        assign(emitter, emitter.held[target], source)
+
+
+def assign(emitter: Emitter, place: Held, source: Value) -> None:
+    """Write a value into a place that was declared for it."""
+    if isinstance(place, Buffer):
+        emitter.store_into(source, place.name)
+    elif isinstance(place, Scalar):
+        emitter.write(f"{place.code} = {emitter.scalar(source)};")
 
 
 @handles("scf.while")
@@ -230,10 +232,10 @@ def _while(emitter: Emitter, op: Op) -> None:
     emitter.settle(op)
     before, after = op.regions[0][0], op.regions[1][0]
     for argument, initial in zip(before.args, op.operands):
-        _declare(emitter, argument)
+        declare(emitter, argument)
         _assign(emitter, [argument], [initial])
     for argument, result in zip(after.args, op.results):
-        _declare(emitter, result)
+        declare(emitter, result)
         held = emitter.held[result]
         # Nobody may overwrite it inside the loop: it is the result as well
         emitter.held[argument] = Buffer(held.name) if isinstance(held, Buffer) else held
@@ -247,10 +249,10 @@ def _while(emitter: Emitter, op: Op) -> None:
             emitter.write(f"if (!{emitter.scalar(end.operands[0])}) break;")
         with emitter.scope(after):
             end = emitter.run_block(after)
-            _stage(emitter, before.args, end.operands)
+            stage(emitter, before.args, end.operands)
 
 
-def _stage(emitter: Emitter, targets: list[Value], sources: list[Value]) -> None:
+def stage(emitter: Emitter, targets: list[Value], sources: list[Value]) -> None:
     """Write values into places that ``sources`` may read: all are read first."""
     staged = []
     for source in sources:
@@ -266,56 +268,3 @@ def _stage(emitter: Emitter, targets: list[Value], sources: list[Value]) -> None
         held = emitter.held[target]
         place = held.name if isinstance(held, Buffer) else emitter.scalar(target)
         _copy(emitter, place, name, source)
-
-
-@handles("scf.execute_region")
-def _execute_region(emitter: Emitter, op: Op) -> None:
-    raise op.unsupported("a region with its own control flow")
-
-
-@handles("cf.cond_br")
-def _return_if(emitter: Emitter, op: Op) -> None:
-    sign = "!" if op.attributes.get(NEGATED) else ""
-    emitter.write(f"if ({sign}{emitter.scalar(op.operands[0])}) return;")
-
-
-def merge_returns(function: Op) -> None:
-    """Make one block of a kernel whose blocks are joined by early returns only.
-
-    Triton writes ``if c: return`` as a conditional branch to a block that returns.
-    """
-    blocks = function.regions[0]
-    returns = {b.label for b in blocks[1:] if len(b.ops) == 1 and b.ops[0].name == "tt.return"}
-    by_label = {block.label: block for block in blocks}
-    merged = Block(blocks[0].args, parent=function)
-    block: Block | None = blocks[0]
-    while block is not None:
-        *ops, end = block.ops
-        for op in ops:
-            merged.append(op)
-        if end.name != "tt.return" and any(b.args for b in blocks[1:]):
-            raise end.unsupported("control flow that merges values outside of if and loops")
-        block = _follow(end, merged, returns, by_label)
-    for value in (value for op in merged.ops for value in op.results):
-        value.block = merged
-    for argument in merged.args:
-        argument.block = merged
-    function.regions[0] = [merged]
-
-
-def _follow(end: Op, merged: Block, returns: set[str], by_label: dict[str, Block]) -> Block | None:
-    """Add what a block ends with to ``merged``; return the block that comes next."""
-    if end.name == "tt.return":
-        merged.append(end)
-        return None
-    if end.name == "cf.br":
-        return by_label[end.successors[0]]
-    if end.name != "cf.cond_br":
-        raise end.unsupported()
-    yes, no = end.successors
-    if yes not in returns and no not in returns:
-        raise end.unsupported("a jump that is neither a loop nor a branch nor a return")
-    if yes not in returns:
-        end.attributes[NEGATED] = "true"
-    merged.append(end)
-    return by_label[no if yes in returns else yes]

@@ -46,13 +46,13 @@ def _dot(emitter: Emitter, op: Op) -> None:
 def _matrix_product(emitter: Emitter, op: Op) -> None:
     a, b, _ = op.operands[:3]
     (m, k), n = a.type.shape or (0, 0), (b.type.shape or (0, 0))[1]
-    name, c_sum = _accumulator(emitter, op)
+    name, c_sum = accumulator(emitter, op)
     elem, sign = _operand_type(op), _sign(op)
     with emitter.braces():
         left = matrix_view(emitter, a, unit=1, c_elem=elem)
         right = emitter.packed.get((b, sign)) or _pack(emitter, b, sign, elem)
         emitter.write(f"dot<{m}, {n}, {k}, {sign}>({left.base}, {left.steps[0]}, {right}, {name});")
-    _finish(emitter, op, name, c_sum)
+    finish(emitter, op, name, c_sum)
 
 
 def _pack(emitter: Emitter, b: Value, sign: str, elem: str | None) -> str:
@@ -79,7 +79,7 @@ def pack_ahead(emitter: Emitter, loop: Op) -> None:
             emitter.packed[b, sign] = _pack(emitter, b, sign, _operand_type(op))
 
 
-def _accumulator(emitter: Emitter, op: Op) -> tuple[str, str]:
+def accumulator(emitter: Emitter, op: Op) -> tuple[str, str]:
     """Return an array that starts as the third operand, and its type: in place if that dies."""
     start, result = op.operands[2], op.results[0]
     if result.type.elem in _HALVES:
@@ -94,7 +94,7 @@ def _accumulator(emitter: Emitter, op: Op) -> tuple[str, str]:
     return name, c_type(result.type)
 
 
-def _finish(emitter: Emitter, op: Op, name: str, c_sum: str) -> None:
+def finish(emitter: Emitter, op: Op, name: str, c_sum: str) -> None:
     """Hold the result in the accumulator, rounded if it was summed in float."""
     result = op.results[0]
     c_elem = c_type(result.type)
@@ -112,7 +112,7 @@ def _batched(emitter: Emitter, op: Op) -> None:
     a, b, _ = op.operands[:3]
     (batch, m, k), n = a.type.shape or (0, 0, 0), (b.type.shape or (0, 0, 0))[2]
     elem, sign = _operand_type(op), _sign(op)
-    name, c_sum = _accumulator(emitter, op)
+    name, c_sum = accumulator(emitter, op)
     c_elem = elem or c_type(a.type)
     arrays = []
     for operand in (a, b):
@@ -127,4 +127,4 @@ def _batched(emitter: Emitter, op: Op) -> None:
         emitter.write(f"pack_b<{c_elem}, {k}, {n}, {sign}>({right});")
         left = f"{arrays[0]} + {at} * {m * k}, {k}"
         emitter.write(f"dot<{m}, {n}, {k}, {sign}>({left}, {packed}, {name} + {at} * {m * n});")
-    _finish(emitter, op, name, c_sum)
+    finish(emitter, op, name, c_sum)

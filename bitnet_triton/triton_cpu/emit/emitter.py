@@ -25,7 +25,14 @@ from bitnet_triton.triton_cpu.ir import Block, Op, UnsupportedOperation, Value, 
 Handler = Callable[["Emitter", Op], None]
 HANDLERS: dict[str, Handler] = {}
 TERMINATORS = frozenset(
-    {"scf.yield", "scf.condition", "tt.return", "tt.reduce.return", "tt.scan.return"}
+    {
+        "scf.yield",
+        "scf.condition",
+        "tt.return",
+        "tt.reduce.return",
+        "tt.scan.return",
+        "tt.map_elementwise.return",
+    }  # fmt: skip
 )
 # Arrays above this size would eat the stacks of the threads (8 MiB each by default)
 _LARGE_ARRAY = 1 << 18
@@ -140,7 +147,7 @@ class Emitter:
             return nest.bind(c_type(value.type), f"{held.name}[{place}]")
         if isinstance(held, Lazy):
             return held.element(index, nest)
-        if value.type.elem == "i1":
+        if value.type.elem == "i1" and not value.type.pointer:
             if value in nest.granted:
                 return "true"
             nest.masks[value] = None
@@ -328,7 +335,7 @@ class Emitter:
             self._run_scalar(op)
         if self.materialise_all:
             for result in op.results:
-                if result.is_block and not isinstance(self.held.get(result), Buffer):
+                if result.uses and result.is_block and self.buffer(result) is None:
                     self.materialise(result)
 
     def _run_scalar(self, op: Op) -> None:

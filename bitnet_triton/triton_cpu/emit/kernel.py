@@ -8,11 +8,12 @@ from bitnet_triton.triton_cpu.emit import (  # noqa: F401  (they register what t
     calls,
     control,
     dot,
+    dot_scaled,
     memory,
     reduce,
     shape,
 )
-from bitnet_triton.triton_cpu.emit.control import merge_returns
+from bitnet_triton.triton_cpu.emit.blocks import merge_returns, run_blocks
 from bitnet_triton.triton_cpu.emit.ctypes import c_type
 from bitnet_triton.triton_cpu.emit.emitter import Emitter
 from bitnet_triton.triton_cpu.emit.values import Scalar
@@ -60,13 +61,15 @@ def emit_kernel(
     name, kernel = next(
         (n, f) for n, f in functions.items() if "public" in f.attributes.get("sym_visibility", "")
     )
-    if len(kernel.regions[0]) > 1:
-        merge_returns(kernel)
+    straight = len(kernel.regions[0]) == 1 or merge_returns(kernel)
     emitter = Emitter(kernel, functions, materialise=materialise, assume_disjoint=assume_disjoint)
-    block = kernel.regions[0][0]
-    for place, argument in enumerate(block.args):
+    blocks = kernel.regions[0]
+    for place, argument in enumerate(blocks[0].args):
         emitter.held[argument] = Scalar(_parameter(place, argument.name))
-    emitter.run_block(block)
+    if straight:
+        emitter.run_block(blocks[0])
+    else:
+        run_blocks(emitter, blocks)
     return Emitted(_unit(emitter, kernel), name, tuple(sorted(emitter.disjoint)))
 
 

@@ -24,14 +24,21 @@ _FOLDED_TYPES = frozenset({"f32", "f64", "i32", "i64"})
 
 def combine(emitter: Emitter, block: Block, inputs: list[str], nest: Nest) -> list[str]:
     """Inline a scalar region; return the expressions of what it yields."""
-    known = dict(zip(block.args, inputs))
+    return _inline(emitter, block, dict(zip(block.args, inputs)), nest, inputs)
 
+
+def _inline(
+    emitter: Emitter, block: Block, known: dict[Value, str], nest: Nest, inputs: list[str]
+) -> list[str]:
     def read(value: Value) -> str:
         return known[value] if value in known else emitter.scalar(value)
 
     for op in block.ops:
-        if op.name in TERMINATORS or op.name == "tt.map_elementwise.return":
+        if op.name in TERMINATORS:
             return [read(value) for value in op.operands]
+        if op.name == "scf.if":
+            _inline_branches(emitter, op, known, nest, inputs)
+            continue
         if op.regions or len(op.results) != 1:
             raise op.unsupported("inside a reduction, a scan or an elementwise function")
         result = op.results[0]
@@ -41,6 +48,19 @@ def combine(emitter: Emitter, block: Block, inputs: list[str], nest: Nest) -> li
         code = scalar.expression(op, [read(value) for value in op.operands], wraps=True)
         known[result] = nest.bind(c_type(result.type), code, *inputs)
     raise AssertionError("a region without an end")
+
+
+def _inline_branches(
+    emitter: Emitter, op: Op, known: dict[Value, str], nest: Nest, inputs: list[str]
+) -> None:
+    """Compute both branches of an if, which have no side effects, and choose."""
+    condition = known.get(op.operands[0]) or emitter.scalar(op.operands[0])
+    branches = [
+        _inline(emitter, region[0], dict(known), nest, inputs) for region in op.regions if region
+    ]
+    for place, result in enumerate(op.results):
+        code = f"{condition} ? {branches[0][place]} : {branches[1][place]}"
+        known[result] = nest.bind(c_type(result.type), code, *inputs)
 
 
 @handles("tt.reduce")
@@ -207,17 +227,21 @@ def _scan(emitter: Emitter, op: Op) -> None:
 
 @handles("tt.map_elementwise")
 def _map_elementwise(emitter: Emitter, op: Op) -> None:
-    if op.integer("pack", 1) != 1:
-        raise op.unsupported("pack > 1")
+    """Call a scalar function on elements, or on ``pack`` neighbours of the last dimension."""
+    pack = op.integer("pack", 1)
     outputs = [emitter.array(r.type.size, c_type(r.type), r.name) for r in op.results]
     shape = op.results[0].type.shape or ()
+    if shape[-1] % pack:
+        raise op.unsupported(f"the last dimension, {shape[-1]}, is no multiple of pack={pack}")
 
     def body(nest: Nest, index: Index) -> None:
-        inputs = [emitter.element(operand, index, nest) for operand in op.operands]
-        values = combine(emitter, op.regions[0][0], inputs, nest)
-        for output, value in zip(outputs, values):
-            nest.statement(f"{output}[{row_major(shape, index)}] = {value};")
+        places = [(*index[:-1], f"({index[-1]} * {pack} + {j})") for j in range(pack)]
+        inputs = [emitter.element(v, place, nest) for v in op.operands for place in places]
+        values = iter(combine(emitter, op.regions[0][0], inputs, nest))
+        for output in outputs:
+            for place in places:
+                nest.statement(f"{output}[{row_major(shape, place)}] = {next(values)};")
 
-    emitter.loops(shape, body)
+    emitter.loops((*shape[:-1], shape[-1] // pack), body)
     for result, name in zip(op.results, outputs):
         emitter.held[result] = Buffer(name, emitter.block)

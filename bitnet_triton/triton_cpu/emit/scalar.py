@@ -164,6 +164,8 @@ def _conversion(name: str, a: str, source: str, output: Type) -> str | None:
 def _triton(op: Op, name: str, a: list[str], inputs: list[Type], output: Type) -> str | None:
     if name == "addptr":
         return f"({a[0]} + {a[1]})"
+    if name == "fp_to_fp" and op.attributes.get("rounding", "1").startswith("0"):
+        return f"truncate_to<{c_type(output)}>(float({a[0]}))"
     if name == "fp_to_fp":
         return f"convert<{c_type(output)}>({a[0]})"
     if name == "bitcast":

@@ -171,6 +171,6 @@ def _poison(emitter: Emitter, op: Op) -> None:
         emitter.held[result] = Scalar(zero)
 
 
-@handles("llvm.intr.assume", "tt.assume")
-def _assume(emitter: Emitter, op: Op) -> None:
-    """Compiler hints tell nothing that is needed here."""
+@handles("llvm.intr.assume", "ttg.barrier", "gpu.barrier")
+def _nothing(emitter: Emitter, op: Op) -> None:
+    """Hints tell nothing that is needed here, and a program is one thread: nothing to wait for."""

@@ -26,6 +26,10 @@ template <class T> TCPU_INLINE T div_unsigned(T a, T b) {
 template <class T> TCPU_INLINE T rem_unsigned(T a, T b) {
   return b == 0 ? T(0) : T(unsigned_t<T>(a) % unsigned_t<T>(b));
 }
+template <int N> struct bits_of_size;
+template <> struct bits_of_size<1> { using type = uint8_t; };
+template <> struct bits_of_size<2> { using type = uint16_t; };
+template <> struct bits_of_size<4> { using type = uint32_t; };
 template <class T> TCPU_INLINE T floordiv_signed(T a, T b) {
   return T(div_signed(a, b) - (rem_signed(a, b) != 0 && (a < 0) != (b < 0)));
 }
@@ -46,6 +50,30 @@ TCPU_INLINE bool shift_left(bool a, bool b) { return a && !b; }
 TCPU_INLINE bool shift_right_unsigned(bool a, bool b) { return a && !b; }
 TCPU_INLINE bool shift_right_signed(bool a, bool) { return a; }
 template <class T> TCPU_INLINE T m_fmod(T a, T b) { return sizeof(T) == 4 ? T(__builtin_fmodf(float(a), float(b))) : T(__builtin_fmod(a, b)); }
+
+// ---- rounding towards zero: what lies beyond the number is one step too far ---------------------
+
+template <class T> TCPU_INLINE T truncate_to(float x) {
+  T y = T(x);
+  const bool too_far = __builtin_fabsf(float(y)) > __builtin_fabsf(x);
+  using bits = typename bits_of_size<sizeof(T)>::type;
+  return too_far ? bitcast<T>(bits(bitcast<bits>(y) - 1)) : y;
+}
+
+// ---- microscaled blocks ------------------------------------------------------------------------
+
+// One half of a byte: sign, two bits of exponent, one of mantissa
+TCPU_INLINE float e2m1(int8_t byte, int high) {
+  const int bits = (uint8_t(byte) >> (high * 4)) & 15, exponent = (bits >> 1) & 3, mantissa = bits & 1;
+  const float magnitude = exponent == 0 ? 0.5f * mantissa : (1.0f + 0.5f * mantissa) * float(1 << exponent) * 0.5f;
+  return bits & 8 ? -magnitude : magnitude;
+}
+// A power of two, by its exponent: 0 is the denormal 2**-127, 255 is NaN
+TCPU_INLINE float e8m0(int8_t byte) {
+  const uint32_t exponent = uint8_t(byte);
+  if (exponent == 255) return __builtin_nanf("");
+  return bitcast<float>(exponent == 0 ? 0x400000u : exponent << 23);
+}
 
 // ---- what a program tells its user -------------------------------------------------------------
 
