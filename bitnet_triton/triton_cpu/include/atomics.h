@@ -28,10 +28,10 @@ template <class T> TCPU_INLINE T a_xor(T* p, T v) { return __atomic_fetch_xor(p,
 
 // A NaN operand loses against a number, as in maxnum and minnum.
 template <class T> TCPU_INLINE T a_max(T* p, T v) {
-  return a_update(p, [v](T old) { return ((old > v) | (v != v)) ? old : v; });
+  return a_update(p, [v](T old) { return old > v || v != v ? old : v; });
 }
 template <class T> TCPU_INLINE T a_min(T* p, T v) {
-  return a_update(p, [v](T old) { return ((old < v) | (v != v)) ? old : v; });
+  return a_update(p, [v](T old) { return old < v || v != v ? old : v; });
 }
 template <class T> TCPU_INLINE T a_umax(T* p, T v) { return (T)a_max((bits_of<T>*)p, (bits_of<T>)v); }
 template <class T> TCPU_INLINE T a_umin(T* p, T v) { return (T)a_min((bits_of<T>*)p, (bits_of<T>)v); }

@@ -8,15 +8,15 @@ namespace tcpu {
 template <class T, class = void> struct IsVector { static constexpr bool value = false; };
 template <class T> struct IsVector<T, decltype(void(T{}[0]))> { static constexpr bool value = true; };
 
-// The operators work on scalars and on vectors, whose conditions can only be joined by |.
+// The operators work on scalars and on vectors.
 #define TCPU_REDUCTION(name, expression)                                               \
   struct name {                                                                        \
     template <class T> TCPU_METHOD T operator()(T a, T b) const { return expression; } \
   };
 TCPU_REDUCTION(h_add, a + b)
 TCPU_REDUCTION(h_mul, a * b)
-TCPU_REDUCTION(h_maxnum, ((a > b) | (b != b)) ? a : b)
-TCPU_REDUCTION(h_minnum, ((a < b) | (b != b)) ? a : b)
+TCPU_REDUCTION(h_maxnum, (a > b) ? a : ((b == b) ? b : a))
+TCPU_REDUCTION(h_minnum, (a < b) ? a : ((b == b) ? b : a))
 TCPU_REDUCTION(h_max, (a > b) ? a : b)
 TCPU_REDUCTION(h_min, (a < b) ? a : b)
 TCPU_REDUCTION(h_and, a & b)
