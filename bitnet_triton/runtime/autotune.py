@@ -1,12 +1,15 @@
-"""Tile sizes of the Triton kernels, by op and shape class.
+"""Tile sizes of the Triton kernels, by kind of device, op and shape class.
 
-The tables hold configurations that compile without register spills for every target in the
-ahead-of-time test (docs/gpu-kernels.md); they are chosen on paper, not measured.
+The tables for GPUs hold configurations that compile without register spills for every target in
+the ahead-of-time test (docs/gpu-kernels.md); they are chosen on paper, not measured. Those for
+CPUs were measured: a tile fills the caches of a core, not the registers of a multiprocessor.
 """
 
 from __future__ import annotations
 
 import sys
+
+import torch
 
 Tiles = dict[str, int]
 
@@ -14,7 +17,7 @@ _ANY = sys.maxsize
 
 # kernel -> the largest size of a shape class -> its tiles. The size is the number of rows of
 # activations (few for decoding, many for prefill and training), or what the launcher says
-_TABLES: dict[str, dict[int, Tiles]] = {
+_GPU: dict[str, dict[int, Tiles]] = {
     "quantize_activations_fwd": {  # the length of a row
         1024: {"BLOCK_K": 1024, "num_warps": 4},
         4096: {"BLOCK_K": 4096, "num_warps": 4},
@@ -42,23 +45,53 @@ _TABLES: dict[str, dict[int, Tiles]] = {
     },
 }
 
+_CPU: dict[str, dict[int, Tiles]] = {
+    "quantize_activations_fwd": {
+        1024: {"BLOCK_K": 1024},
+        4096: {"BLOCK_K": 4096},
+        8192: {"BLOCK_K": 8192},
+        32768: {"BLOCK_K": 32768},
+    },
+    "ternary_linear_fwd": {
+        1: {"BLOCK_M": 1, "BLOCK_R": 32, "BLOCK_K": 256},
+        2: {"BLOCK_M": 2, "BLOCK_R": 32, "BLOCK_K": 256},
+        4: {"BLOCK_M": 4, "BLOCK_R": 32, "BLOCK_K": 256},
+        16: {"BLOCK_M": 16, "BLOCK_R": 32, "BLOCK_K": 256},
+        _ANY: {"BLOCK_M": 64, "BLOCK_R": 64, "BLOCK_K": 256},
+    },
+    "ternary_linear_bwd": {
+        _ANY: {"BLOCK_M": 64, "BLOCK_K": 64, "BLOCK_R": 64},
+    },
+    "bit_linear_fwd": {
+        _ANY: {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 256},
+    },
+    "bit_linear_bwd_dx": {
+        _ANY: {"BLOCK_M": 64, "BLOCK_K": 64, "BLOCK_N": 64},
+    },
+    "bit_linear_bwd_dweight": {
+        _ANY: {"BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_M": 64},
+    },
+}
 
-def tiles(kernel: str, size: int) -> Tiles:
-    """Return block sizes, ``num_warps`` and ``num_stages`` of a kernel.
+
+def tiles(kernel: str, size: int, device: torch.device) -> Tiles:
+    """Return block sizes of a kernel; for GPUs ``num_warps`` and ``num_stages`` as well.
 
     Args:
         kernel: its name without the leading underscore and ``_kernel``.
         size: number of rows of activations, at most ``largest_size``; of
             "quantize_activations_fwd" the length of a row.
+        device: that the kernel runs on; any but a CPU counts as a GPU.
     """
-    return next(config for largest, config in _TABLES[kernel].items() if size <= largest)
+    table = _CPU if device.type == "cpu" else _GPU
+    return next(config for largest, config in table[kernel].items() if size <= largest)
 
 
 def largest_size(kernel: str) -> int:
     """Return the largest size that a kernel has tiles for."""
-    return max(_TABLES[kernel])
+    return max(_GPU[kernel])
 
 
 def all_tiles() -> dict[str, list[Tiles]]:
-    """Return every configuration that can be launched, by kernel."""
-    return {kernel: list(table.values()) for kernel, table in _TABLES.items()}
+    """Return every configuration that can be launched on a GPU, by kernel."""
+    return {kernel: list(table.values()) for kernel, table in _GPU.items()}

@@ -39,12 +39,13 @@ def headers_identity() -> str:
     return digest.hexdigest()
 
 
-def build(source: str, name: str) -> bytes:
+def build(source: str, name: str, *flags: str) -> bytes:
     """Compile a kernel, or take it from the cache; return the shared library, ended by its key.
 
     Args:
         source: C++.
         name: of the kernel, for errors and dumps.
+        *flags: for the compiler, after those of every kernel.
 
     Raises:
         CompilerError: the compiler refused the source.
@@ -53,11 +54,11 @@ def build(source: str, name: str) -> bytes:
     """
     dump(source, name)
     tools = toolchain()
-    parts = (source, headers_identity(), tools.identity, compat.version())
+    parts = (source, flags, headers_identity(), tools.identity, compat.version())
     key = hashlib.sha256(repr(parts).encode()).hexdigest()
     assert len(key) == _KEY_LENGTH
     with cache.locked(key[0]):
-        return _cached(key) or _compile(tools, source, name, key).read_bytes()
+        return _cached(key) or _compile(tools, source, name, key, flags).read_bytes()
 
 
 def _cached(key: str) -> bytes | None:
@@ -67,12 +68,12 @@ def _cached(key: str) -> bytes | None:
     return binary if binary.endswith(key.encode()) else None
 
 
-def _compile(tools: Toolchain, source: str, name: str, key: str) -> Path:
+def _compile(tools: Toolchain, source: str, name: str, key: str, flags: tuple[str, ...]) -> Path:
     with cache.scratch() as folder:
         text, library = folder / "kernel.cpp", folder / "kernel.so"
         text.write_text(source)
         try:
-            tools.run(f"-I{INCLUDE}", text, "-o", library)
+            tools.run(*flags, f"-I{INCLUDE}", text, "-o", library)
         except CompilerError as error:
             raise CompilerError(
                 f"kernel {name}: {error}\nTRITON_CPU_DUMP=<folder> keeps the C++ source"

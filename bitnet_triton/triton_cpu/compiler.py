@@ -127,7 +127,7 @@ class CPUBackend(BaseBackend):
         """Enter the steps from the front end's module to the binary."""
         stages["ttir"] = _make_ttir
         stages["cpp"] = functools.partial(_make_cpp, options=options)
-        stages["so"] = _make_so
+        stages["so"] = functools.partial(_make_so, options=options)
 
 
 def _smallest_dot(_left: Any, _right: Any) -> tuple[int, int, int]:
@@ -174,8 +174,9 @@ def _make_cpp(module: Any, metadata: dict[str, Any], options: CPUOptions) -> str
     return emitted.source
 
 
-def _make_so(source: str, metadata: dict[str, Any]) -> bytes:
-    return build(source, metadata["name"])
+def _make_so(source: str, metadata: dict[str, Any], options: CPUOptions) -> bytes:
+    flags = () if options.enable_fp_fusion else ("-ffp-contract=off",)
+    return build(source, metadata["name"], *flags)
 
 
 def options_of(metadata: Any) -> dict[str, Any]:

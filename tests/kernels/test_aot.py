@@ -11,7 +11,10 @@ import sys
 import pytest
 import torch
 
-from bitnet_triton.kernels.quantize.forward import launch_quantize_activations
+from bitnet_triton.kernels.quantize.forward import (
+    launch_quantize_activations,
+    launch_quantize_with_sums,
+)
 from bitnet_triton.kernels.ternary_linear.backward import (
     launch_bit_linear_bwd_dweight,
     launch_bit_linear_bwd_dx,
@@ -48,7 +51,7 @@ def launch_packed(M, dtype, bias, N=N, K=K):
     """Start the kernels of ternary_linear, forward and backward."""
     a, a_scale, packed, scale = meta(M, K, dtype=I8), meta(M, 1), meta(N // 4, K, dtype=U8), meta(1)
     launch = launch_ternary_linear_fwd_row if M == 1 else launch_ternary_linear_fwd
-    launch(a, a_scale, packed, scale, bias, dtype)
+    launch(a, a_scale, meta(M, dtype=torch.int32), packed, scale, bias, dtype)
     if M > 32:
         launch_ternary_linear_bwd(meta(M, N, dtype=dtype), packed, scale)
 
@@ -68,6 +71,7 @@ def record_all():
         for dtype in (BF16, F32):
             for length in (640, 2560, 6912, 28672):
                 launch_quantize_activations(meta(4, length, dtype=dtype))
+                launch_quantize_with_sums(meta(4, length, dtype=dtype))
             for M in (1, 16, 2048):
                 launch_packed(M, dtype, meta(N, dtype=dtype))
             launch_trained(2048, dtype, dtype, binary=False)

@@ -59,21 +59,24 @@ def test_a_recorded_launch_starts_nothing_and_only_inside_the_block():
     assert len(started) == len(launches) == 1
 
 
+GPU = torch.device("cuda")
+
+
 def test_tiles_are_the_first_that_are_large_enough():
     few, many = all_tiles()["ternary_linear_fwd"]
-    assert tiles("ternary_linear_fwd", 1) == tiles("ternary_linear_fwd", 32) == few
-    assert tiles("ternary_linear_fwd", 33) == tiles("ternary_linear_fwd", 10**9) == many
+    assert tiles("ternary_linear_fwd", 1, GPU) == tiles("ternary_linear_fwd", 32, GPU) == few
+    assert tiles("ternary_linear_fwd", 33, GPU) == tiles("ternary_linear_fwd", 10**9, GPU) == many
     assert few != many
 
 
 def test_a_program_of_the_quantiser_holds_the_whole_row():
     largest = largest_size("quantize_activations_fwd")
     for length in (1, 1024, 1025, 6912, largest):
-        block = tiles("quantize_activations_fwd", length)["BLOCK_K"]
+        block = tiles("quantize_activations_fwd", length, GPU)["BLOCK_K"]
         assert block >= length
         assert block & (block - 1) == 0
     with pytest.raises(StopIteration):
-        tiles("quantize_activations_fwd", largest + 1)
+        tiles("quantize_activations_fwd", largest + 1, GPU)
 
 
 def test_a_row_that_no_program_holds_is_refused_by_the_triton_quantiser():

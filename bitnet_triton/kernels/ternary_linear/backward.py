@@ -132,7 +132,7 @@ def launch_ternary_linear_bwd(dy: Tensor, packed: Tensor, scale: Tensor) -> Tens
     """Map dy [M, N] to dx [M, K] in its dtype."""
     M, (R, K) = dy.shape[0], packed.shape
     dx = torch.empty((M, K), dtype=dy.dtype, device=dy.device)
-    config = tiles("ternary_linear_bwd", M)
+    config = tiles("ternary_linear_bwd", M, dy.device)
     grid = (triton.cdiv(K, config["BLOCK_K"]), triton.cdiv(M, config["BLOCK_M"]))
     launch(_ternary_linear_bwd_kernel, grid)(dy, packed, scale, dx, M, R, K, **config)
     return dx
@@ -142,7 +142,7 @@ def launch_bit_linear_bwd_dx(dy: Tensor, weight: Tensor, stats: Tensor, binary: 
     """Map dy [M, N] and master weight [N, K] to dx [M, K] in the dtype of dy."""
     M, (N, K) = dy.shape[0], weight.shape
     dx = torch.empty((M, K), dtype=dy.dtype, device=dy.device)
-    config = tiles("bit_linear_bwd_dx", M)
+    config = tiles("bit_linear_bwd_dx", M, dy.device)
     grid = (triton.cdiv(K, config["BLOCK_K"]), triton.cdiv(M, config["BLOCK_M"]))
     launch(_bit_linear_bwd_dx_kernel, grid)(dy, weight, stats, dx, M, N, K, BINARY=binary, **config)
     return dx
@@ -154,7 +154,7 @@ def launch_bit_linear_bwd_dweight(
     """Map dy [M, N], codes a [M, K] and a_scale [M, 1] to dweight [N, K] in ``dtype``."""
     (M, N), K = dy.shape, a.shape[1]
     dweight = torch.empty((N, K), dtype=dtype, device=dy.device)
-    config = tiles("bit_linear_bwd_dweight", M)
+    config = tiles("bit_linear_bwd_dweight", M, dy.device)
     grid = (triton.cdiv(N, config["BLOCK_N"]), triton.cdiv(K, config["BLOCK_K"]))
     launch(_bit_linear_bwd_dweight_kernel, grid)(dy, a, a_scale, dweight, M, N, K, **config)
     return dweight

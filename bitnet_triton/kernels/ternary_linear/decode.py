@@ -24,8 +24,8 @@ def _store_rows(sums, y_ptr, bias_ptr, scale, rows, is_row, HAS_BIAS: tl.constex
 
 @triton.jit
 def _ternary_linear_fwd_row_kernel(
-    # tensors: a [K] int8; a_scale [1]; packed [R, K]; scale [1]; bias [4 R]; y [4 R]
-    a_ptr, a_scale_ptr, packed_ptr, scale_ptr, bias_ptr, y_ptr,
+    # tensors: a [K] int8; a_scale, a_sum [1]; packed [R, K]; scale [1]; bias [4 R]; y [4 R]
+    a_ptr, a_scale_ptr, a_sum_ptr, packed_ptr, scale_ptr, bias_ptr, y_ptr,
     # sizes
     R, K,
     # compile-time
@@ -47,28 +47,32 @@ def _ternary_linear_fwd_row_kernel(
             mask=is_row[:, None] & in_k[None, :], other=0,
         ).to(tl.int32)  # [BLOCK_R, BLOCK_K]  # fmt: skip
         a = tl.load(a_ptr + k + ks, mask=in_k, other=0).to(tl.int32)[None, :]  # [1, BLOCK_K]
-        sum0 += ((packed & 3) - 1) * a
-        sum1 += (((packed >> 2) & 3) - 1) * a
-        sum2 += (((packed >> 4) & 3) - 1) * a
-        sum3 += ((packed >> 6) - 1) * a
+        sum0 += (packed & 3) * a
+        sum1 += ((packed >> 2) & 3) * a
+        sum2 += ((packed >> 4) & 3) * a
+        sum3 += (packed >> 6) * a
 
     scale = tl.load(scale_ptr) * tl.load(a_scale_ptr)
-    _store_rows(tl.sum(sum0, axis=1), y_ptr, bias_ptr, scale, rows, is_row, HAS_BIAS)
-    _store_rows(tl.sum(sum1, axis=1), y_ptr, bias_ptr, scale, rows + R, is_row, HAS_BIAS)
-    _store_rows(tl.sum(sum2, axis=1), y_ptr, bias_ptr, scale, rows + 2 * R, is_row, HAS_BIAS)
-    _store_rows(tl.sum(sum3, axis=1), y_ptr, bias_ptr, scale, rows + 3 * R, is_row, HAS_BIAS)
+    # the bits say code + 1: what that is too much is the sum of the activations
+    surplus = tl.load(a_sum_ptr)
+    y0, y1 = tl.sum(sum0, axis=1) - surplus, tl.sum(sum1, axis=1) - surplus
+    y2, y3 = tl.sum(sum2, axis=1) - surplus, tl.sum(sum3, axis=1) - surplus
+    _store_rows(y0, y_ptr, bias_ptr, scale, rows, is_row, HAS_BIAS)
+    _store_rows(y1, y_ptr, bias_ptr, scale, rows + R, is_row, HAS_BIAS)
+    _store_rows(y2, y_ptr, bias_ptr, scale, rows + 2 * R, is_row, HAS_BIAS)
+    _store_rows(y3, y_ptr, bias_ptr, scale, rows + 3 * R, is_row, HAS_BIAS)
 
 
 def launch_ternary_linear_fwd_row(
-    a: Tensor, a_scale: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None,
-    dtype: torch.dtype,
+    a: Tensor, a_scale: Tensor, a_sum: Tensor, packed: Tensor, scale: Tensor,
+    bias: Tensor | None, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """Map int8 a [1, K], a_scale [1, 1] and packed [N / 4, K] to y [1, N] in ``dtype``."""
+    """Map int8 a [1, K], its scale and sum [1] and packed [N / 4, K] to y [1, N] in ``dtype``."""
     R, K = packed.shape
     y = torch.empty((1, 4 * R), dtype=dtype, device=a.device)
-    config = tiles("ternary_linear_fwd_row", 1)
+    config = tiles("ternary_linear_fwd_row", 1, a.device)
     launch(_ternary_linear_fwd_row_kernel, (triton.cdiv(R, config["BLOCK_R"]),))(
-        a, a_scale, packed, scale, bias if bias is not None else scale, y,
+        a, a_scale, a_sum, packed, scale, bias if bias is not None else scale, y,
         R, K,
         HAS_BIAS=bias is not None,
         **config,

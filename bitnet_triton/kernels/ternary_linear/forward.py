@@ -3,7 +3,8 @@
 One program owns a tile of the output and walks along K. It multiplies weights by activations
 transposed, W x a^T, so that the weights, which are made in registers, are the left operand: tensor
 cores read that one from registers. Packed: one tile of bytes holds four planes of rows, so a
-program keeps four accumulators and never shuffles bits between lanes.
+program keeps four accumulators and never shuffles bits between lanes. It multiplies by codes + 1,
+which are what the bits say, and takes the surplus off at the end: sum a w = sum a (w + 1) - sum a.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from bitnet_triton.runtime.autotune import tiles
 
 @triton.jit
 def _store_plane(
-    acc, y_ptr, bias_ptr, token_scale, scale, tokens, rows, first_row, in_tile, N,
+    acc, y_ptr, bias_ptr, scales, tokens, rows, first_row, in_tile, N,
     HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """Scale acc [BLOCK_R, BLOCK_M] once and store it at y[tokens, first_row + rows]."""
-    y = acc.to(tl.float32) * (token_scale * scale)[None, :]
+    y = acc.to(tl.float32) * scales[None, :]
     if HAS_BIAS:
         bias = tl.load(bias_ptr + first_row + rows, mask=first_row + rows < N, other=0.0)
         y += bias.to(tl.float32)[:, None]
@@ -34,8 +35,8 @@ def _store_plane(
 
 @triton.jit
 def _ternary_linear_fwd_kernel(
-    # tensors: a [M, K] int8; a_scale [M]; packed [R, K]; scale [1]; bias [4 R]; y [M, 4 R]
-    a_ptr, a_scale_ptr, packed_ptr, scale_ptr, bias_ptr, y_ptr,
+    # tensors: a [M, K] int8; a_scale, a_sum [M]; packed [R, K]; scale [1]; bias [4 R]; y [M, 4 R]
+    a_ptr, a_scale_ptr, a_sum_ptr, packed_ptr, scale_ptr, bias_ptr, y_ptr,
     # sizes
     M, R, K,
     # compile-time
@@ -63,27 +64,23 @@ def _ternary_linear_fwd_kernel(
             a_ptr + tokens[None, :] * K + (k + ks)[:, None],
             mask=is_token[None, :] & in_k[:, None], other=0,
         )  # [BLOCK_K, BLOCK_M]  # fmt: skip
-        w0 = (packed & 3).to(tl.int8) - 1  # [BLOCK_R, BLOCK_K], and the three below
-        w1 = ((packed >> 2) & 3).to(tl.int8) - 1
-        w2 = ((packed >> 4) & 3).to(tl.int8) - 1
-        w3 = (packed >> 6).to(tl.int8) - 1
+        w0 = (packed & 3).to(tl.int8)  # [BLOCK_R, BLOCK_K], and the three below
+        w1 = ((packed >> 2) & 3).to(tl.int8)
+        w2 = ((packed >> 4) & 3).to(tl.int8)
+        w3 = (packed >> 6).to(tl.int8)
         acc0 = tl.dot(w0, a, acc0, out_dtype=tl.int32)  # [BLOCK_R, BLOCK_M], and the three below
         acc1 = tl.dot(w1, a, acc1, out_dtype=tl.int32)
         acc2 = tl.dot(w2, a, acc2, out_dtype=tl.int32)
         acc3 = tl.dot(w3, a, acc3, out_dtype=tl.int32)
 
-    token_scale = tl.load(a_scale_ptr + tokens, mask=is_token, other=0.0)
-    scale = tl.load(scale_ptr)
+    sums = tl.load(a_sum_ptr + tokens, mask=is_token, other=0)[None, :]
+    scales = tl.load(a_scale_ptr + tokens, mask=is_token, other=0.0) * tl.load(scale_ptr)
     in_tile = is_row[:, None] & is_token[None, :]
     N = 4 * R
-    _store_plane(acc0, y_ptr, bias_ptr, token_scale, scale, tokens, rows, 0, in_tile, N, HAS_BIAS)
-    _store_plane(acc1, y_ptr, bias_ptr, token_scale, scale, tokens, rows, R, in_tile, N, HAS_BIAS)
-    _store_plane(
-        acc2, y_ptr, bias_ptr, token_scale, scale, tokens, rows, 2 * R, in_tile, N, HAS_BIAS
-    )
-    _store_plane(
-        acc3, y_ptr, bias_ptr, token_scale, scale, tokens, rows, 3 * R, in_tile, N, HAS_BIAS
-    )
+    _store_plane(acc0 - sums, y_ptr, bias_ptr, scales, tokens, rows, 0, in_tile, N, HAS_BIAS)
+    _store_plane(acc1 - sums, y_ptr, bias_ptr, scales, tokens, rows, R, in_tile, N, HAS_BIAS)
+    _store_plane(acc2 - sums, y_ptr, bias_ptr, scales, tokens, rows, 2 * R, in_tile, N, HAS_BIAS)
+    _store_plane(acc3 - sums, y_ptr, bias_ptr, scales, tokens, rows, 3 * R, in_tile, N, HAS_BIAS)
 
 
 @triton.jit
@@ -119,22 +116,22 @@ def _bit_linear_fwd_kernel(
         codes = weight_codes(weight, scale, mean, BINARY)
         acc = tl.dot(codes, a, acc, out_dtype=tl.int32)  # [BLOCK_N, BLOCK_M]
 
-    token_scale = tl.load(a_scale_ptr + tokens, mask=is_token, other=0.0)
+    scales = tl.load(a_scale_ptr + tokens, mask=is_token, other=0.0) * scale
     in_tile = is_row[:, None] & is_token[None, :]
-    _store_plane(acc, y_ptr, bias_ptr, token_scale, scale, tokens, rows, 0, in_tile, N, HAS_BIAS)
+    _store_plane(acc, y_ptr, bias_ptr, scales, tokens, rows, 0, in_tile, N, HAS_BIAS)
 
 
 def launch_ternary_linear_fwd(
-    a: Tensor, a_scale: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None,
-    dtype: torch.dtype,
+    a: Tensor, a_scale: Tensor, a_sum: Tensor, packed: Tensor, scale: Tensor,
+    bias: Tensor | None, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """Map int8 a [M, K], a_scale [M, 1] and packed [N / 4, K] to y [M, N] in ``dtype``."""
+    """Map int8 a [M, K], its scale and sum [M] and packed [N / 4, K] to y [M, N] in ``dtype``."""
     (M, K), R = a.shape, packed.shape[0]
     y = torch.empty((M, 4 * R), dtype=dtype, device=a.device)
-    config = tiles("ternary_linear_fwd", M)
+    config = tiles("ternary_linear_fwd", M, a.device)
     grid = (triton.cdiv(R, config["BLOCK_R"]), triton.cdiv(M, config["BLOCK_M"]))
     launch(_ternary_linear_fwd_kernel, grid)(
-        a, a_scale, packed, scale, bias if bias is not None else scale, y,
+        a, a_scale, a_sum, packed, scale, bias if bias is not None else scale, y,
         M, R, K,
         HAS_BIAS=bias is not None,
         **config,
@@ -149,7 +146,7 @@ def launch_bit_linear_fwd(
     """Map int8 a [M, K], a_scale [M, 1] and master weight [N, K] to y [M, N] in ``dtype``."""
     (M, K), N = a.shape, weight.shape[0]
     y = torch.empty((M, N), dtype=dtype, device=a.device)
-    config = tiles("bit_linear_fwd", M)
+    config = tiles("bit_linear_fwd", M, a.device)
     grid = (triton.cdiv(N, config["BLOCK_N"]), triton.cdiv(M, config["BLOCK_M"]))
     launch(_bit_linear_fwd_kernel, grid)(
         a, a_scale, weight, stats, bias if bias is not None else stats, y,

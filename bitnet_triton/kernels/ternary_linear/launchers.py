@@ -17,6 +17,8 @@ from bitnet_triton.kernels.ternary_linear.compiled import (
     reads_packed,
 )
 from bitnet_triton.runtime import Implementation
+from bitnet_triton.runtime.autotune import largest_size
+from bitnet_triton.runtime.device import smallest_dot
 
 
 def _triton_ternary_fwd(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -24,9 +26,20 @@ def _triton_ternary_fwd(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor |
     from bitnet_triton.kernels.ternary_linear.decode import launch_ternary_linear_fwd_row
     from bitnet_triton.kernels.ternary_linear.forward import launch_ternary_linear_fwd
 
+    a, a_scale, a_sum = _quantize_with_sums(x)
+    alone = x.shape[0] == 1 and smallest_dot(x.device) > 1
+    launcher = launch_ternary_linear_fwd_row if alone else launch_ternary_linear_fwd
+    return launcher(a, a_scale, a_sum, packed, scale, bias, x.dtype)
+
+
+def _quantize_with_sums(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return int8 codes, their scales and their sums, in one launch if a program holds a row."""
+    from bitnet_triton.kernels.quantize.forward import launch_quantize_with_sums
+
+    if x.shape[1] <= largest_size("quantize_activations_fwd"):
+        return launch_quantize_with_sums(x)
     a, a_scale = quantize_rows(x)
-    launcher = launch_ternary_linear_fwd_row if x.shape[0] == 1 else launch_ternary_linear_fwd
-    return launcher(a, a_scale, packed, scale, bias, x.dtype)
+    return a, a_scale, a.sum(-1, dtype=torch.int32)
 
 
 def _triton_ternary_bwd(dy: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
