@@ -123,6 +123,7 @@ class Program:
         if not value.is_float or value.bound <= bound:
             return value
         text = f"tl.minimum(tl.maximum({value.name}, -{bound}.0), {bound}.0)"
+        text += f".to(tl.{value.dtype})"  # the constants are float32
         return self.define(text, value.dtype, value.shape, bound)
 
     def index(self, shape: tuple[int, ...]) -> str:
@@ -362,11 +363,13 @@ class Program:
         value = self.integer(self.shape())
         place = self.permuted(value.shape)
         kind = self.pick(["add", "max", "xor"])
+        name = f"{value.name} + 0"  # the interpreter's atomics take a view for what it views
         if self.number(0, 1):
-            self.define(f"tl.atomic_{kind}(n_ptr + {place}, {value.name})", "int32", value.shape)
+            text = f"tl.atomic_{kind}(n_ptr + {place}, {name})"
+            self.define(text, "int32", value.shape)
         else:  # several lanes at one address
             place = f"({self.index(value.shape)} % {self.number(1, 4)})"
-            self.emit(f"tl.atomic_{kind}(n_ptr + {place}, {value.name})")
+            self.emit(f"tl.atomic_{kind}(n_ptr + {place}, {name})")
 
     def call(self) -> None:
         left = self.tensor(lambda v: v.dtype == "int32")

@@ -204,6 +204,28 @@ def test_loads_after_atomics_see_all_of_them(run, check):
 
 
 @triton.jit
+def atomics_of_loaded_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    turned = BLOCK - 1 - i
+    tl.atomic_add(x_ptr + i, tl.load(x_ptr + turned))
+    first, _ = tl.split(tl.join(tl.load(x_ptr + turned), i))
+    tl.atomic_add(x_ptr + i, first + 0)  # Triton's interpreter takes no views here
+    row = tl.trans(tl.load(x_ptr + turned)[None, :])
+    tl.atomic_max(x_ptr + i[:, None], row + 0)
+    tl.store(y_ptr + i, tl.load(x_ptr + i))
+
+
+def test_an_atomic_operation_takes_what_was_loaded_before_it(run, check):
+    x, y = torch.randint(-99, 99, (32,)).int(), torch.empty(32).int()
+    right = x + x.flip(0)
+    right = right + right.flip(0)
+    right = torch.maximum(right, right.flip(0))
+    run(atomics_of_loaded_kernel, (1,))(x, y, BLOCK=32)
+    check(x, right)
+    check(y, right)
+
+
+@triton.jit
 def atomics_in_loop_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.int32)

@@ -236,6 +236,9 @@ def _int8_products(
     with emitter.braces(f"for (int n = 0; n < {first.rows}; ++n)"):
         _open_rows(emitter, group, targets, biased)
         with emitter.braces(f"for (int k = 0; k < {first.depth}; k += {_INT8_LANES})"):
+            for view in leaves.values():
+                # The same rows' next trip: too short a stretch for the hardware to see it coming
+                emitter.write(f"__builtin_prefetch({_row_address(view, first)} + {first.depth});")
             for v in range(first.count):
                 emitter.write(f"v64u8 const x{v} = load64({vectors} + {v * first.depth} + k);")
             for i, product in enumerate(group):
@@ -247,6 +250,10 @@ def _int8_products(
         for i, target in enumerate(targets):
             for v in range(first.count):
                 emitter.write(f"store_lanes({_row(target, first, v)}, s{i}_{v});")
+
+
+def _row_address(view: View, product: VectorProduct) -> str:
+    return f"{view.base} + n * int64_t({view.steps[1 - product.along]}) + k"
 
 
 def _row(target: Lanes, product: VectorProduct, v: int) -> str:
