@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from bitnet_triton.triton_cpu.analyse import in_seven_bits, walk
+from bitnet_triton.triton_cpu.emit.bytes import fill_bytes
 from bitnet_triton.triton_cpu.emit.ctypes import c_type
 from bitnet_triton.triton_cpu.emit.emitter import Emitter, handles
 from bitnet_triton.triton_cpu.emit.lanes import emit_vector_products, vector_product
 from bitnet_triton.triton_cpu.emit.values import Buffer
-from bitnet_triton.triton_cpu.emit.views import matrix_view
+from bitnet_triton.triton_cpu.emit.views import View, is_memory, matrix_view, untransposed
 from bitnet_triton.triton_cpu.ir import Op, Value
 
 _EIGHT_BIT_FLOATS = ("f8",)
@@ -48,11 +49,24 @@ def _matrix_product(emitter: Emitter, op: Op) -> None:
     (m, k), n = a.type.shape or (0, 0), (b.type.shape or (0, 0))[1]
     name, c_sum = accumulator(emitter, op)
     elem, sign = _operand_type(op), _sign(op)
+    right = emitter.packed.get((b, sign))
+    if right is None and sum(use.name == "tt.dot" for use in b.uses) > 1:
+        right = emitter.packed[b, sign] = _pack(emitter, b, sign, elem)
     with emitter.braces():
-        left = matrix_view(emitter, a, unit=1, c_elem=elem)
-        right = emitter.packed.get((b, sign)) or _pack(emitter, b, sign, elem)
+        left = _left(emitter, a, elem)
+        right = right or _pack(emitter, b, sign, elem)
         emitter.write(f"dot<{m}, {n}, {k}, {sign}>({left.base}, {left.steps[0]}, {right}, {name});")
     finish(emitter, op, name, c_sum)
+
+
+def _left(emitter: Emitter, a: Value, elem: str | None) -> View:
+    """Return the left operand with its rows contiguous: in memory, or computed into an array."""
+    root, _ = untransposed(a)
+    if emitter.buffer(root) is None and not is_memory(emitter, root):
+        filled = fill_bytes(emitter, a)
+        if filled is not None:
+            return filled
+    return matrix_view(emitter, a, unit=1, c_elem=elem)
 
 
 def _pack(emitter: Emitter, b: Value, sign: str, elem: str | None) -> str:

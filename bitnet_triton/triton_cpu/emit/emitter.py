@@ -16,10 +16,15 @@ from bitnet_triton.triton_cpu.emit import scalar
 from bitnet_triton.triton_cpu.emit.ctypes import c_type, literal
 from bitnet_triton.triton_cpu.emit.elements import ELEMENTS
 from bitnet_triton.triton_cpu.emit.lanes import vector_product
-from bitnet_triton.triton_cpu.emit.masks import holds_everywhere
+from bitnet_triton.triton_cpu.emit.masks import (
+    holds_everywhere,
+    may_hold_everywhere,
+    outermost,
+)
 from bitnet_triton.triton_cpu.emit.nest import Nest
-from bitnet_triton.triton_cpu.emit.strides import data_order
+from bitnet_triton.triton_cpu.emit.strides import data_order, stride
 from bitnet_triton.triton_cpu.emit.values import Buffer, Held, Index, Lazy, Scalar, row_major
+from bitnet_triton.triton_cpu.emit.views import is_memory, untransposed
 from bitnet_triton.triton_cpu.ir import Block, Op, UnsupportedOperation, Value, used_after
 
 Handler = Callable[["Emitter", Op], None]
@@ -192,12 +197,13 @@ class Emitter:
             independent: the trips of the innermost loop may run in any order.
         """
         nest, names = self._fill(sizes, body, order, frozenset())
-        masks = [(m, c) for m in nest.masks if (c := holds_everywhere(self, m)) is not None]
+        masks = outermost(self, nest.masks)
         if not masks:
             self._write_nest(nest, names, sizes, independent)
             return
-        conditions = " && ".join(dict.fromkeys(c for _, c in masks if c != "true"))
-        fast, fast_names = self._fill(sizes, body, order, frozenset(m for m, _ in masks))
+        found = [holds_everywhere(self, mask) for mask in masks]
+        conditions = " && ".join(dict.fromkeys(c for c in found if c and c != "true"))
+        fast, fast_names = self._fill(sizes, body, order, frozenset(masks))
         if not conditions:
             self._write_nest(fast, fast_names, sizes, independent)
             return
@@ -303,8 +309,10 @@ class Emitter:
     def scope(self, block: Block) -> Iterator[None]:
         """Emit code that belongs to ``block``; arrays declared in it are forgotten afterwards."""
         saved = self.block, self._pending, self._borrowed
+        packed = dict(self.packed)
         self.block, self._pending, self._borrowed = block, [], {}
         yield
+        self.packed = packed
         for value, held in self._borrowed.items():
             if held is None:
                 del self.held[value]
@@ -388,9 +396,14 @@ class Emitter:
                 roots.add(use)
         products = [root for root in roots if root.name == "tt.dot"]
         if products and len(products) == len(roots):
-            # Products row by row share one pass over what they read
-            return len(value.uses) > 1 and not all(vector_product(self, p) for p in products)
+            return len(value.uses) > 1 and not self._share(value, products)
         return len(roots) > 1 or (len(value.uses) > 1 and bool(products))
+
+    def _share(self, value: Value, products: list[Op]) -> bool:
+        """Tell whether products can read ``value`` as it is, all of them in one pass or packed."""
+        if all(vector_product(self, product) for product in products):
+            return True
+        return all(untransposed(product.operands[1])[0] is value for product in products)
 
     def _worth_keeping(self, op: Op) -> bool:
         """Tell whether a broadcast would compute something dear again and again."""
@@ -407,10 +420,20 @@ class Emitter:
             if value in seen or value in self.held or value.op is None or not value.is_block:
                 continue
             seen.add(value)
-            price += 0 if value.op.name in INDEXING else scalar.cost(value.op)
+            price += 0 if value.op.name in INDEXING else self._cost(value)
             loads = loads or value.op.name == "tt.load"
             work.extend(value.op.operands)
         return price, loads
+
+    def _cost(self, value: Value) -> int:
+        """Return what an element costs; what lies side by side in memory is as good as an array."""
+        assert value.op is not None
+        if value.op.name == "tt.load" and is_memory(self, value):
+            address, *mask = value.op.operands
+            in_rows = 1 in [stride(self, address, dim) for dim in range(value.type.rank)]
+            if in_rows and (not mask or may_hold_everywhere(self, mask[0])):
+                return 1
+        return scalar.cost(value.op)
 
     # memory order --------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bitnet_triton.triton_cpu.analyse import in_seven_bits, splat_integer
+from bitnet_triton.triton_cpu.emit.bytes import BYTES, byte_expression, in_bytes, prepare
 from bitnet_triton.triton_cpu.emit.ctypes import c_type
 from bitnet_triton.triton_cpu.emit.nest import Nest
 from bitnet_triton.triton_cpu.emit.values import Buffer, Index, Lanes
@@ -26,11 +27,7 @@ if TYPE_CHECKING:
     from bitnet_triton.triton_cpu.emit.emitter import Emitter
 
 LANES = 16
-_INT8_LANES = 64
 _MOST_VECTORS = 4
-_BYTE_OPERATIONS = {
-    "arith.andi": "&", "arith.ori": "|", "arith.xori": "^", "arith.addi": "+", "arith.subi": "-",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,34 +63,13 @@ def vector_product(emitter: Emitter, op: Op) -> VectorProduct | None:
         return None
     result = op.results[0].type.elem
     if a.type.elem == "i8" and result == "i32":
-        fits = few.count <= _MOST_VECTORS and k % _INT8_LANES == 0
-        return few if fits and _in_bytes(emitter, few.matrix, few.along) else None
+        fits = few.count <= _MOST_VECTORS and k % BYTES == 0
+        return few if fits and in_bytes(emitter, few.matrix, few.along) else None
     if a.type.elem in ("f32", "bf16", "f16") and result == "f32" and few.count == 1:
         root, order = untransposed(few.matrix)
         if is_memory(emitter, root) and address_step(emitter, root, order[few.along]) == 1:
             return few
     return None
-
-
-def _in_bytes(emitter: Emitter, value: Value, along: int) -> bool:
-    """Tell whether 64 neighbours of an int8 value can be computed at once, as bytes."""
-    if value.type.elem != "i8" or value.type.pointer:
-        return False
-    if splat_integer(value) is not None:
-        return True
-    if emitter.buffer(value) is not None:
-        return along == value.type.rank - 1
-    op = value.op
-    if op is None or value in emitter.held:
-        return False
-    if op.name == "tt.load":
-        return is_memory(emitter, value) and address_step(emitter, value, along) == 1
-    if op.name == "tt.trans":
-        return _in_bytes(emitter, op.operands[0], op.integers("order")[along])
-    if op.name in ("arith.shrui", "arith.shli"):
-        shift = splat_integer(op.operands[1])
-        return shift is not None and 0 <= shift < 8 and _in_bytes(emitter, op.operands[0], along)
-    return op.name in _BYTE_OPERATIONS and all(_in_bytes(emitter, v, along) for v in op.operands)
 
 
 def keeps_lanes(emitter: Emitter, argument: Value, yielded: Value) -> bool:
@@ -226,7 +202,7 @@ def _int8_products(
     first = group[0]
     leaves: dict[Value, View] = {}
     for product in group:
-        _prepare(emitter, product.matrix, product.along, leaves)
+        prepare(emitter, product.matrix, product.along, leaves)
     biased = [not in_seven_bits(p.matrix) and not in_seven_bits(p.vectors) for p in group]
     for v in range(first.count):
         if any(biased):
@@ -235,7 +211,7 @@ def _int8_products(
             )
     with emitter.braces(f"for (int n = 0; n < {first.rows}; ++n)"):
         _open_rows(emitter, group, targets, biased)
-        with emitter.braces(f"for (int k = 0; k < {first.depth}; k += {_INT8_LANES})"):
+        with emitter.braces(f"for (int k = 0; k < {first.depth}; k += {BYTES})"):
             for view in leaves.values():
                 # The same rows' next trip: too short a stretch for the hardware to see it coming
                 emitter.write(f"__builtin_prefetch({_row_address(view, first)} + {first.depth});")
@@ -243,7 +219,7 @@ def _int8_products(
                 emitter.write(f"v64u8 const x{v} = load64({vectors} + {v * first.depth} + k);")
             for i, product in enumerate(group):
                 emitter.write(
-                    f"v64u8 const w{i} = {_bytes(emitter, product.matrix, product.along, leaves)};"
+                    f"v64u8 const w{i} = {byte_expression(emitter, product.matrix, product.along, leaves)};"
                 )
                 for v in range(first.count):
                     emitter.write(f"dot4(s{i}_{v}, {_ordered(product, i, v)});")
@@ -279,39 +255,3 @@ def _ordered(product: VectorProduct, i: int, v: int) -> str:
     if in_seven_bits(product.vectors):
         return f"x{v}, w{i}"
     return f"flip64(w{i}), x{v}"
-
-
-def _prepare(emitter: Emitter, value: Value, along: int, leaves: dict[Value, View]) -> None:
-    """Find out where the loads below a byte expression read."""
-    op = value.op
-    if value in leaves or splat_integer(value) is not None:
-        return
-    if emitter.buffer(value) is not None or (op is not None and op.name == "tt.load"):
-        leaves[value] = matrix_view(emitter, value, unit=along)
-        return
-    assert op is not None
-    if op.name == "tt.trans":
-        _prepare(emitter, op.operands[0], op.integers("order")[along], leaves)
-        return
-    for operand in op.operands:
-        _prepare(emitter, operand, along, leaves)
-
-
-def _bytes(emitter: Emitter, value: Value, along: int, leaves: dict[Value, View]) -> str:
-    """Return the expression of 64 bytes of row ``n`` from column ``k`` on."""
-    constant = splat_integer(value)
-    if constant is not None:
-        return f"splat64({constant})"
-    if value in leaves:
-        view = leaves[value]
-        return f"load64({view.base} + n * int64_t({view.steps[1 - along]}) + k)"
-    op = value.op
-    assert op is not None
-    if op.name == "tt.trans":
-        return _bytes(emitter, op.operands[0], op.integers("order")[along], leaves)
-    first = _bytes(emitter, op.operands[0], along, leaves)
-    if op.name in ("arith.shrui", "arith.shli"):
-        function = "shr64" if op.name == "arith.shrui" else "shl64"
-        return f"{function}({first}, {splat_integer(op.operands[1])})"
-    second = _bytes(emitter, op.operands[1], along, leaves)
-    return f"({first} {_BYTE_OPERATIONS[op.name]} {second})"

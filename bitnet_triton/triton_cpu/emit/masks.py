@@ -7,6 +7,7 @@ everywhere, and the loop nest needs no masks at all.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from bitnet_triton.triton_cpu.analyse import splat_integer
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 _LESS = {2: "<", 3: "<="}
 _GREATER = {4: ">", 5: ">="}
+_PASSED_THROUGH = frozenset({"tt.broadcast", "tt.expand_dims", "tt.trans", "tt.reshape"})
 _DEPTH = 24
 
 
@@ -32,7 +34,7 @@ def holds_everywhere(emitter: Emitter, mask: Value, depth: int = 0) -> str | Non
     op = mask.op
     if mask in emitter.held or op is None or depth > _DEPTH:
         return None
-    if op.name in ("tt.broadcast", "tt.expand_dims", "tt.trans", "tt.reshape"):
+    if op.name in _PASSED_THROUGH:
         return holds_everywhere(emitter, op.operands[0], depth + 1)
     if op.name == "tt.splat":
         return emitter.scalar(op.operands[0])
@@ -43,6 +45,37 @@ def holds_everywhere(emitter: Emitter, mask: Value, depth: int = 0) -> str | Non
         known = [part for part in parts if part is not None]
         return f"({' || '.join(known)})" if known else None
     return _compare(emitter, op) if op.name == "arith.cmpi" else None
+
+
+def may_hold_everywhere(emitter: Emitter, mask: Value, depth: int = 0) -> bool:
+    """Tell whether ``holds_everywhere`` has an answer; writes nothing."""
+    if splat_integer(mask) is not None:
+        return bool(splat_integer(mask))
+    op = mask.op
+    if mask in emitter.held or op is None or depth > _DEPTH:
+        return False
+    if op.name == "tt.splat":
+        return True
+    if op.name in _PASSED_THROUGH:
+        return may_hold_everywhere(emitter, op.operands[0], depth + 1)
+    if op.name in ("arith.andi", "arith.ori"):
+        parts = [may_hold_everywhere(emitter, operand, depth + 1) for operand in op.operands]
+        return all(parts) if op.name == "arith.andi" else any(parts)
+    if op.name != "arith.cmpi" or op.integer("predicate") not in _LESS | _GREATER:
+        return False
+    return all(_span(emitter, operand) is not None for operand in op.operands)
+
+
+def outermost(emitter: Emitter, masks: Iterable[Value]) -> list[Value]:
+    """Return the masks that can be decided, without those that only serve another one."""
+    found: list[Value] = []
+    parts: set[Value] = set()
+    for mask in masks:  # what a mask is made of comes after it
+        if mask in parts or may_hold_everywhere(emitter, mask):
+            parts.update(mask.op.operands if mask.op is not None else ())
+            if mask not in parts:
+                found.append(mask)
+    return found
 
 
 def _compare(emitter: Emitter, op: Op) -> str | None:
@@ -59,13 +92,11 @@ def _compare(emitter: Emitter, op: Op) -> str | None:
 
 def _extreme(emitter: Emitter, value: Value, highest: bool) -> tuple[str, list[str]] | None:
     """Return the largest or smallest element, and what must hold for it to be that."""
-    steps = [stride(emitter, value, dim) for dim in range(value.type.rank)]
-    if None in steps:
+    span = _span(emitter, value)
+    if span is None:
         return None
     shape = value.type.shape or ()
-    span = sum(abs(step) * (size - 1) for step, size in zip(steps, shape))
-    if span >= 2 ** (BITS.get(value.type.elem, 1) - 1):
-        return None
+    steps = [stride(emitter, value, dim) or 0 for dim in range(len(shape))]
     corners = [
         tuple(
             str(size - 1) if step and (step > 0) == up else "0" for step, size in zip(steps, shape)
@@ -78,3 +109,14 @@ def _extreme(emitter: Emitter, value: Value, highest: bool) -> tuple[str, list[s
     # An integer that wraps around inside the block stands in the wrong order at its ends
     ordered = [] if emitter.is_address(value) else [f"({low} <= {high})"]
     return (high if highest else low), ordered
+
+
+def _span(emitter: Emitter, value: Value) -> int | None:
+    """Return by how much the elements differ; None if unknown, or more than can be compared."""
+    span = 0
+    for dim, size in enumerate(value.type.shape or ()):
+        step = stride(emitter, value, dim)
+        if step is None:
+            return None
+        span += abs(step) * (size - 1)
+    return span if span < 2 ** (BITS.get(value.type.elem, 1) - 1) else None

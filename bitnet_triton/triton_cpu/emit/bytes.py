@@ -1,0 +1,91 @@
+"""Arithmetic on 64 bytes at a time: unpacking codes without widening them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bitnet_triton.triton_cpu.analyse import splat_integer
+from bitnet_triton.triton_cpu.emit.views import View, address_step, is_memory, matrix_view
+from bitnet_triton.triton_cpu.ir import Value
+
+if TYPE_CHECKING:
+    from bitnet_triton.triton_cpu.emit.emitter import Emitter
+
+BYTES = 64
+_BYTE_OPERATIONS = {
+    "arith.andi": "&", "arith.ori": "|", "arith.xori": "^", "arith.addi": "+", "arith.subi": "-",
+}  # fmt: skip
+
+
+def in_bytes(emitter: Emitter, value: Value, along: int) -> bool:
+    """Tell whether 64 neighbours of an int8 value can be computed at once, as bytes."""
+    if value.type.elem != "i8" or value.type.pointer:
+        return False
+    if splat_integer(value) is not None:
+        return True
+    if emitter.buffer(value) is not None:
+        return along == value.type.rank - 1
+    op = value.op
+    if op is None or value in emitter.held:
+        return False
+    if op.name == "tt.load":
+        return is_memory(emitter, value) and address_step(emitter, value, along) == 1
+    if op.name == "tt.trans":
+        return in_bytes(emitter, op.operands[0], op.integers("order")[along])
+    if op.name in ("arith.shrui", "arith.shli"):
+        shift = splat_integer(op.operands[1])
+        return shift is not None and 0 <= shift < 8 and in_bytes(emitter, op.operands[0], along)
+    return op.name in _BYTE_OPERATIONS and all(in_bytes(emitter, v, along) for v in op.operands)
+
+
+def prepare(emitter: Emitter, value: Value, along: int, leaves: dict[Value, View]) -> None:
+    """Find out where the loads below a byte expression read."""
+    op = value.op
+    if value in leaves or splat_integer(value) is not None:
+        return
+    if emitter.buffer(value) is not None or (op is not None and op.name == "tt.load"):
+        leaves[value] = matrix_view(emitter, value, unit=along)
+        return
+    assert op is not None
+    if op.name == "tt.trans":
+        prepare(emitter, op.operands[0], op.integers("order")[along], leaves)
+        return
+    for operand in op.operands:
+        prepare(emitter, operand, along, leaves)
+
+
+def byte_expression(emitter: Emitter, value: Value, along: int, leaves: dict[Value, View]) -> str:
+    """Return the expression of 64 bytes of row ``n`` from column ``k`` on."""
+    constant = splat_integer(value)
+    if constant is not None:
+        return f"splat64({constant})"
+    if value in leaves:
+        view = leaves[value]
+        return f"load64({view.base} + n * int64_t({view.steps[1 - along]}) + k)"
+    op = value.op
+    assert op is not None
+    if op.name == "tt.trans":
+        return byte_expression(emitter, op.operands[0], op.integers("order")[along], leaves)
+    first = byte_expression(emitter, op.operands[0], along, leaves)
+    if op.name in ("arith.shrui", "arith.shli"):
+        function = "shr64" if op.name == "arith.shrui" else "shl64"
+        return f"{function}({first}, {splat_integer(op.operands[1])})"
+    second = byte_expression(emitter, op.operands[1], along, leaves)
+    return f"({first} {_BYTE_OPERATIONS[op.name]} {second})"
+
+
+def fill_bytes(emitter: Emitter, value: Value) -> View | None:
+    """Write an int8 matrix, row by row, to an array; None if it is not computed in bytes."""
+    rows, columns = value.type.shape or (0, 0)
+    if value.type.elem != "i8" or columns % BYTES or not in_bytes(emitter, value, 1):
+        return None
+    leaves: dict[Value, View] = {}
+    prepare(emitter, value, 1, leaves)
+    array = emitter.array(value.type.size, "int8_t", "bytes")
+    with (
+        emitter.braces(f"for (int n = 0; n < {rows}; ++n)"),
+        emitter.braces(f"for (int k = 0; k < {columns}; k += {BYTES})"),
+    ):
+        code = byte_expression(emitter, value, 1, leaves)
+        emitter.write(f"store_wide({array} + n * {columns} + k, {code});")
+    return View(array, (str(columns), "1"))
