@@ -8,6 +8,12 @@
 docs/triton-cpu.md tells what it needs, and where it keeps what it compiled.
 """
 
+from bitnet_triton.triton_cpu.errors import (
+    CacheError,
+    CompilerError,
+    ToolchainError,
+    UnsupportedOperation,
+)
 from bitnet_triton.triton_cpu.interface import (
     Report,
     install,
@@ -20,7 +26,11 @@ from bitnet_triton.triton_cpu.interface import (
 )
 
 __all__ = [
+    "CacheError",
+    "CompilerError",
     "Report",
+    "ToolchainError",
+    "UnsupportedOperation",
     "install",
     "launch",
     "objection",

@@ -11,7 +11,8 @@ import threading
 from pathlib import Path
 
 from bitnet_triton.triton_cpu import cache, compat
-from bitnet_triton.triton_cpu.toolchain import CompilerError, Toolchain, toolchain
+from bitnet_triton.triton_cpu.errors import CacheError, CompilerError
+from bitnet_triton.triton_cpu.toolchain import Toolchain, toolchain
 
 PACKAGE = Path(__file__).parent
 INCLUDE = PACKAGE / "include"
@@ -90,7 +91,7 @@ def load(binary: bytes) -> ctypes.CDLL:
     if library is not None:
         return library
     if not re.fullmatch(rf"[0-9a-f]{{{_KEY_LENGTH}}}", key):
-        raise cache.CacheError("a compiled kernel in Triton's cache is damaged; delete the cache")
+        raise CacheError("a compiled kernel in Triton's cache is damaged; delete the cache")
     with _loading:
         if key not in _loaded:
             path = cache.directory() / f"{key}.so"

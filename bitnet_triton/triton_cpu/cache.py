@@ -21,13 +21,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bitnet_triton.triton_cpu import compat
+from bitnet_triton.triton_cpu.errors import CacheError
 
 ENVIRONMENT_VARIABLE = "TRITON_CPU_CACHE_DIR"
 _STALE_SECONDS = 24 * 3600
-
-
-class CacheError(RuntimeError):
-    """The cache directory cannot be used, or holds something that another user may have written."""
 
 
 def location() -> Path:

@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,8 @@ def supported() -> str | None:
     installed = version()
     if installed is None:
         return "Triton is not installed"
+    if not sys.platform.startswith("linux"):
+        return f"Triton kernels run on the CPU under Linux, not under {sys.platform}"
     if release(installed) < OLDEST:
         return (
             f"Triton {installed} is too old, {'.'.join(map(str, OLDEST))} is the oldest that works"

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from bitnet_triton.triton_cpu import compat
+from bitnet_triton.triton_cpu.errors import CacheError, ToolchainError
 
 _previous: list[Any] = []
 
@@ -89,12 +90,11 @@ def objection() -> str | None:
     Looks for Triton and a C++ compiler. A version of Triton that the tests have not seen also has
     to run a small kernel.
     """
-    from bitnet_triton.triton_cpu.cache import CacheError
-    from bitnet_triton.triton_cpu.toolchain import ToolchainError, toolchain
-
     why_not = compat.supported()
     if why_not is not None:
         return why_not
+    from bitnet_triton.triton_cpu.toolchain import toolchain
+
     try:
         toolchain()
     except (ToolchainError, CacheError) as error:
@@ -121,7 +121,7 @@ class Report:
         objection: why they cannot run; None when they can.
         compiler: the C++ compiler with its version; empty when there is none.
         features: the instruction sets of the CPU that make a difference.
-        cache: where compiled kernels are kept.
+        cache: where compiled kernels are kept; None where there can be none.
         cache_bytes: how large they are.
         real_triton_cpu: whether the project triton-cpu is installed.
     """
@@ -129,25 +129,22 @@ class Report:
     objection: str | None
     compiler: str
     features: list[str]
-    cache: Path
+    cache: Path | None
     cache_bytes: int
     real_triton_cpu: bool
 
 
 def report() -> Report:
     """Return what ``bitnet-triton doctor`` shows."""
+    why_not = objection()
+    if why_not is not None:
+        return Report(why_not, "", [], None, 0, real_triton_cpu())
     from bitnet_triton.triton_cpu import cache, toolchain
 
-    why_not = objection()
-    found = toolchain.toolchain() if why_not is None else None
-    return Report(
-        objection=why_not,
-        compiler=f"{' '.join(found.command)}: {found.version}" if found else "",
-        features=toolchain.cpu_features(),
-        cache=cache.location(),
-        cache_bytes=cache.size(),
-        real_triton_cpu=real_triton_cpu(),
-    )
+    found = toolchain.toolchain()
+    compiler = f"{' '.join(found.command)}: {found.version}"
+    features = toolchain.cpu_features()
+    return Report(None, compiler, features, cache.location(), cache.size(), real_triton_cpu())
 
 
 def real_triton_cpu() -> bool:

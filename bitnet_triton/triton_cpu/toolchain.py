@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from bitnet_triton.triton_cpu import cache
+from bitnet_triton.triton_cpu.errors import CompilerError, ToolchainError
 
 FLAGS = (
     "-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
@@ -40,14 +41,6 @@ _FEATURES = (
     "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16",
     "avx512_fp16", "amx_int8", "asimd", "asimddp", "asimdhp", "bf16", "i8mm", "sve",
 )  # fmt: skip
-
-
-class ToolchainError(RuntimeError):
-    """There is no C++ compiler that works; the message says what was tried."""
-
-
-class CompilerError(RuntimeError):
-    """The C++ compiler refused a kernel; the message holds its words."""
 
 
 @dataclass(frozen=True)
@@ -228,16 +221,13 @@ def _stamp(command: Sequence[str]) -> list[tuple[str, int, int]]:
 
 @functools.cache
 def _cpu_fields() -> dict[str, str]:
-    """Return the first value of each field of /proc/cpuinfo."""
-    fields: dict[str, str] = {}
+    """Return the fields of the first processor in /proc/cpuinfo."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        first, _, _ = Path("/proc/cpuinfo").read_text().partition("\n\n")
     except OSError:
-        return fields
-    for line in lines:
-        name, _, value = line.partition(":")
-        fields.setdefault(name.strip(), value.strip())
-    return fields
+        return {}
+    parts = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in parts}
 
 
 @functools.cache

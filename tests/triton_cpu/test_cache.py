@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import bitnet_triton.triton_cpu as triton_cpu
 from bitnet_triton.triton_cpu import build, cache, toolchain
 
 SOURCE = '#include "tcpu.h"\nextern "C" int answer() { return %d; }\n'
@@ -138,7 +139,7 @@ def test_binary_from_elsewhere_is_entered(folder):
 
 
 def test_damaged_binary_is_refused(folder):
-    with pytest.raises(cache.CacheError, match="damaged"):
+    with pytest.raises(triton_cpu.CacheError, match="damaged"):
         build.load(b"\x7fELF" + bytes(100))
 
 
@@ -233,14 +234,14 @@ class TestTrust:
     def test_directory_that_others_may_write_is_refused(self, folder, mode):
         folder.mkdir()
         folder.chmod(mode)
-        with pytest.raises(cache.CacheError, match=f"{folder}: it is writable by everybody"):
+        with pytest.raises(triton_cpu.CacheError, match=f"{folder}: it is writable by everybody"):
             cache.directory()
 
     def test_file_that_others_may_write_is_refused(self, folder):
         build.build(SOURCE % 1, "answer")
         (file,) = folder.glob("*.so")
         file.chmod(0o666)
-        with pytest.raises(cache.CacheError, match="it is writable by everybody"):
+        with pytest.raises(triton_cpu.CacheError, match="it is writable by everybody"):
             build.build(SOURCE % 1, "answer")
 
     @ROOT_ONLY
@@ -248,7 +249,7 @@ class TestTrust:
         binary = build.build(SOURCE % 1, "answer")
         (file,) = folder.glob("*.so")
         os.chown(file, 1234, -1)
-        with pytest.raises(cache.CacheError, match="it belongs to user 1234"):
+        with pytest.raises(triton_cpu.CacheError, match="it belongs to user 1234"):
             build.load(binary)
 
     @ROOT_ONLY
@@ -256,7 +257,7 @@ class TestTrust:
         folder.mkdir()
         os.chown(folder, 1234, -1)
         with pytest.raises(
-            cache.CacheError, match=r"it belongs to user 1234.*TRITON_CPU_CACHE_DIR"
+            triton_cpu.CacheError, match=r"it belongs to user 1234.*TRITON_CPU_CACHE_DIR"
         ):
             cache.directory()
 
@@ -265,13 +266,13 @@ class TestTrust:
         folder.mkdir()
         os.chown(folder, -1, 1234)
         folder.chmod(0o770)
-        with pytest.raises(cache.CacheError, match="it is writable by group 1234"):
+        with pytest.raises(triton_cpu.CacheError, match="it is writable by group 1234"):
             cache.directory()
 
     def test_symbolic_link_is_refused(self, folder, tmp_path):
         (tmp_path / "elsewhere").mkdir()
         folder.symlink_to(tmp_path / "elsewhere")
-        with pytest.raises(cache.CacheError, match="symbolic link"):
+        with pytest.raises(triton_cpu.CacheError, match="symbolic link"):
             cache.directory()
 
     def test_parent_that_others_may_write_is_refused(self, monkeypatch, tmp_path):
@@ -279,7 +280,9 @@ class TestTrust:
         parent.mkdir()
         parent.chmod(0o777)
         monkeypatch.setenv("TRITON_CPU_CACHE_DIR", str(parent / "cache"))
-        with pytest.raises(cache.CacheError, match="in a directory that is writable by everybody"):
+        with pytest.raises(
+            triton_cpu.CacheError, match="in a directory that is writable by everybody"
+        ):
             cache.directory()
 
     def test_parent_with_sticky_bit_is_fine(self, monkeypatch, tmp_path):
@@ -298,7 +301,7 @@ class TestTrust:
 
     def test_directory_that_cannot_be_written_is_an_error(self, monkeypatch):
         monkeypatch.setenv("TRITON_CPU_CACHE_DIR", "/proc/nowhere/cache")
-        with pytest.raises(cache.CacheError, match="cannot write to the cache directory"):
+        with pytest.raises(triton_cpu.CacheError, match="cannot write to the cache directory"):
             cache.directory()
 
 

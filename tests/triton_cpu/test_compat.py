@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+
 import pytest
 import torch
 import triton
@@ -60,7 +64,25 @@ def test_generic_text_names_the_source_line(monkeypatch):
 def test_supported_versions(monkeypatch, installed, objection):
     monkeypatch.setattr(compat, "version", lambda: installed)
     found = compat.supported()
-    assert found is None if objection is None else pytest.importorskip("re").match(objection, found)
+    assert found is None if objection is None else re.match(objection, found)
+
+
+@pytest.mark.parametrize("platform", ["win32", "darwin"])
+def test_other_systems_are_refused(monkeypatch, platform):
+    monkeypatch.setattr(compat.sys, "platform", platform)
+    assert compat.supported() == f"Triton kernels run on the CPU under Linux, not under {platform}"
+
+
+def test_package_imports_without_the_modules_of_linux():
+    """Others import it to hear the objection."""
+    code = """
+import sys
+sys.modules.update(fcntl=None, grp=None, pwd=None)
+import bitnet_triton.triton_cpu as triton_cpu
+sys.platform = "win32"
+assert "Linux" in triton_cpu.objection()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize(
