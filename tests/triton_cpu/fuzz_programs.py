@@ -335,9 +335,8 @@ class Program:
             shape = (2 * left.shape[0],)
             self.define(f"tl.interleave({left.name}, {right.name})", left.dtype, shape, bound)
             return
-        joined = self.define(
-            f"tl.join({left.name}, {right.name})", left.dtype, (*left.shape, 2), bound
-        )
+        pair = f"tl.join({left.name}, {right.name})"
+        joined = self.define(pair, left.dtype, (*left.shape, 2), bound)
         name, second = self.fresh(), self.fresh()
         self.emit(f"{name}, {second} = tl.split({joined.name})")
         self.values += [Value(n, left.dtype, left.shape, bound) for n in (name, second)]
@@ -372,9 +371,7 @@ class Program:
             self.emit(f"tl.atomic_{kind}(n_ptr + {place}, {name})")
 
     def call(self) -> None:
-        left = self.tensor(lambda v: v.dtype == "int32")
-        if left.dtype != "int32":
-            return
+        left = self.integer(self.tensor().shape)
         right = self.integer(left.shape)
         name, second = self.fresh(), self.fresh()
         self.emit(f"{name}, {second} = helper({left.name}, {right.name})")
@@ -432,10 +429,7 @@ class Program:
             self.emit(f"tl.store({pointer}, {self.small(value).name})")
         targets = ", ".join(v.name for v in variables)
         following = [self.successor(v) for v in variables]
-        pair = len(variables) == 2 and variables[0] != variables[1]
-        alike = pair and all(
-            getattr(variables[0], a) == getattr(variables[1], a) for a in ("dtype", "shape")
-        )
+        alike = len({(v.dtype, v.shape) for v in variables}) == 1 and len(variables) == 2
         if alike and self.number(0, 1):
             following[0] = variables[1].name  # they cross
         self.emit(f"{targets} = {', '.join(following)}")
