@@ -1,5 +1,7 @@
 """WHAT is computed: the public ops."""
 
+from bitnet_triton.kernels.dense_linear import dense_linear
+from bitnet_triton.kernels.dense_linear.op import DENSE_FWD
 from bitnet_triton.kernels.packing import TernaryWeight
 from bitnet_triton.kernels.quantize import quantize_activations, quantize_weight
 from bitnet_triton.kernels.quantize.op import ACTIVATIONS_FWD, WEIGHT_STATS
@@ -18,6 +20,7 @@ IMPLEMENTATIONS = {
     "weight_stats": WEIGHT_STATS,
     "ternary_linear": TERNARY_FWD,
     "ternary_linear_bwd": TERNARY_BWD,
+    "dense_linear": DENSE_FWD,
     "bit_linear": BIT_FWD,
     "bit_linear_bwd_dx": BIT_BWD_DX,
     "bit_linear_bwd_dweight": BIT_BWD_DWEIGHT,
@@ -27,6 +30,7 @@ __all__ = [
     "IMPLEMENTATIONS",
     "TernaryWeight",
     "bit_linear",
+    "dense_linear",
     "quantize_activations",
     "quantize_weight",
     "ternary_linear",

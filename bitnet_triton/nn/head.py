@@ -8,13 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bitnet_triton.kernels import dense_linear
+from bitnet_triton.runtime.device import autocast_dtype
+
 
 class OutputHead(nn.Linear):
     """``nn.Linear`` that multiplies a plain matrix, whatever the strides of its input.
 
     Generation asks for the logits of the last token only: ``hidden[:, -1:]``, a [B 1 K] slice with
     the strides of the whole sequence. For bfloat16 on a CPU, PyTorch multiplies such a tensor some
-    fifty times slower than the same values as a matrix [B, K].
+    fifty times slower than the same values as a matrix [B, K]. Without gradients, a few rows go
+    through ``dense_linear``.
 
     State: ``weight`` [N, K] and ``bias`` [N], as in ``nn.Linear``.
     """
@@ -30,8 +34,15 @@ class OutputHead(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map [..., K] to [..., N]."""
-        logits = F.linear(input.reshape(-1, self.in_features), self.weight, self.bias)
+        rows = input.reshape(-1, self.in_features)
+        if self._learns(rows) or autocast_dtype(rows.device.type) is not None:
+            logits = F.linear(rows, self.weight, self.bias)
+        else:
+            logits = dense_linear(rows, self.weight, self.bias)
         return logits.view(*input.shape[:-1], self.out_features)
+
+    def _learns(self, rows: Tensor) -> bool:
+        return torch.is_grad_enabled() and (rows.requires_grad or self.weight.requires_grad)
 
 
 def use_output_head(model: Any) -> None:

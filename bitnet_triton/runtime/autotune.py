@@ -55,9 +55,14 @@ _CPU: dict[str, dict[int, Tiles]] = {
     "ternary_linear_fwd": {
         1: {"BLOCK_M": 1, "BLOCK_R": 32, "BLOCK_K": 256},
         2: {"BLOCK_M": 2, "BLOCK_R": 32, "BLOCK_K": 256},
-        4: {"BLOCK_M": 4, "BLOCK_R": 32, "BLOCK_K": 256},
-        16: {"BLOCK_M": 16, "BLOCK_R": 32, "BLOCK_K": 256},
-        _ANY: {"BLOCK_M": 64, "BLOCK_R": 64, "BLOCK_K": 256},
+        16: {"BLOCK_M": 4, "BLOCK_R": 32, "BLOCK_K": 256},
+        32: {"BLOCK_M": 32, "BLOCK_R": 32, "BLOCK_K": 256},
+        _ANY: {"BLOCK_M": 64, "BLOCK_R": 32, "BLOCK_K": 256},
+    },
+    "dense_linear_fwd": {
+        1: {"BLOCK_M": 1, "BLOCK_N": 128, "BLOCK_K": 512},
+        2: {"BLOCK_M": 2, "BLOCK_N": 128, "BLOCK_K": 512},
+        4: {"BLOCK_M": 4, "BLOCK_N": 64, "BLOCK_K": 512},
     },
     "ternary_linear_bwd": {
         _ANY: {"BLOCK_M": 64, "BLOCK_K": 64, "BLOCK_R": 64},

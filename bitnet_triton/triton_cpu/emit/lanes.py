@@ -65,7 +65,9 @@ def vector_product(emitter: Emitter, op: Op) -> VectorProduct | None:
     if a.type.elem == "i8" and result == "i32":
         fits = few.count <= _MOST_VECTORS and k % BYTES == 0
         return few if fits and in_bytes(emitter, few.matrix, few.along) else None
-    if a.type.elem in ("f32", "bf16", "f16") and result == "f32" and few.count == 1:
+    # Partial sums of several vectors lie one vector after the other: only as rows of the result
+    fits = few.count == 1 or (few.count <= _MOST_VECTORS and few.along == 0)
+    if a.type.elem in ("f32", "bf16", "f16") and result == "f32" and fits:
         root, order = untransposed(few.matrix)
         if is_memory(emitter, root) and address_step(emitter, root, order[few.along]) == 1:
             return few
@@ -191,9 +193,13 @@ def _vector_array(emitter: Emitter, product: VectorProduct) -> str:
 def _float_product(emitter: Emitter, product: VectorProduct, target: Lanes, vectors: str) -> None:
     view = matrix_view(emitter, product.matrix, unit=product.along)
     step = view.steps[1 - product.along]
-    emitter.write(
-        f"dot_lanes<{product.rows}, {product.depth}>({vectors}, {view.base}, {step}, {target.name});"
-    )
+    shape = f"{product.rows}, {product.depth}"
+    for v in range(product.count):
+        vector, lanes = (
+            f"{vectors} + {v * product.depth}",
+            f"{target.name} + {v * product.rows * LANES}",
+        )
+        emitter.write(f"dot_lanes<{shape}>({vector}, {view.base}, {step}, {lanes});")
 
 
 def _int8_products(
