@@ -167,7 +167,9 @@ TCPU_INLINE float sine(float x, uint32_t quarters) {
   double part = (turns - (shifted - magic)) + (double)x * table.low[i];
   return sine_near((float)(part * 1.57079632679489662), (uint32_t)bitcast<uint64_t>(shifted) + quarters);
 }
-TCPU_INLINE float m_sin(float x) { return sine(x, 0); }
+TCPU_INLINE float m_sin(float x) {  // by magnitude: polynomials lose the sign of zero
+  return bitcast<float>(bitcast<uint32_t>(sine(m_abs(x), 0)) ^ (bitcast<uint32_t>(x) & 0x80000000u));
+}
 TCPU_INLINE double m_sin(double x) { return __builtin_sin(x); }
 TCPU_INLINE float m_cos(float x) { return sine(x, 1); }
 TCPU_INLINE double m_cos(double x) { return __builtin_cos(x); }
@@ -194,7 +196,7 @@ TCPU_INLINE float m_erf(float x) {
   q = q * t - 0x1.d6e886p-1f;
   q = q * t - 0x1.a06906p+0f;
   q = q * t - 0x1.723642p-12f;
-  return a < 1.0f ? p * x + x : with_sign_of(1.0f - m_exp2(q), x);
+  return with_sign_of(a < 1.0f ? p * a + a : 1.0f - m_exp2(q), x);
 }
 TCPU_INLINE double m_erf(double x) { return __builtin_erf(x); }
 
@@ -206,7 +208,7 @@ TCPU_INLINE float m_tanh(float x) {
   p = p * z - 0x1.555532p-2f;
   float a = m_abs(x);
   float large = 1.0f - 2.0f / (m_exp(2.0f * a) + 1.0f);
-  return a < 0.625f ? p * z * x + x : with_sign_of(large, x);
+  return with_sign_of(a < 0.625f ? p * z * a + a : large, x);
 }
 TCPU_INLINE double m_tanh(double x) { return __builtin_tanh(x); }
 
