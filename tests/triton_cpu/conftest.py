@@ -100,7 +100,7 @@ def record_path(folder, key):
 class Interpreter:
     """The process that runs the selected tests under TRITON_INTERPRET, for all xdist workers."""
 
-    def __init__(self, folder, config):
+    def __init__(self, folder, config, seed):
         self.folder = folder
         self.process = None
         try:
@@ -110,7 +110,7 @@ class Interpreter:
         (folder / "selected.txt").write_text("\n".join(config.stash[SELECTED]))
         command = [
             *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"),
-            *("--seed", str(config.option.seed), f"@{folder / 'selected.txt'}"),
+            *("--seed", str(seed), f"@{folder / 'selected.txt'}"),
         ]
         environment = {"TRITON_INTERPRET": "1", "TRITON_CPU_TESTS_RECORD": str(folder)}
         with (folder / "log").open("w") as log:
@@ -137,10 +137,25 @@ class Interpreter:
 
 
 @pytest.fixture(scope="session")
-def interpreter(request, tmp_path_factory):
+def common_folder(request, tmp_path_factory):
+    """Return a folder that all workers of xdist see."""
     base = tmp_path_factory.getbasetemp()
-    base = base.parent if hasattr(request.config, "workerinput") else base
-    return Interpreter(base / "interpreter", request.config)
+    return base.parent if hasattr(request.config, "workerinput") else base
+
+
+@pytest.fixture(scope="session")
+def input_seed(request, common_folder):
+    """Return one seed for all workers of xdist: a test and its interpreter may meet in two."""
+    mine = common_folder / f"seed-{os.getpid()}"
+    mine.write_text(str(request.config.option.seed))
+    with contextlib.suppress(FileExistsError):
+        os.link(mine, common_folder / "seed")
+    return int((common_folder / "seed").read_text())
+
+
+@pytest.fixture(scope="session")
+def interpreter(request, common_folder, input_seed):
+    return Interpreter(common_folder / "interpreter", request.config, input_seed)
 
 
 @pytest.fixture
@@ -156,9 +171,9 @@ def run(request):
 
 
 @pytest.fixture(autouse=True)
-def _same_inputs(request, _fresh_state):
+def _same_inputs(request, _fresh_state, input_seed):
     """Draw the same inputs for both oracles, in both processes."""
-    torch.manual_seed(request.config.option.seed + zlib.crc32(key_of(request.node).encode()))
+    torch.manual_seed(input_seed + zlib.crc32(key_of(request.node).encode()))
 
 
 class Check:

@@ -339,3 +339,6 @@ def integer_cases() -> Iterator[Case]:
     yield Case("hiloint2double", (high, low), F64, d)
     x = positive() + 0.1
     yield Case("rcp64h", (x,), F64, 1 / x, ulp=2.0**34)  # an estimate: 20 bits or so
+
+
+KINDS = (real_cases, directed_cases, conversion_cases, integer_cases)

@@ -19,6 +19,7 @@ def integers_kernel(y_ptr, small, one, negative, large, huge, BIG: tl.constexpr)
     tl.store(y_ptr + 6, small // 4 + negative % 3)
 
 
+@pytest.mark.ops("scalar arguments")
 def test_integers_of_every_size(run, check):
     y = torch.empty(7).long()
     run(integers_kernel, (1,))(y, 21, 1, -5, 2**31, 2**62 + 9, BIG=2**40)
@@ -30,6 +31,7 @@ def unsigned_kernel(y_ptr, n):
     tl.store(y_ptr, n >> 1)
 
 
+@pytest.mark.ops("scalar arguments")
 @pytest.mark.no_interpreter("it reads the argument as signed")
 def test_integers_above_63_bits_are_unsigned(run, check):
     y = torch.empty(1).long()
@@ -43,6 +45,7 @@ def specialised_kernel(x_ptr, y_ptr, n, m, BLOCK: tl.constexpr):
     tl.store(y_ptr + i, tl.load(x_ptr + i, mask=i < n, other=0) * m)
 
 
+@pytest.mark.ops("scalar arguments")
 @pytest.mark.parametrize("n", [0, 1, 2, 16, 17])
 def test_special_integers_are_no_special_case(run, check, n):
     """Triton compiles 1 as a constant and multiples of 16 apart."""
@@ -66,6 +69,7 @@ def floats_kernel(y_ptr, f, neg, flag, off):
     tl.store(y_ptr + 4, tl.where(off, 7.0, 8.0))
 
 
+@pytest.mark.ops("scalar arguments")
 @pytest.mark.no_interpreter("a bool is 32 bits wide to it")
 def test_floats_and_booleans(run, check):
     y = torch.empty(5)
@@ -88,6 +92,7 @@ def annotated_kernel(
     tl.store(y_ptr + 7, h)
 
 
+@pytest.mark.ops("scalar arguments")
 @pytest.mark.no_interpreter("it does not read annotations")
 def test_scalars_of_annotated_types(run, check):
     y = torch.empty(8).double()
@@ -114,6 +119,7 @@ def constants_kernel(
         tl.store(y_ptr + 5, tl.sum(tl.full(SHAPE, 1.0, tl.float32)))
 
 
+@pytest.mark.ops("constant arguments")
 @pytest.mark.no_interpreter("its scalars have no empty shape")
 def test_constants_of_every_type(run, check):
     y = torch.zeros(6)
@@ -132,6 +138,7 @@ def optional_kernel(x_ptr, bias_ptr, y_ptr, BLOCK: tl.constexpr, SCALE: tl.const
     tl.store(y_ptr + i, x * SCALE)
 
 
+@pytest.mark.ops("None as an argument")
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_none_stands_for_no_tensor(run, check, with_bias):
     x, bias, y = torch.randn(16), torch.randn(16), torch.empty(16)
@@ -149,6 +156,7 @@ def tuples_kernel(pointers, sizes, y_ptr, BLOCK: tl.constexpr):
     tl.store(y_ptr + i, total)
 
 
+@pytest.mark.ops("tuples")
 def test_tuples_of_tensors_and_numbers(run, check):
     a, b = torch.randint(-9, 9, (16,)).float(), torch.randint(-9, 9, (16,)).float()
     y = torch.empty(16)
@@ -170,6 +178,7 @@ def named_kernel(x, y, n, BLOCK: tl.constexpr):
         tl.store(y.data + row * y.strides[0] + i * y.strides[1], here * y.rows, mask=i < n)
 
 
+@pytest.mark.ops("named tuples")
 def test_named_tuples_with_tuples_in_them(run, check):
     x, y = torch.randn(5, 12), torch.zeros(12, 5)
     arguments = Matrix(x, 5, (12, 1)), Matrix(y, 7, (1, 5))
@@ -195,6 +204,7 @@ def tuples_inside_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
     tl.store(y_ptr + BLOCK + i, both[1])
 
 
+@pytest.mark.ops("tuples")
 def test_loops_and_branches_carry_tuples(run, check):
     x, y = torch.randint(-9, 9, (16,)).float(), torch.empty(2, 16)
     run(tuples_inside_kernel, (1,))(x, y, 3, BLOCK=16)
@@ -212,6 +222,7 @@ def globals_kernel(y_ptr, x: tl.constexpr):
     tl.store(y_ptr, FACTOR * x)
 
 
+@pytest.mark.ops("constant arguments")
 def test_global_constants_are_read(run, check):
     y = torch.empty(1).int()
     run(globals_kernel, (1,))(y, 6)
@@ -229,6 +240,7 @@ def applied_kernel(x_ptr, y_ptr, FUNCTION: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(y_ptr + i, FUNCTION(tl.load(x_ptr + i)))
 
 
+@pytest.mark.ops("constant arguments")
 def test_functions_are_constants(run, check):
     x, y = torch.randn(16), torch.empty(16)
     run(applied_kernel, (1,))(x, y, FUNCTION=doubled, BLOCK=16)
@@ -243,6 +255,7 @@ def heuristic_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
     tl.store(y_ptr + i, x + BLOCK, mask=i < n)
 
 
+@pytest.mark.ops("triton.heuristics")
 def test_heuristics_choose_constants(run, check):
     x, y = torch.randint(0, 9, (50,)).float(), torch.empty(50)
     run(heuristic_kernel, (1,))(x, y, 50)
@@ -261,6 +274,7 @@ def tuned_kernel(x_ptr, y_ptr, count_ptr, n, BLOCK: tl.constexpr):
     tl.atomic_add(count_ptr, tl.sum((i < n).to(tl.int32)))
 
 
+@pytest.mark.ops("triton.autotune")
 @pytest.mark.no_interpreter("it times nothing")
 def test_a_tuned_kernel_runs_its_best_configuration(run, check):
     x, y, count = torch.randn(100), torch.empty(100), torch.zeros(1).int()
@@ -269,6 +283,7 @@ def test_a_tuned_kernel_runs_its_best_configuration(run, check):
     check(count, torch.tensor([100]))
 
 
+@pytest.mark.ops("kernel[grid] after install()", "triton.autotune")
 @pytest.mark.no_interpreter("it has no other driver")
 def test_kernels_run_in_the_usual_way_when_installed(check):
     import bitnet_triton.triton_cpu as triton_cpu
@@ -291,6 +306,7 @@ def method_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
     tl.store(y_ptr + i, tl.load(x_ptr + i) + 1)
 
 
+@pytest.mark.ops("num_warps, num_stages")
 @pytest.mark.parametrize("options", [{"num_warps": 1}, {"num_warps": 16, "num_stages": 5}], ids=str)
 def test_options_of_a_gpu_are_accepted(run, check, options):
     x, y = torch.randn(16), torch.empty(16)
@@ -327,6 +343,7 @@ def aggregate_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
     tl.store(y_ptr + i, interval.length())
 
 
+@pytest.mark.ops("aggregates")
 @pytest.mark.no_interpreter("it has no aggregates")
 def test_loops_carry_aggregates(run, check):
     x, y = torch.randint(-9, 9, (16,)).float(), torch.empty(16)

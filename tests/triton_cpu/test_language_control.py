@@ -23,7 +23,7 @@ def range_kernel(x_ptr, y_ptr, start, stop, step, BLOCK: tl.constexpr):
     tl.store(y_ptr + 2 * BLOCK + i, total)
 
 
-@pytest.mark.ops("range")
+@pytest.mark.ops("for loops", "range")
 @pytest.mark.parametrize("bounds", [(0, 5, 1), (3, 20, 4), (4, 4, 1), (7, 2, 3)], ids=str)
 def test_loops_count_as_in_python(run, check, bounds):
     start, stop, step = bounds
@@ -114,7 +114,7 @@ def pointers_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
         tl.store(y_ptrs, tl.load(y_ptrs) + 1)
 
 
-@pytest.mark.ops("range", "load", "store")
+@pytest.mark.ops("for loops", "range", "load", "store")
 def test_loops_carry_tensors_and_pointers(run, check):
     x, y = torch.randint(-9, 9, (6, 16)).float(), torch.zeros(7, 16)
     run(pointers_kernel, (1,))(x, y, 6, BLOCK=16)
@@ -173,7 +173,7 @@ def nested_kernel(x_ptr, y_ptr, M, N, BLOCK: tl.constexpr):
         tl.store(y_ptr + m * BLOCK + i, outer)
 
 
-@pytest.mark.ops("range")
+@pytest.mark.ops("for loops", "branches", "range")
 def test_loops_and_branches_nest(run, check):
     M, N = 4, 7
     x, y = torch.randint(0, 99, (M, N, 16)).int(), torch.empty(M, 16).int()
@@ -207,6 +207,7 @@ def while_kernel(x_ptr, y_ptr, n):
     tl.store(y_ptr + tl.program_id(0), low.to(tl.float32))
 
 
+@pytest.mark.ops("while loops")
 @pytest.mark.no_interpreter("it leaves a Python number where the loop does not run")
 def test_a_while_loop_searches(run, check):
     x, y = torch.randn(1000).sort()[0], torch.randn(64)
@@ -230,6 +231,7 @@ def tensors_in_while_kernel(x_ptr, y_ptr, limit, BLOCK: tl.constexpr):
     tl.store(y_ptr + BLOCK + 1, steps)
 
 
+@pytest.mark.ops("while loops")
 def test_a_while_loop_carries_tensors(run, check):
     x, y = torch.randint(0, 10**6, (16,)).int(), torch.empty(18).int()
     run(tensors_in_while_kernel, (1,))(x, y, 50, BLOCK=16)
@@ -285,6 +287,7 @@ def branches_kernel(x_ptr, y_ptr, n, FLAG: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(y_ptr + i, tl.load(y_ptr + i) * scale2)
 
 
+@pytest.mark.ops("branches")
 @pytest.mark.parametrize("flag", [True, False])
 def test_branches_choose_values_and_stores(run, check, flag):
     x, y = torch.randint(-9, 9, (8, 16)).float(), torch.empty(8, 16)
@@ -318,6 +321,7 @@ def chosen_pointer_kernel(a_ptr, b_ptr, y_ptr, BLOCK: tl.constexpr):
     tl.store(y_ptr + pid * BLOCK + i, tl.load(ptr + i))
 
 
+@pytest.mark.ops("branches")
 def test_branches_choose_pointers(run, check):
     a, b, y = torch.randn(4, 16), torch.randn(16), torch.empty(4, 16)
     run(chosen_pointer_kernel, (4,))(a, b, y, BLOCK=16)
@@ -336,6 +340,7 @@ def early_return_kernel(x_ptr, y_ptr, n):
     tl.store(y_ptr + pid, tl.sqrt(x))
 
 
+@pytest.mark.ops("early returns")
 def test_a_program_may_return_early(run, check):
     x, y = torch.tensor([4.0, -1.0, 9.0, 16.0, 25.0]), torch.zeros(5)
     run(early_return_kernel, (5,))(x, y, 4)
@@ -367,6 +372,7 @@ def called_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
     tl.store(y_ptr + 2 * BLOCK + i, sign(tl.load(x_ptr)) + 10 * sign(tl.load(x_ptr + 1)))
 
 
+@pytest.mark.ops("functions", "early returns")
 def test_functions_are_inlined(run, check):
     x, y = torch.tensor([-3, 5, *range(14)]).int(), torch.empty(3, 16).int()
     run(called_kernel, (1,))(x, y, BLOCK=16)
@@ -398,6 +404,7 @@ def noinline_kernel(x_ptr, y_ptr):
     tl.store(y_ptr + 4 + pid, apart(apart(pid, 2), 1))
 
 
+@pytest.mark.ops("noinline functions")
 def test_functions_may_stay_apart(run, check):
     x, y = torch.tensor([5, 6, 7, 8]).int(), torch.empty(8).int()
     before = x.clone()
@@ -422,6 +429,7 @@ def recursive_kernel(y_ptr):
     tl.store(y_ptr, factorial(6))
 
 
+@pytest.mark.ops("functions")
 @pytest.mark.no_interpreter("it does not decide by constants alone")
 def test_a_function_may_call_itself_on_constants(run, check):
     y = torch.empty(1).int()
@@ -440,6 +448,7 @@ def short_circuit_kernel(x_ptr, y_ptr, n):
         tl.store(y_ptr + i, tl.load(y_ptr + i) + 10)
 
 
+@pytest.mark.ops("branches")
 def test_conditions_are_joined(run, check):
     x, y = torch.tensor([5, -5, 5, 5]).int(), torch.zeros(4).int()
     run(short_circuit_kernel, (4,))(x, y, 3)

@@ -7,6 +7,7 @@ import triton.language as tl
 
 SIGNED = [torch.int8, torch.int16, torch.int32, torch.int64]
 UNSIGNED = [torch.uint8, torch.uint16, torch.uint32, torch.uint64]
+EIGHT_BITS = [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz]
 FLOATS = [torch.float32, torch.float64, torch.float16]
 NO_BFLOAT16 = pytest.mark.no_interpreter("it truncates on the way to bfloat16")
 BFLOAT16 = pytest.param(torch.bfloat16, marks=NO_BFLOAT16)
@@ -217,9 +218,9 @@ def from_eight_bits_kernel(x_ptr, h_ptr, b_ptr, f_ptr, BLOCK: tl.constexpr):
     tl.store(f_ptr + i, x.to(tl.float32))
 
 
-@pytest.mark.ops("cast")
+@pytest.mark.ops("cast", "float8e4nv", "float8e5", "float8e4b8", "float8e5b16")
 @pytest.mark.no_interpreter("it has no NaN in float8")
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("dtype", EIGHT_BITS, ids=str)
 def test_floats_of_8_bits_become_wider(run, check, dtype):
     x = torch.arange(256, dtype=torch.uint8).view(dtype)
     outputs = [torch.empty(256, dtype=d) for d in (torch.float16, torch.bfloat16, torch.float32)]
@@ -237,17 +238,48 @@ def to_eight_bits_kernel(h_ptr, f_ptr, y_ptr, BLOCK: tl.constexpr):
     tl.store(y_ptr + 2 * BLOCK + i, half.to(y_ptr.dtype.element_ty))
 
 
-@pytest.mark.ops("cast")
+@pytest.mark.ops("cast", "float8e4nv", "float8e5", "float8e4b8", "float8e5b16")
 @pytest.mark.no_interpreter("it rounds ties away from zero")
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("dtype", EIGHT_BITS, ids=str)
 def test_floats_become_the_nearest_of_8_bits(run, check, dtype):
-    x = (torch.randn(256) * 2.0 ** torch.randint(-18, 7, (256,))).clamp(-440, 440).bfloat16()
+    largest = torch.finfo(dtype).max
+    x = (
+        (torch.randn(256) * 2.0 ** torch.randint(-18, 7, (256,)))
+        .clamp(-largest, largest)
+        .bfloat16()
+    )
     x[:64] = 1 + torch.arange(64).bfloat16() / 32  # every other one is a tie
     x[64:70] = torch.tensor([0.0, -0.0, NAN, 2**-9, 2**-10, 2**-17])
     y = torch.empty(3, 256, dtype=dtype)
     run(to_eight_bits_kernel, (1,))(x.half(), x.float(), y, BLOCK=256)
     halves = torch.stack([x.float(), x.half().float(), x.float()]).to(dtype)
     check(y.float(), halves.float())
+
+
+@pytest.mark.ops("cast", "float8e4nv", "float8e5")
+@pytest.mark.no_interpreter("it keeps the low bits of what does not fit")
+@pytest.mark.parametrize("dtype", EIGHT_BITS[:2], ids=str)
+def test_floats_that_do_not_fit_into_8_bits_saturate(run, check, dtype):
+    x, largest = (
+        torch.tensor([1e6, -1e6, INF, -INF, 500.0, 6e4, 449.0, 2.0]),
+        torch.finfo(dtype).max,
+    )
+    y = torch.empty(3, 8, dtype=dtype)
+    run(to_eight_bits_kernel, (1,))(x.half(), x, y, BLOCK=8)
+    check(y.float(), x.clamp(-largest, largest).to(dtype).float().expand(3, 8))
+
+
+@triton.jit
+def old_float8_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i).to(tl.float8e4b15, bitcast=True)
+    tl.store(y_ptr + i, x.to(tl.float32))
+
+
+@pytest.mark.refused("float8e4b15", "a format of one old GPU, which Triton converts in assembly")
+def test_the_float8_of_old_gpus_is_not_converted(run):
+    with pytest.raises(triton.CompilationError, match="conversion for this type"):
+        run(old_float8_kernel, (1,))(torch.ones(16).to(torch.uint8), torch.empty(16), BLOCK=16)
 
 
 @triton.jit

@@ -89,7 +89,7 @@ def host_kernel(x_desc, y_desc, BLOCK: tl.constexpr):
     y_desc.store([m, 0], total.to(y_desc.dtype))
 
 
-@pytest.mark.ops("tensor_descriptor.load", "tensor_descriptor.store")
+@pytest.mark.ops("descriptors from the host", "tensor_descriptor.load", "tensor_descriptor.store")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_descriptors_come_from_the_host(run, check, dtype):
     x, y = torch.randint(-9, 9, (20, 40)).to(dtype), torch.zeros(20, 16)
@@ -110,7 +110,7 @@ def product_kernel(a_desc, b_desc, c_desc, K, BLOCK: tl.constexpr):
     c_desc.store([m, n], acc)
 
 
-@pytest.mark.ops("tensor_descriptor.load", "dot")
+@pytest.mark.ops("descriptors from the host", "tensor_descriptor.load", "dot")
 def test_a_product_of_descriptors(run, check):
     a, b, c = torch.randn(40, 52), torch.randn(24, 52), torch.zeros(40, 24)
     descriptors = [TensorDescriptor.from_tensor(t, [16, 16]) for t in (a, b, c)]

@@ -86,7 +86,7 @@ INTEGER_ROWS = [
 ]
 
 
-@pytest.mark.ops("add", "sub", "mul", "maximum", "minimum", "where")
+@pytest.mark.ops("tensor", "add", "sub", "mul", "maximum", "minimum", "where")
 @pytest.mark.parametrize("dtype", [*SIGNED, *UNSIGNED], ids=str)
 def test_integers_wrap_and_divide_towards_zero(run, check, dtype):
     x, y = operands(dtype)
@@ -106,7 +106,7 @@ def shifts_kernel(x_ptr, s_ptr, z_ptr, BLOCK: tl.constexpr):
     tl.store(rows(z_ptr, 3, BLOCK), (x >> 2) & 3)
 
 
-@pytest.mark.ops("add")
+@pytest.mark.ops("tensor", "add")
 @pytest.mark.parametrize("dtype", [*SIGNED, *UNSIGNED], ids=str)
 def test_shifts_follow_the_sign(run, check, dtype):
     x, _ = operands(dtype)
@@ -136,7 +136,7 @@ def compared_kernel(x_ptr, y_ptr, z_ptr, BLOCK: tl.constexpr):
     tl.store(rows(z_ptr, 6, BLOCK), (x + y < x) & (x * 3 > y))  # sums that wrapped
 
 
-@pytest.mark.ops("where")
+@pytest.mark.ops("tensor", "where")
 @pytest.mark.parametrize("dtype", [*SIGNED, *UNSIGNED], ids=str)
 def test_integers_are_compared_by_their_sign(run, check, dtype):
     x, y = operands(dtype)

@@ -34,12 +34,7 @@ def load(path):
 
 libdevice_cases = load(HERE / "libdevice_cases.py")
 
-KINDS = {
-    "real": libdevice_cases.real_cases,
-    "directed": libdevice_cases.directed_cases,
-    "conversion": libdevice_cases.conversion_cases,
-    "integer": libdevice_cases.integer_cases,
-}
+KINDS = {kind.__name__: kind for kind in libdevice_cases.KINDS}
 
 
 @functools.cache
@@ -76,7 +71,7 @@ def results(kind, seed, folder):
     import bitnet_triton.triton_cpu as triton_cpu
 
     found = list(cases(kind, seed).values())
-    path = Path(folder, f"libdevice_{kind}.py")
+    path = Path(folder, f"libdevice_{kind}_kernel.py")
     path.write_text(source(found))
     arguments = []
     for name in DTYPES:

@@ -128,7 +128,7 @@ ARITHMETIC = [
 NO_BFLOAT16 = pytest.mark.no_interpreter("bfloat16 is an integer to it")
 
 
-@pytest.mark.ops("add", "sub", "mul", "fdiv")
+@pytest.mark.ops("tensor", "add", "sub", "mul", "fdiv")
 @pytest.mark.parametrize(
     "dtype",
     [*WIDE, torch.float16, pytest.param(torch.bfloat16, marks=NO_BFLOAT16)],
@@ -200,7 +200,7 @@ def extremes(x, y):
     ])  # fmt: skip
 
 
-@pytest.mark.ops("maximum", "minimum", "clamp")
+@pytest.mark.ops("PropagateNan", "maximum", "minimum", "clamp")
 @pytest.mark.parametrize("dtype", WIDE, ids=str)
 @pytest.mark.no_interpreter("it propagates NaN always")
 def test_extremes_with_and_without_nan(run, check, dtype):
@@ -235,7 +235,7 @@ def comparisons_kernel(x_ptr, y_ptr, z_ptr, BLOCK: tl.constexpr):
     tl.store(rows(z_ptr, 11, BLOCK), (x < y).logical_and(y > 0) + (x > y).logical_or(y < 0) * 2)
 
 
-@pytest.mark.ops("where")
+@pytest.mark.ops("tensor", "where")
 @pytest.mark.parametrize("dtype", [*WIDE, torch.float16], ids=str)
 def test_comparisons_with_nan_and_infinity(run, check, dtype):
     x, y = everywhere(256, dtype), everywhere(256, dtype).roll(2)
@@ -287,7 +287,7 @@ def promotion_kernel(h_ptr, f_ptr, i_ptr, y_ptr, BLOCK: tl.constexpr):
     tl.store(rows(y_ptr, 6, BLOCK), (f > 0) + i)
 
 
-@pytest.mark.ops("add", "mul")
+@pytest.mark.ops("tensor", "add", "mul")
 def test_mixed_operands_are_promoted(run, check):
     h, f = torch.randn(64).half(), torch.randn(64)
     i, y = torch.randint(1, 50, (64,), dtype=torch.int32), torch.empty(7, 64)
@@ -308,7 +308,9 @@ def members_kernel(x_ptr, y_ptr, z_ptr, BLOCK: tl.constexpr):
     tl.store(rows(z_ptr, 3, BLOCK), y.min(0) + x.max() + x.sum(axis=0) + x)
 
 
-@pytest.mark.ops("sqrt", "exp", "log", "sin", "cos", "rsqrt", "sigmoid", "softmax", "store")
+@pytest.mark.ops(
+    "tensor", "sqrt", "exp", "log", "sin", "cos", "rsqrt", "sigmoid", "softmax", "store"
+)
 @pytest.mark.no_interpreter("it has neither member functions nor Python's max, min and not")
 def test_members_and_builtins_are_the_same_functions(run, check):
     x, y, z = torch.randn(64), torch.randn(64), torch.empty(4, 64)

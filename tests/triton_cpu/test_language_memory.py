@@ -165,7 +165,7 @@ def pointer_table_kernel(table_ptr, y_ptr, BLOCK: tl.constexpr):
     tl.store(table_ptr + k, x_ptr.to(tl.int64) - tl.load(table_ptr + k))
 
 
-@pytest.mark.ops("load", "cast")
+@pytest.mark.ops("pointers from integers", "load", "cast")
 def test_integers_from_memory_serve_as_pointers(run, check):
     xs = [torch.randn(16) for _ in range(3)]
     table, y = torch.tensor([x.data_ptr() for x in xs]), torch.empty(3, 16)
@@ -181,7 +181,7 @@ def far_kernel(x_ptr, y_ptr, far, BLOCK: tl.constexpr):
     tl.store(y_ptr + i, tl.load(x_ptr + (row * 1024 + i)))
 
 
-@pytest.mark.ops("load")
+@pytest.mark.ops("offsets beyond 32 bits", "load")
 def test_offsets_beyond_32_bits_are_followed(run, check):
     # the pages in between are never touched, so they cost nothing
     storage = torch.UntypedStorage(2**32 + 2**10)
@@ -205,7 +205,7 @@ def edge_before_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
     tl.store(y_ptr + i, x + 1, mask=(i >= 0) & (i < n))
 
 
-@pytest.mark.ops("load", "store")
+@pytest.mark.ops("masks at the end of memory", "load", "store")
 @pytest.mark.parametrize("n", [1, 7, 33, 64, 100])
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float16, torch.float32, torch.int64], ids=str)
 def test_nothing_beyond_a_mask_is_touched(run, check, fenced, dtype, n):
@@ -218,7 +218,7 @@ def test_nothing_beyond_a_mask_is_touched(run, check, fenced, dtype, n):
     check(y, data + 1)
 
 
-@pytest.mark.ops("load", "store")
+@pytest.mark.ops("masks at the end of memory", "load", "store")
 def test_nothing_before_a_mask_is_touched(run, check, fenced):
     data = torch.randn(20)
     x, y = fenced(data, front=True), fenced(torch.zeros(20), front=True)
@@ -258,7 +258,7 @@ def test_reductions_and_gathers_stay_inside(run, check, fenced):
     check(y, data.double().sum(1) * 2 + data.flatten()[index.long()], ulp=0, atol=1e-5)
 
 
-@pytest.mark.ops("load", "dot")
+@pytest.mark.ops("masks at the end of memory", "load", "dot")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_operands_of_a_product_stay_inside(run, check, fenced, dtype):
     a, b = torch.randn(5, 21).to(dtype), torch.randn(7, 21).to(dtype)
