@@ -53,9 +53,10 @@ _CPU: dict[str, dict[int, Tiles]] = {
         32768: {"BLOCK_K": 32768},
     },
     "ternary_linear_fwd": {
-        1: {"BLOCK_M": 1, "BLOCK_R": 32, "BLOCK_K": 256},
-        2: {"BLOCK_M": 2, "BLOCK_R": 32, "BLOCK_K": 256},
-        16: {"BLOCK_M": 4, "BLOCK_R": 32, "BLOCK_K": 256},
+        # whole rows, up to 8192: memory is read in one stream
+        1: {"BLOCK_M": 1, "BLOCK_R": 32, "BLOCK_K": 8192},
+        2: {"BLOCK_M": 2, "BLOCK_R": 32, "BLOCK_K": 8192},
+        16: {"BLOCK_M": 4, "BLOCK_R": 32, "BLOCK_K": 8192},
         32: {"BLOCK_M": 32, "BLOCK_R": 32, "BLOCK_K": 256},
         _ANY: {"BLOCK_M": 64, "BLOCK_R": 32, "BLOCK_K": 256},
     },

@@ -38,20 +38,26 @@ def in_bytes(emitter: Emitter, value: Value, along: int) -> bool:
     return op.name in _BYTE_OPERATIONS and all(in_bytes(emitter, v, along) for v in op.operands)
 
 
-def prepare(emitter: Emitter, value: Value, along: int, leaves: dict[Value, View]) -> None:
-    """Find out where the loads below a byte expression read."""
+def prepare(
+    emitter: Emitter,
+    value: Value,
+    along: int,
+    leaves: dict[Value, View],
+    upto: str | None = None,
+) -> None:
+    """Find out where the loads below a byte expression read; ``upto`` as in ``matrix_view``."""
     op = value.op
     if value in leaves or splat_integer(value) is not None:
         return
     if emitter.buffer(value) is not None or (op is not None and op.name == "tt.load"):
-        leaves[value] = matrix_view(emitter, value, unit=along)
+        leaves[value] = matrix_view(emitter, value, unit=along, upto=upto)
         return
     assert op is not None
     if op.name == "tt.trans":
-        prepare(emitter, op.operands[0], op.integers("order")[along], leaves)
+        prepare(emitter, op.operands[0], op.integers("order")[along], leaves, upto)
         return
     for operand in op.operands:
-        prepare(emitter, operand, along, leaves)
+        prepare(emitter, operand, along, leaves, upto)
 
 
 def byte_expression(emitter: Emitter, value: Value, along: int, leaves: dict[Value, View]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bitnet_triton.triton_cpu.analyse import in_seven_bits, splat_integer
+from bitnet_triton.triton_cpu.analyse import in_seven_bits
 from bitnet_triton.triton_cpu.emit.bytes import BYTES, byte_expression, in_bytes, prepare
 from bitnet_triton.triton_cpu.emit.ctypes import c_type
 from bitnet_triton.triton_cpu.emit.nest import Nest
@@ -19,6 +19,7 @@ from bitnet_triton.triton_cpu.emit.views import (
     address_step,
     is_memory,
     matrix_view,
+    prefix_view,
     untransposed,
 )
 from bitnet_triton.triton_cpu.ir import Op, Value
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 
 LANES = 16
 _MOST_VECTORS = 4
+_ROWS = 4
+# Bytes of a row from which on it is read as one stream, and how far ahead of the reads it is fetched
+_LONG_ROW = 2048
+_FETCH_AHEAD = 4096
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ def vector_product(emitter: Emitter, op: Op) -> VectorProduct | None:
         return None
     (m, k), n = a.type.shape or (0, 0), (b.type.shape or (0, 0))[1]
     few = VectorProduct(op, b, a, 0, m, n, k) if m <= n else VectorProduct(op, a, b, 1, n, m, k)
-    if few.rows % LANES:
+    if few.rows % _ROWS:
         return None
     result = op.results[0].type.elem
     if a.type.elem == "i8" and result == "i32":
@@ -111,10 +116,10 @@ def emit_vector_products(emitter: Emitter, op: Op) -> None:
     group = _group(emitter, op)
     targets = [_target(emitter, product) for product in group]
     with emitter.braces():
-        vectors = _vector_array(emitter, group[0])
         if op.operands[0].type.elem == "i8":
-            _int8_products(emitter, group, targets, vectors)
+            _int8_products(emitter, group, targets)
         else:
+            vectors = _vector_array(emitter, group[0])
             for product, target in zip(group, targets):
                 _float_product(emitter, product, target, vectors)
     for product, target in zip(group, targets):
@@ -148,10 +153,10 @@ def _belongs(emitter: Emitter, product: VectorProduct, group: list[VectorProduct
         return False
     # What it starts from must be known by now: a carried value, a constant or an earlier sum
     start = product.op.operands[2]
-    return start in emitter.held or splat_integer(start) == 0 or _is_zero(start)
+    return start in emitter.held or _is_constant(start)
 
 
-def _is_zero(value: Value) -> bool:
+def _is_constant(value: Value) -> bool:
     op = value.op
     return op is not None and op.name == "arith.constant"
 
@@ -202,31 +207,27 @@ def _float_product(emitter: Emitter, product: VectorProduct, target: Lanes, vect
         emitter.write(f"dot_lanes<{shape}>({vector}, {view.base}, {step}, {lanes});")
 
 
-def _int8_products(
-    emitter: Emitter, group: list[VectorProduct], targets: list[Lanes], vectors: str
-) -> None:
+def _int8_products(emitter: Emitter, group: list[VectorProduct], targets: list[Lanes]) -> None:
     first = group[0]
+    view, length = prefix_view(emitter, first.vectors, 1 - first.along, BYTES)
+    vectors = [f"{view.base} + {v} * {view.steps[first.along]}" for v in range(first.count)]
     leaves: dict[Value, View] = {}
     for product in group:
-        prepare(emitter, product.matrix, product.along, leaves)
+        prepare(emitter, product.matrix, product.along, leaves, length)
     biased = [not in_seven_bits(p.matrix) and not in_seven_bits(p.vectors) for p in group]
-    for v in range(first.count):
+    for v, vector in enumerate(vectors):
         if any(biased):
-            emitter.write(
-                f"int32_t const total{v} = sum_bytes<{first.depth}>({vectors} + {v * first.depth});"
-            )
+            emitter.write(f"int32_t const total{v} = sum_bytes({vector}, {length});")
     with emitter.braces(f"for (int n = 0; n < {first.rows}; ++n)"):
         _open_rows(emitter, group, targets, biased)
-        with emitter.braces(f"for (int k = 0; k < {first.depth}; k += {BYTES})"):
-            for view in leaves.values():
-                # The same rows' next trip: too short a stretch for the hardware to see it coming
-                emitter.write(f"__builtin_prefetch({_row_address(view, first)} + {first.depth});")
-            for v in range(first.count):
-                emitter.write(f"v64u8 const x{v} = load64({vectors} + {v * first.depth} + k);")
+        with emitter.braces(f"for (int64_t k = 0; k < {length}; k += {BYTES})"):
+            for leaf in leaves.values():
+                emitter.write(f"__builtin_prefetch({_ahead(leaf, first)});")
+            for v, vector in enumerate(vectors):
+                emitter.write(f"v64u8 const x{v} = load64({vector} + k);")
             for i, product in enumerate(group):
-                emitter.write(
-                    f"v64u8 const w{i} = {byte_expression(emitter, product.matrix, product.along, leaves)};"
-                )
+                code = byte_expression(emitter, product.matrix, product.along, leaves)
+                emitter.write(f"v64u8 const w{i} = {code};")
                 for v in range(first.count):
                     emitter.write(f"dot4(s{i}_{v}, {_ordered(product, i, v)});")
         for i, target in enumerate(targets):
@@ -234,8 +235,13 @@ def _int8_products(
                 emitter.write(f"store_lanes({_row(target, first, v)}, s{i}_{v});")
 
 
-def _row_address(view: View, product: VectorProduct) -> str:
-    return f"{view.base} + n * int64_t({view.steps[1 - product.along]}) + k"
+def _ahead(view: View, product: VectorProduct) -> str:
+    """Return the address to fetch early: further along the row, or the next trip's stretch of it.
+
+    The hardware sees long rows coming by itself, but not stretches of less than a page.
+    """
+    distance = product.depth if product.depth < _LONG_ROW else _FETCH_AHEAD
+    return f"{view.base} + n * int64_t({view.steps[1 - product.along]}) + k + {distance}"
 
 
 def _row(target: Lanes, product: VectorProduct, v: int) -> str:

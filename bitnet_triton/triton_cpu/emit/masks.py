@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from bitnet_triton.triton_cpu.analyse import splat_integer
 from bitnet_triton.triton_cpu.emit.ctypes import BITS
-from bitnet_triton.triton_cpu.emit.strides import stride
+from bitnet_triton.triton_cpu.emit.strides import source_dim, stride
 from bitnet_triton.triton_cpu.ir import Op, Value
 
 if TYPE_CHECKING:
@@ -45,6 +45,36 @@ def holds_everywhere(emitter: Emitter, mask: Value, depth: int = 0) -> str | Non
         known = [part for part in parts if part is not None]
         return f"({' || '.join(known)})" if known else None
     return _compare(emitter, op) if op.name == "arith.cmpi" else None
+
+
+def prefix(emitter: Emitter, mask: Value, dim: int | None) -> tuple[list[str], list[str]] | None:
+    """Split a mask that lets the first elements along ``dim`` pass, the same number everywhere.
+
+    Returns:
+        Conditions for the rest of the mask to hold everywhere, and numbers of elements that pass
+        (the smallest of them do); None if the mask is not of this kind.
+    """
+    op = mask.op
+    if op is not None and mask not in emitter.held:
+        if op.name == "arith.andi":
+            parts = [prefix(emitter, operand, dim) for operand in op.operands]
+            known = [part for part in parts if part is not None]
+            if len(known) < len(parts):
+                return None
+            return [c for part in known for c in part[0]], [n for part in known for n in part[1]]
+        if op.name in ("tt.broadcast", "tt.expand_dims", "tt.trans"):
+            source = None if dim is None else source_dim(mask, dim)
+            return prefix(emitter, op.operands[0], source)
+        if dim is not None and op.name == "arith.cmpi" and op.integer("predicate") == 2:
+            left, right = op.operands
+            others = [d for d in range(left.type.rank) if d != dim]
+            flat = all(stride(emitter, v, d) == 0 for v in op.operands for d in others)
+            if flat and stride(emitter, left, dim) == 1 and stride(emitter, right, dim) == 0:
+                first = ("0",) * left.type.rank
+                start, bound = (emitter.element_now(v, first) for v in op.operands)
+                return [], [f"int64_t({bound}) - int64_t({start})"]
+    condition = holds_everywhere(emitter, mask)
+    return None if condition is None else ([condition], [])
 
 
 def may_hold_everywhere(emitter: Emitter, mask: Value, depth: int = 0) -> bool:

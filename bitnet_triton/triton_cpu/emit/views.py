@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from bitnet_triton.triton_cpu.analyse import splat_integer
 from bitnet_triton.triton_cpu.emit.ctypes import c_type
-from bitnet_triton.triton_cpu.emit.masks import holds_everywhere
+from bitnet_triton.triton_cpu.emit.masks import holds_everywhere, prefix
 from bitnet_triton.triton_cpu.emit.nest import Nest
 from bitnet_triton.triton_cpu.emit.strides import contiguous_along, linear, stride
 from bitnet_triton.triton_cpu.emit.values import Index, row_major
@@ -26,7 +27,12 @@ class View:
 
 
 def matrix_view(
-    emitter: Emitter, value: Value, *, unit: int | None = None, c_elem: str | None = None
+    emitter: Emitter,
+    value: Value,
+    *,
+    unit: int | None = None,
+    c_elem: str | None = None,
+    upto: str | None = None,
 ) -> View:
     """Return where the elements of a matrix lie.
 
@@ -35,6 +41,7 @@ def matrix_view(
         value: [rows, columns].
         unit: the dimension along which neighbours must lie side by side; None for either.
         c_elem: the C++ type wanted, if it is not the value's own.
+        upto: how many elements along ``unit`` will be read; None for all.
     """
     root, order = untransposed(value)
     if c_elem in (None, c_type(value.type)):
@@ -47,7 +54,7 @@ def matrix_view(
         elif is_memory(emitter, root) and (
             unit is None or address_step(emitter, root, order[unit]) == 1
         ):
-            return _loaded_view(emitter, value, root, order, unit)
+            return _loaded_view(emitter, value, root, order, unit, upto)
     return _copy(emitter, value, unit, c_elem)
 
 
@@ -104,25 +111,77 @@ def fill_array(
 
 
 def _loaded_view(
-    emitter: Emitter, value: Value, root: Value, order: tuple[int, ...], unit: int | None
+    emitter: Emitter,
+    value: Value,
+    root: Value,
+    order: tuple[int, ...],
+    unit: int | None,
+    upto: str | None,
 ) -> View:
-    assert root.op is not None
-    condition: str | None = "true"
-    if len(root.op.operands) > 1:
-        condition = holds_everywhere(emitter, root.op.operands[1])
+    condition = _condition(emitter, root, None if unit is None else order[unit], upto)
     if condition is None:
         return _copy(emitter, value, unit, None)
     if condition == "true":
         return _address_view(emitter, root, order)
-    base, first, second = (emitter.fresh(hint) for hint in ("base", "step", "step"))
-    c_elem = c_type(value.type)
-    emitter.write(f"const {c_elem}* {base}; int64_t {first}, {second};")
-    array = emitter.array(value.type.size, c_elem, "copy")
+    names = _declare(emitter, value)
+    array = emitter.array(value.type.size, c_type(value.type), "copy")
     with emitter.braces(f"if ({condition})"):
-        _assign(emitter, (base, first, second), _address_view(emitter, root, order))
+        _assign(emitter, names, _address_view(emitter, root, order))
     with emitter.braces("else"):
-        _assign(emitter, (base, first, second), fill_array(emitter, value, array, unit))
-    return View(base, (first, second))
+        _assign(emitter, names, fill_array(emitter, value, array, unit))
+    return View(names[0], (names[1], names[2]))
+
+
+def _condition(emitter: Emitter, root: Value, dim: int | None, upto: str | None) -> str | None:
+    """Return when a load may be read from memory as it stands; None if that is not known."""
+    assert root.op is not None
+    if len(root.op.operands) == 1:
+        return "true"
+    mask = root.op.operands[1]
+    if upto is None:
+        return holds_everywhere(emitter, mask)
+    parts = prefix(emitter, mask, dim)
+    if parts is None:
+        return None
+    return " && ".join([*parts[0], *(f"({n} >= {upto})" for n in parts[1])]) or "true"
+
+
+def prefix_view(emitter: Emitter, value: Value, unit: int, multiple: int) -> tuple[View, str]:
+    """Return where a matrix lies, and how many elements along ``unit`` are not masked off.
+
+    The others are zeros that a sum need not read. Their number is a multiple of ``multiple``.
+    """
+    size = (value.type.shape or ())[unit]
+    root, order = untransposed(value)
+    parts = None
+    if is_memory(emitter, root) and address_step(emitter, root, order[unit]) == 1:
+        parts = _zero_beyond(emitter, root, order[unit])
+    if parts is None or not parts[1]:
+        return matrix_view(emitter, value, unit=unit), str(size)
+    names, length = _declare(emitter, value), emitter.fresh("length")
+    array = emitter.array(value.type.size, c_type(value.type), "copy")
+    emitter.write(f"int64_t {length} = shortest({size}, {', '.join(parts[1])});")
+    with emitter.braces(f"if ({' && '.join([*parts[0], f'{length} % {multiple} == 0'])})"):
+        _assign(emitter, names, _address_view(emitter, root, order))
+    with emitter.braces("else"):
+        _assign(emitter, names, fill_array(emitter, value, array, unit))
+        emitter.write(f"{length} = {size};")
+    return View(names[0], (names[1], names[2])), length
+
+
+def _zero_beyond(emitter: Emitter, root: Value, dim: int) -> tuple[list[str], list[str]] | None:
+    assert root.op is not None
+    _, *masked = root.op.operands
+    if not masked or (len(masked) > 1 and splat_integer(masked[1]) != 0):
+        return None
+    return prefix(emitter, masked[0], dim)
+
+
+def _declare(emitter: Emitter, value: Value) -> tuple[str, str, str]:
+    """Declare a base and two steps that are set later."""
+    base, first, second = (emitter.fresh(hint) for hint in ("base", "step", "step"))
+    emitter.write(f"const {c_type(value.type)}* {base}; int64_t {first}, {second};")
+    return base, first, second
 
 
 def _assign(emitter: Emitter, names: tuple[str, str, str], view: View) -> None:

@@ -14,10 +14,16 @@ TCPU_INLINE v16i32 load_lanes(const int32_t* lanes, int32_t bias) {
 }
 TCPU_INLINE void store_lanes(int32_t* lanes, v16i32 sums) { store_wide(lanes, sums); }
 
-template <int N> TCPU_INLINE int32_t sum_bytes(const int8_t* x) {
+TCPU_INLINE int32_t sum_bytes(const int8_t* x, int64_t n) {
   int32_t sum = 0;
-  for (int i = 0; i < N; ++i) sum += x[i];
+  for (int64_t i = 0; i < n; ++i) sum += x[i];
   return sum;
+}
+
+// The smallest of some numbers of elements, none of them negative.
+TCPU_INLINE int64_t shortest(int64_t a) { return a < 0 ? 0 : a; }
+template <class... Rest> TCPU_INLINE int64_t shortest(int64_t a, int64_t b, Rest... rest) {
+  return shortest(a < b ? a : b, int64_t(rest)...);
 }
 
 template <class V> TCPU_INLINE V shift_left_bytes(V x, int n) {
