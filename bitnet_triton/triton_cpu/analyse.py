@@ -49,8 +49,10 @@ def address_slice(blocks: list[Block]) -> set[Value]:
 
 def _loop_sources(value: Value) -> list[Value]:
     """Return where a loop-carried value comes from: its initial value and what is yielded."""
-    loop = value.block.parent if value.block is not None else None
-    if loop is None or loop.name != "scf.for":
+    if value.block is None or value.block.parent is None:
+        return []
+    loop = value.block.parent
+    if loop.name != "scf.for":
         return []
     place = value.block.args.index(value) - 1
     if place < 0:

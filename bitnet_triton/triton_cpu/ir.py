@@ -1,4 +1,4 @@
-"""The part of MLIR that the emitter needs: types, values, operations and blocks, with their uses."""
+"""The part of MLIR that the emitter needs: types, values, operations, blocks, and who uses what."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ class Block:
         return False
 
 
-def position(op: Op, block: Block) -> int | None:
+def position(op: Op, block: Block | None) -> int | None:
     """Return the index in ``block`` of ``op`` or of the operation that holds it; None outside."""
     current: Op | None = op
     while current is not None:

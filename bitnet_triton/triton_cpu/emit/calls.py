@@ -8,6 +8,7 @@ import json
 from bitnet_triton.triton_cpu.emit.ctypes import c_type
 from bitnet_triton.triton_cpu.emit.emitter import Emitter, handles
 from bitnet_triton.triton_cpu.emit.nest import Nest
+from bitnet_triton.triton_cpu.emit.order import fused_loads
 from bitnet_triton.triton_cpu.emit.strides import linear, stride
 from bitnet_triton.triton_cpu.emit.values import Buffer, Index, Lazy, Scalar
 from bitnet_triton.triton_cpu.ir import Op, Value
@@ -32,7 +33,7 @@ def _inline(emitter: Emitter, op: Op, function: Op) -> None:
     """Emit the body of a function in place of a call to it."""
     body = copy.deepcopy(function).regions[0][0]
     for argument, operand in zip(body.args, op.operands):
-        if emitter.fused_loads(operand):
+        if fused_loads(emitter, operand):
             emitter.materialise(operand)
         buffer = emitter.buffer(operand)
         if not operand.is_block:

@@ -143,15 +143,15 @@ def _carry(emitter: Emitter, carried: list[_Carried]) -> None:
             continue
         if isinstance(held, Scalar):
             name = emitter.fresh("next")
-            value = emitter.scalar(item.yielded)
-            emitter.write(f"{c_type(item.yielded.type)} const {name} = {value};")
+            code = emitter.scalar(item.yielded)
+            emitter.write(f"{c_type(item.yielded.type)} const {name} = {code};")
             staged.append((held.code, name, item.yielded))
             continue
         source = _yielded_array(emitter, item.yielded, held.name, targets)
         if source != held.name:
             staged.append((held.name, source, item.yielded))
-    for target, source, value in staged:
-        _copy(emitter, target, source, value)
+    for place, source, value in staged:
+        _copy(emitter, place, source, value)
 
 
 def _yielded_array(emitter: Emitter, value: Value, target: str, targets: set[str]) -> str:

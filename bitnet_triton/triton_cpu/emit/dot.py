@@ -100,10 +100,11 @@ def accumulator(emitter: Emitter, op: Op) -> tuple[str, str]:
         name = emitter.array(result.type.size, "float", "sums")
         emitter.store_into(start, name, "float")
         return name, "float"
-    name = emitter.reusable(start)
-    if name is None:
-        name = emitter.array(result.type.size, c_type(result.type), result.name or "sums")
-    if emitter.buffer(start) is None or emitter.buffer(start).name != name:
+    name = emitter.reusable(start) or emitter.array(
+        result.type.size, c_type(result.type), result.name or "sums"
+    )
+    buffer = emitter.buffer(start)
+    if buffer is None or buffer.name != name:
         emitter.store_into(start, name)
     return name, c_type(result.type)
 

@@ -11,20 +11,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
-from bitnet_triton.triton_cpu.analyse import INDEXING, address_slice, base_pointer, offsets
+from bitnet_triton.triton_cpu.analyse import address_slice
 from bitnet_triton.triton_cpu.emit import scalar
 from bitnet_triton.triton_cpu.emit.ctypes import c_type, literal
+from bitnet_triton.triton_cpu.emit.deferral import is_dear_to_repeat, must_wait, should_write_out
 from bitnet_triton.triton_cpu.emit.elements import ELEMENTS
-from bitnet_triton.triton_cpu.emit.lanes import vector_product
 from bitnet_triton.triton_cpu.emit.masks import (
     holds_everywhere,
-    may_hold_everywhere,
     outermost,
 )
 from bitnet_triton.triton_cpu.emit.nest import Nest
-from bitnet_triton.triton_cpu.emit.strides import data_order, stride
+from bitnet_triton.triton_cpu.emit.strides import data_order
 from bitnet_triton.triton_cpu.emit.values import Buffer, Held, Index, Lazy, Scalar, row_major
-from bitnet_triton.triton_cpu.emit.views import is_memory, untransposed
 from bitnet_triton.triton_cpu.ir import Block, Op, UnsupportedOperation, Value, used_after
 
 Handler = Callable[["Emitter", Op], None]
@@ -37,15 +35,10 @@ TERMINATORS = frozenset(
         "tt.reduce.return",
         "tt.scan.return",
         "tt.map_elementwise.return",
-    }  # fmt: skip
+    }
 )
 # Arrays above this size would eat the stacks of the threads (8 MiB each by default)
 _LARGE_ARRAY = 1 << 18
-_PER_ELEMENT = ("arith.", "math.", "tt.fp_to_fp", "tt.bitcast", "tt.extern_elementwise")
-
-
-def _is_per_element(op: Op) -> bool:
-    return op.name.startswith(_PER_ELEMENT) and op.results[0].is_block
 
 
 def handles(*names: str) -> Callable[[Handler], Handler]:
@@ -275,7 +268,7 @@ class Emitter:
         return buffer
 
     def settle(self, op: Op) -> None:
-        """Before a side effect or a region: write out what loaded from memory and is still needed."""
+        """Before a side effect or a region: write out what was read from memory and is needed."""
         waiting = []
         for value in self._pending:
             if isinstance(self.held.get(value), Buffer):
@@ -368,101 +361,9 @@ class Emitter:
             # Find out now, while the operation's line is known, whether C++ can say it
             scalar.expression(op, ["x"] * len(op.operands), wraps=True)
         for result in op.results:
-            price, loads = self._lazy_cost(result)
-            if op.name == "tt.broadcast" and self._worth_keeping(op):
+            if op.name == "tt.broadcast" and is_dear_to_repeat(self, op.operands[0]):
                 self.materialise(op.operands[0])
-            elif self._read_twice(result) and self._is_dear(result, price, loads):
+            elif should_write_out(self, result):
                 self.materialise(result)
-            elif loads or price >= scalar.EXPENSIVE:
+            elif must_wait(self, result):
                 self._pending.append(result)
-
-    def _is_dear(self, value: Value, price: int, loads: bool) -> bool:
-        is_index = value.type.pointer or value.type.elem == "i1" or self.is_address(value)
-        return price >= scalar.EXPENSIVE and (loads or not is_index) and value.type.size > 1
-
-    def _read_twice(self, value: Value) -> bool:
-        """Tell whether ``value`` ends up in two nests, each of which would compute it anew."""
-        roots: set[Op] = set()
-        seen: set[Op] = set()
-        work = list(value.uses)
-        while work:
-            use = work.pop()
-            if use in seen:
-                continue
-            seen.add(use)
-            if use.block is value.block and _is_per_element(use):
-                work.extend(use.results[0].uses)
-            else:
-                roots.add(use)
-        products = [root for root in roots if root.name == "tt.dot"]
-        if products and len(products) == len(roots):
-            return len(value.uses) > 1 and not self._share(value, products)
-        return len(roots) > 1 or (len(value.uses) > 1 and bool(products))
-
-    def _share(self, value: Value, products: list[Op]) -> bool:
-        """Tell whether products can read ``value`` as it is, all of them in one pass or packed."""
-        if all(vector_product(self, product) for product in products):
-            return True
-        return all(untransposed(product.operands[1])[0] is value for product in products)
-
-    def _worth_keeping(self, op: Op) -> bool:
-        """Tell whether a broadcast would compute something dear again and again."""
-        price, _ = self._lazy_cost(op.operands[0])
-        return price > 2 * scalar.LOAD_COST
-
-    def _lazy_cost(self, value: Value) -> tuple[int, bool]:
-        """Return what an element costs where it is inlined, and whether that reads memory."""
-        price, loads = 0, False
-        seen: set[Value] = set()
-        work = [value]
-        while work:
-            value = work.pop()
-            if value in seen or value in self.held or value.op is None or not value.is_block:
-                continue
-            seen.add(value)
-            price += 0 if value.op.name in INDEXING else self._cost(value)
-            loads = loads or value.op.name == "tt.load"
-            work.extend(value.op.operands)
-        return price, loads
-
-    def _cost(self, value: Value) -> int:
-        """Return what an element costs; what lies side by side in memory is as good as an array."""
-        assert value.op is not None
-        if value.op.name == "tt.load" and is_memory(self, value):
-            address, *mask = value.op.operands
-            in_rows = 1 in [stride(self, address, dim) for dim in range(value.type.rank)]
-            if in_rows and (not mask or may_hold_everywhere(self, mask[0])):
-                return 1
-        return scalar.cost(value.op)
-
-    # memory order --------------------------------------------------------------------------
-
-    def fused_loads(self, value: Value, seen: set[Value] | None = None) -> list[Op]:
-        """Return the loads that reading ``value`` would perform."""
-        seen = set() if seen is None else seen
-        if value in seen or value in self.held or value.op is None or not value.is_block:
-            return []
-        seen.add(value)
-        found = [value.op] if value.op.name == "tt.load" else []
-        for operand in value.op.operands:
-            found += self.fused_loads(operand, seen)
-        return found
-
-    def may_fuse(self, load: Op, target: Value) -> bool:
-        """Tell whether a load may run in the same loop as a store to ``target``.
-
-        A block is loaded before a block is stored. Element by element that is the same only if
-        they touch the same element in the same trip, or never the same memory at all; the latter
-        is assumed of different arguments and noted for the launcher to check.
-        """
-        read, written = base_pointer(load.operands[0]), base_pointer(target)
-        if read is None or written is None or not self.assume_disjoint:
-            return False
-        if read is written:
-            return offsets(load.operands[0]) == offsets(target)
-        args = self.function.regions[0][0].args
-        if read not in args or written not in args:
-            return False
-        i, j = sorted((args.index(read), args.index(written)))
-        self.disjoint.add((i, j))
-        return True

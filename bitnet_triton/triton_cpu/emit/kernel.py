@@ -102,9 +102,10 @@ def _unit(emitter: Emitter, kernel: Op) -> str:
             "}",
             'extern "C" int tcpu_launch(int nx, int ny, int nz, int threads, const void* raw) {',
             "  const Arguments& a = *(const Arguments*)raw; (void)a;",
-            f"  return run_grid<{emitter.arena}>(nx, ny, nz, threads, [&](char* arena, int x, int y, int z) {{",
+            "  auto run = [&](char* arena, int x, int y, int z) {",
             f"    program({passed}{', ' if passed else ''}arena, x, y, z, nx, ny, nz);",
-            "  });",
+            "  };",
+            f"  return run_grid<{emitter.arena}>(nx, ny, nz, threads, run);",
             "}",
             "",
         ]

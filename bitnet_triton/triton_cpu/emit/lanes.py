@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 LANES = 16
 _MOST_VECTORS = 4
 _ROWS = 4
-# Bytes of a row from which on it is read as one stream, and how far ahead of the reads it is fetched
+# Bytes of a row from which on it is read as one stream, and how far ahead they are fetched
 _LONG_ROW = 2048
 _FETCH_AHEAD = 4096
 
@@ -129,7 +129,8 @@ def emit_vector_products(emitter: Emitter, op: Op) -> None:
 
 def _group(emitter: Emitter, op: Op) -> list[VectorProduct]:
     first = vector_product(emitter, op)
-    assert first is not None and op.block is not None
+    assert first is not None
+    assert op.block is not None
     group = [first]
     for following in op.block.ops[op.index + 1 :]:
         if following.name != "tt.dot":

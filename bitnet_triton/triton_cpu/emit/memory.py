@@ -6,6 +6,7 @@ from bitnet_triton.triton_cpu.emit.ctypes import c_type
 from bitnet_triton.triton_cpu.emit.elements import load_expression
 from bitnet_triton.triton_cpu.emit.emitter import Emitter, handles
 from bitnet_triton.triton_cpu.emit.nest import Nest
+from bitnet_triton.triton_cpu.emit.order import finish_loads
 from bitnet_triton.triton_cpu.emit.strides import stride
 from bitnet_triton.triton_cpu.emit.values import Buffer, Index, Scalar, row_major
 from bitnet_triton.triton_cpu.ir import Op, Value
@@ -42,7 +43,7 @@ def _store(emitter: Emitter, op: Op) -> None:
         condition = f"if ({mask[0]}) " if mask else ""
         emitter.write(f"{condition}{_write(op, address, value)}")
         return
-    _finish_loads(emitter, op)
+    finish_loads(emitter, op)
 
     def body(nest: Nest, index: Index) -> None:
         address, value, *mask = (emitter.element(v, index, nest) for v in op.operands)
@@ -56,13 +57,6 @@ def _write(op: Op, address: str, value: str) -> str:
     if op.operands[1].type.elem == "i1":
         return f"*(uint8_t*)({address}) = {value};"
     return f"*({c_type(op.operands[1].type)}*)({address}) = {value};"
-
-
-def _finish_loads(emitter: Emitter, op: Op) -> None:
-    """Perform the loads that may not run in the same loop as the store."""
-    for operand in op.operands:
-        if any(not emitter.may_fuse(load, op.operands[0]) for load in emitter.fused_loads(operand)):
-            emitter.materialise(operand)
 
 
 def _store_order(emitter: Emitter, target: Value) -> tuple[int, ...] | None:
@@ -87,7 +81,7 @@ def _atomic(emitter: Emitter, op: Op) -> None:
         operands = [emitter.scalar(operand) for operand in op.operands]
         emitter.define(result, _call(function, operands, arguments, c_type(result.type)))
         return
-    _finish_loads(emitter, op)
+    finish_loads(emitter, op)
     name = emitter.array(result.type.size, c_type(result.type), "old") if result.uses else None
 
     def body(nest: Nest, index: Index) -> None:

@@ -25,7 +25,9 @@ class Nest:
         granted: conditions taken to hold for every element.
     """
 
-    def __init__(self, emitter: Emitter, loops: int, granted: frozenset[Value] = frozenset()):
+    def __init__(
+        self, emitter: Emitter, loops: int, granted: frozenset[Value] = frozenset()
+    ) -> None:
         self.emitter = emitter
         self.levels: list[list[str]] = [[] for _ in range(loops + 1)]
         self.depth_of: dict[str, int] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bitnet_triton.triton_cpu.emit.ctypes import BITS, FLOATS, c_type, unsigned, wrapping
+from bitnet_triton.triton_cpu.emit.ctypes import BITS, c_type, unsigned, wrapping
 from bitnet_triton.triton_cpu.ir import Op, Type
 from bitnet_triton.triton_cpu.libdevice import SYMBOLS
 
@@ -164,16 +164,8 @@ def _conversion(name: str, a: str, source: str, output: Type) -> str | None:
 def _triton(op: Op, name: str, a: list[str], inputs: list[Type], output: Type) -> str | None:
     if name == "addptr":
         return f"({a[0]} + {a[1]})"
-    if name == "fp_to_fp" and op.attributes.get("rounding", "1").startswith("0"):
-        return f"truncate_to<{c_type(output)}>(float({a[0]}))"
-    if name == "fp_to_fp":
-        return f"convert<{c_type(output)}>({a[0]})"
-    if name == "bitcast":
-        if output.pointer:
-            return f"(({c_type(output)})({a[0]}))"
-        return f"bitcast<{c_type(output)}>({a[0]})"
-    if name in ("int_to_ptr", "ptr_to_int"):
-        return f"(({c_type(output)})({a[0]}))"
+    if name in ("fp_to_fp", "bitcast", "int_to_ptr", "ptr_to_int"):
+        return _triton_conversion(op, name, a[0], output)
     if name == "precise_sqrt":
         return f"m_sqrt_rn({a[0]})"
     if name == "precise_divf":
@@ -184,14 +176,21 @@ def _triton(op: Op, name: str, a: list[str], inputs: list[Type], output: Type) -
         return f"m_clamp({x}, {low}, {high}, {propagates})"
     if name == "mulhiui":
         return f"m_mulhiui({a[0]}, {a[1]})"
-    if name == "extern_elementwise":
-        symbol = op.attributes["symbol"].strip('"')
-        if symbol not in SYMBOLS:
-            raise op.unsupported(f"the library function `{symbol}` has no CPU form")
-        return f"{SYMBOLS[symbol]}({', '.join(a)})"
-    return None
+    return _library_call(op, a) if name == "extern_elementwise" else None
 
 
-def is_float(type_: Type) -> bool:
-    """Tell whether a type is a floating-point number wide enough to compute in."""
-    return type_.elem in FLOATS and not type_.pointer
+def _triton_conversion(op: Op, name: str, a: str, output: Type) -> str:
+    target = c_type(output)
+    if name == "fp_to_fp":
+        towards_zero = op.attributes.get("rounding", "1").startswith("0")
+        return f"truncate_to<{target}>(float({a}))" if towards_zero else f"convert<{target}>({a})"
+    if name == "bitcast" and not output.pointer:
+        return f"bitcast<{target}>({a})"
+    return f"(({target})({a}))"
+
+
+def _library_call(op: Op, a: list[str]) -> str:
+    symbol = op.attributes["symbol"].strip('"')
+    if symbol not in SYMBOLS:
+        raise op.unsupported(f"the library function `{symbol}` has no CPU form")
+    return f"{SYMBOLS[symbol]}({', '.join(a)})"

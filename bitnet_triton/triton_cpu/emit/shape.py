@@ -7,6 +7,7 @@ import math
 from bitnet_triton.triton_cpu.emit.ctypes import c_type
 from bitnet_triton.triton_cpu.emit.emitter import Emitter, handles
 from bitnet_triton.triton_cpu.emit.nest import Nest
+from bitnet_triton.triton_cpu.emit.order import fused_loads
 from bitnet_triton.triton_cpu.emit.values import Buffer, Index, Lazy, Scalar, row_major
 from bitnet_triton.triton_cpu.ir import Op, Value
 
@@ -15,7 +16,8 @@ from bitnet_triton.triton_cpu.ir import Op, Value
 def _reshape(emitter: Emitter, op: Op) -> None:
     source, result = op.operands[0], op.results[0]
     origin = _split_dims(source.type.shape or (), result.type.shape or ())
-    if origin is not None and emitter.buffer(source) is None:
+    lies_still = emitter.buffer(source) is None and not fused_loads(emitter, source)
+    if origin is not None and lies_still:
         emitter.held[result] = _split_view(emitter, source, result, origin)
         return
     emitter.held[result] = Buffer(emitter.materialise(source).name)
@@ -83,7 +85,7 @@ def _join(emitter: Emitter, op: Op) -> None:
 
 
 def _loads(emitter: Emitter, op: Op) -> bool:
-    return any(emitter.fused_loads(operand) for operand in op.operands)
+    return any(fused_loads(emitter, operand) for operand in op.operands)
 
 
 def _copy_into(emitter: Emitter, source: Value, result: Value, name: str, last: str) -> None:
@@ -102,7 +104,7 @@ def _copy_into(emitter: Emitter, source: Value, result: Value, name: str, last: 
 @handles("tt.split")
 def _split(emitter: Emitter, op: Op) -> None:
     source = op.operands[0]
-    if emitter.fused_loads(source):
+    if fused_loads(emitter, source):
         emitter.materialise(source)
     for place, result in enumerate(op.results):
         emitter.held[result] = _half(emitter, source, str(place))

@@ -1,0 +1,97 @@
+"""Whether a value is inlined where it is read, or written to an array once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bitnet_triton.triton_cpu.analyse import INDEXING
+from bitnet_triton.triton_cpu.emit import scalar
+from bitnet_triton.triton_cpu.emit.lanes import vector_product
+from bitnet_triton.triton_cpu.emit.masks import may_hold_everywhere
+from bitnet_triton.triton_cpu.emit.strides import stride
+from bitnet_triton.triton_cpu.emit.views import is_memory, untransposed
+from bitnet_triton.triton_cpu.ir import Op, Value
+
+if TYPE_CHECKING:
+    from bitnet_triton.triton_cpu.emit.emitter import Emitter
+
+_PER_ELEMENT = ("arith.", "math.", "tt.fp_to_fp", "tt.bitcast", "tt.extern_elementwise")
+
+
+def should_write_out(emitter: Emitter, value: Value) -> bool:
+    """Tell whether computing ``value`` in every nest that reads it would be wasteful."""
+    is_index = value.type.pointer or value.type.elem == "i1" or emitter.is_address(value)
+    price, loads = lazy_cost(emitter, value)
+    is_dear = price >= scalar.EXPENSIVE and (loads or not is_index) and value.type.size > 1
+    return is_dear and _read_twice(emitter, value)
+
+
+def must_wait(emitter: Emitter, value: Value) -> bool:
+    """Tell whether a deferred value has to be watched: it reads memory, or costs something."""
+    price, loads = lazy_cost(emitter, value)
+    return loads or price >= scalar.EXPENSIVE
+
+
+def is_dear_to_repeat(emitter: Emitter, value: Value) -> bool:
+    """Tell whether a broadcast of ``value`` would compute something dear again and again."""
+    return lazy_cost(emitter, value)[0] > 2 * scalar.LOAD_COST
+
+
+def lazy_cost(emitter: Emitter, value: Value) -> tuple[int, bool]:
+    """Return what an element costs where it is inlined, and whether that reads memory."""
+    price, loads = 0, False
+    seen: set[Value] = set()
+    work = [value]
+    while work:
+        value = work.pop()
+        if value in seen or value in emitter.held or value.op is None or not value.is_block:
+            continue
+        seen.add(value)
+        price += 0 if value.op.name in INDEXING else _cost(emitter, value.op)
+        loads = loads or value.op.name == "tt.load"
+        work.extend(value.op.operands)
+    return price, loads
+
+
+def _cost(emitter: Emitter, op: Op) -> int:
+    """Return what an element costs; what lies side by side in memory is as good as an array."""
+    if op.name == "tt.load" and is_memory(emitter, op.results[0]):
+        address, *mask = op.operands
+        in_rows = 1 in [stride(emitter, address, dim) for dim in range(address.type.rank)]
+        if in_rows and (not mask or may_hold_everywhere(emitter, mask[0])):
+            return 1
+    return scalar.cost(op)
+
+
+def _read_twice(emitter: Emitter, value: Value) -> bool:
+    """Tell whether ``value`` ends up in two nests, each of which would compute it anew."""
+    roots = _roots(value)
+    products = [root for root in roots if root.name == "tt.dot"]
+    if products and len(products) == len(roots):
+        return len(value.uses) > 1 and not _share(emitter, value, products)
+    return len(roots) > 1 or (len(value.uses) > 1 and bool(products))
+
+
+def _roots(value: Value) -> set[Op]:
+    """Return the operations that end the elementwise expressions ``value`` is part of."""
+    roots: set[Op] = set()
+    seen: set[Op] = set()
+    work = list(value.uses)
+    while work:
+        use = work.pop()
+        if use in seen:
+            continue
+        seen.add(use)
+        elementwise = use.name.startswith(_PER_ELEMENT) and use.results[0].is_block
+        if elementwise and use.block is value.block:
+            work.extend(use.results[0].uses)
+        else:
+            roots.add(use)
+    return roots
+
+
+def _share(emitter: Emitter, value: Value, products: list[Op]) -> bool:
+    """Tell whether products can read ``value`` as it is, all of them in one pass or packed."""
+    if all(vector_product(emitter, product) for product in products):
+        return True
+    return all(untransposed(product.operands[1])[0] is value for product in products)
