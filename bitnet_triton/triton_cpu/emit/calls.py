@@ -122,8 +122,10 @@ def _print_value(
 
     def body(nest: Nest, index: Index) -> None:
         code = emitter.element(value, index, nest)
-        places = f"(const int[]){{{', '.join(index)}}}"
-        nest.statement(f"print_value({start}, {places}, {len(index)}, {code}, {flags});")
+        nest.statement(
+            f"{{ const int places[] = {{{', '.join(index)}}}; "
+            f"print_value({start}, places, {len(index)}, {code}, {flags}); }}"
+        )
 
     emitter.loops(value.type.shape or (), body, independent=False)
 
