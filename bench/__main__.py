@@ -177,6 +177,29 @@ def _model_command(
     run_case(case, settings, only=_parse_only(only), names=provider or [], output=target)
 
 
+@app.command("triton_cpu", help=CASES["triton_cpu"].__doc__)
+def _triton_cpu_command(
+    shape: Annotated[str, typer.Option(help="full, or tiny to see that it runs.")] = "full",
+    interpreter: Annotated[
+        bool, typer.Option("--interpreter", help="Compare with Triton's interpreter, on less.")
+    ] = False,
+    only: Only = None,
+    provider: Names = None,
+    threads: Threads = 0,
+    rounds: Rounds = 15,
+    budget: Budget = 10.0,
+    quick: Quick = False,
+    seed: Seed = 0,
+    output: Output = None,
+) -> None:
+    # The dtypes are part of the grid
+    settings = _settings("fp32", "cpu", threads, rounds, budget, quick, seed)
+    case = make_case("triton_cpu", shape=shape, interpreter=interpreter)
+    partial = bool(quick or only or provider or shape != "full")
+    target = _target(case.name, output, partial)
+    run_case(case, settings, only=_parse_only(only), names=provider or [], output=target)
+
+
 @app.command()
 def plot(
     file: Annotated[Path, typer.Argument(help="A JSON that a benchmark wrote.")],

@@ -4,17 +4,18 @@ from types import ModuleType
 from typing import Any
 
 from bench.case import Case
-from bench.cases import bit_linear, model, ternary_linear
+from bench.cases import bit_linear, model, ternary_linear, triton_cpu
 
 CASES: dict[str, ModuleType] = {
     "ternary_linear": ternary_linear,
     "bit_linear": bit_linear,
     "model": model,
+    "triton_cpu": triton_cpu,
 }
 
 
 def make_case(name: str, **options: Any) -> Case:
-    """Build a case by name; only ``model`` takes options."""
+    """Build a case by name; ``model`` and ``triton_cpu`` take options."""
     return CASES[name].case(**options)
 
 

@@ -23,7 +23,9 @@ from bench.peers import from_transformers
 from bitnet_triton import use_backend
 from bitnet_triton.kernels import TernaryWeight, ternary_linear
 from bitnet_triton.kernels.packing import pack_codes
+from bitnet_triton.kernels.ternary_linear.launchers import TERNARY_FWD
 from bitnet_triton.kernels.ternary_linear.reference import ternary_linear_reference
+from bitnet_triton.runtime import explain
 
 SHAPES = ((2560, 2560), (2560, 6912), (6912, 2560))  # (K, N)
 
@@ -62,22 +64,31 @@ def _work(inputs: Inputs, x: Tensor, make: Callable[[], Any], held_bytes: int, r
     )
 
 
-def _ours(inputs: Inputs) -> Work:
-    def make() -> TernaryWeight:
-        return TernaryWeight.from_codes(inputs.codes, inputs.scale)
+def backend(device: torch.device) -> str:
+    """Name the backend that ours runs on, "triton on cpu" for instance."""
+    objections = explain("ternary_linear", TERNARY_FWD, device)
+    chosen = next((name for name, objection in objections if objection is None), "none")
+    return f"{chosen} on {device.type}"
 
-    return _work(inputs, inputs.x, make, inputs.codes.numel() // 4, ternary_linear)
 
+def _ours(forced: str | None = None) -> Callable[[Inputs], Work]:
+    """Return what builds ours, on the backend that it chooses or on one that is forced."""
 
-def _ours_reference(inputs: Inputs) -> Work:
-    def run(x: Tensor, weight: TernaryWeight) -> Tensor:
-        with use_backend("reference"):
+    def run_forced(x: Tensor, weight: TernaryWeight) -> Tensor:
+        with use_backend(forced):
             return ternary_linear(x, weight)
 
-    def make() -> TernaryWeight:
-        return TernaryWeight.from_codes(inputs.codes, inputs.scale)
+    def build(inputs: Inputs) -> Work:
+        def make() -> TernaryWeight:
+            return TernaryWeight.from_codes(inputs.codes, inputs.scale)
 
-    return _work(inputs, inputs.x, make, inputs.codes.numel() // 4, run)
+        run = ternary_linear if forced is None else run_forced
+        work = _work(inputs, inputs.x, make, inputs.codes.numel() // 4, run)
+        device = inputs.x.device
+        ran = backend(device) if forced is None else f"{forced} on {device.type}"
+        return dataclasses.replace(work, details={**work.details, "backend": ran})
+
+    return build
 
 
 def _dense(dtype: torch.dtype) -> Callable[[Inputs], Work]:
@@ -110,7 +121,7 @@ def _transformers_eager(inputs: Inputs) -> Work:
 
 
 def _grid() -> list[dict[str, Any]]:
-    rows = ((1, "cold"), (1, "hot"), (16, "hot"), (512, "hot"))
+    rows = [(1, "cold"), *((M, "hot") for M in (1, 2, 4, 8, 16, 32, 512))]
     return [{"M": M, "cache": cache, "K": K, "N": N} for M, cache in rows for K, N in SHAPES]
 
 
@@ -122,6 +133,8 @@ def case() -> Case:
     """Return the case."""
     own = max(OWN_TOLERANCE.values())
     unquantised = "x is not quantised"
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    runs_on = "backend: " + ", ".join(backend(torch.device(device)) for device in devices)
     return Case(
         name="ternary_linear",
         title="Ternary linear, 2-bit weights x int8 activations",
@@ -129,7 +142,7 @@ def case() -> Case:
         inputs=make_inputs,
         reference=_reference,
         providers={
-            "bitnet_triton": Provider("bitnet_triton", _ours, own, "int8"),
+            "bitnet_triton": Provider("bitnet_triton", _ours(), own, "int8", runs_on),
             "torch_bf16": Provider(
                 "F.linear bf16", _dense(torch.bfloat16), PEER_TOLERANCE, "bf16", unquantised
             ),
@@ -144,8 +157,12 @@ def case() -> Case:
                 "hf BitLinear, eager", _transformers_eager, PEER_TOLERANCE, "bf16",
                 "without its torch.compile", default=False,
             ),
+            "compile": Provider(
+                "bitnet_triton compile", _ours("compile"), own, "int8", "forced", default=False
+            ),
             "reference": Provider(
-                "bitnet_triton reference", _ours_reference, own, "fp32", "forced", default=False
+                "bitnet_triton reference", _ours("reference"), own, "fp32", "forced",
+                default=False,
             ),
         },
         baselines=("torch_bf16", "transformers"),
