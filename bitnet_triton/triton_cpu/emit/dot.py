@@ -73,8 +73,7 @@ def _pack(emitter: Emitter, b: Value, sign: str, elem: str | None) -> str:
     """Pack the right operand for the micro-kernel; return the array's name."""
     k, n = b.type.shape or (0, 0)
     c_elem = elem or c_type(b.type)
-    packed = emitter.fresh("packed")
-    emitter.write(f"alignas(64) {c_elem} {packed}[packed_elements<{c_elem}, {k}, {n}>()];")
+    packed = emitter.packed_array(k, n, c_elem)
     with emitter.braces():
         view = matrix_view(emitter, b, c_elem=elem)
         arguments = f"{view.base}, {view.steps[0]}, {view.steps[1]}, {packed}"
@@ -134,8 +133,7 @@ def _batched(emitter: Emitter, op: Op) -> None:
         array = emitter.array(operand.type.size, c_elem, "batch")
         emitter.store_into(operand, array, elem)
         arrays.append(array)
-    packed = emitter.fresh("packed")
-    emitter.write(f"alignas(64) {c_elem} {packed}[packed_elements<{c_elem}, {k}, {n}>()];")
+    packed = emitter.packed_array(k, n, c_elem)
     at = emitter.fresh("batch")
     with emitter.braces(f"for (int {at} = 0; {at} < {batch}; ++{at})"):
         right = f"{arrays[1]} + {at} * {k * n}, {n}, 1, {packed}"

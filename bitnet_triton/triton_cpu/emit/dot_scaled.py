@@ -43,8 +43,7 @@ def _dot_scaled(emitter: Emitter, op: Op) -> None:
     name, c_sum = accumulator(emitter, op)
     with emitter.braces():
         arrays = [_expanded(emitter, left, (m, k)), _expanded(emitter, right, (k, n))]
-        packed = emitter.fresh("packed")
-        emitter.write(f"alignas(64) float {packed}[packed_elements<float, {k}, {n}>()];")
+        packed = emitter.packed_array(k, n, "float")
         emitter.write(f"pack_b<float, {k}, {n}, Sign::both>({arrays[1]}, {n}, 1, {packed});")
         emitter.write(f"dot<{m}, {n}, {k}, Sign::both>({arrays[0]}, {k}, {packed}, {name});")
     finish(emitter, op, name, c_sum)

@@ -37,8 +37,10 @@ TERMINATORS = frozenset(
         "tt.map_elementwise.return",
     }
 )
-# Arrays above this size would eat the stacks of the threads (8 MiB each by default)
+# Bytes of one array and of all of a program that may lie on a stack (8 MiB by default), if each
+# element had 8
 _LARGE_ARRAY = 1 << 18
+_STACK = 1 << 21
 
 
 def handles(*names: str) -> Callable[[Handler], Handler]:
@@ -68,6 +70,7 @@ class Emitter:
         self.done: set[Op] = set()
         self.lines: list[str] = []
         self.arena = 0
+        self._stack = 0
         self.block: Block = function.regions[0][0]
         self._addresses = address_slice(function.regions[0])
         self._pending: list[Value] = []
@@ -96,15 +99,35 @@ class Emitter:
         self._depth -= 1
         self.write("}")
 
-    def array(self, size: int, element: str, hint: str = "b") -> str:
-        """Declare an array; large ones live in memory that a thread keeps between programs."""
+    def array(self, size: int, element: str, hint: str = "b", count: str | None = None) -> str:
+        """Declare an array.
+
+        Large ones, and all once a program has many, lie in memory that a thread keeps between
+        programs: stacks of threads are small.
+
+        Args:
+            size: number of elements, or a bound of it.
+            element: C++ type, of 8 bytes at most.
+            hint: for its name, which is returned.
+            count: C++ expression of the number of elements, where only C++ knows it.
+        """
         name = self.fresh(hint)
-        if size * 8 <= _LARGE_ARRAY:
-            self.write(f"alignas(64) {element} {name}[{max(size, 1)}];")
-        else:
-            self.write(f"{element}* const {name} = ({element}*)(arena + {self.arena});")
-            self.arena += -(-size * 8 // 64) * 64
+        reserved = -(-size * 8 // 64) * 64
+        if reserved <= _LARGE_ARRAY and self._stack + reserved <= _STACK:
+            self._stack += reserved
+            self.write(f"alignas(64) {element} {name}[{count or max(size, 1)}];")
+            return name
+        self.write(f"{element}* const {name} = ({element}*)(arena + {self.arena});")
+        if count:
+            self.write(f"static_assert(sizeof({element}) * {count} <= {reserved}, "
+                       '"an operand takes more than is reserved for it");')  # fmt: skip
+        self.arena += reserved
         return name
+
+    def packed_array(self, k: int, n: int, element: str) -> str:
+        """Declare an array for the right operand [k, n] of a product."""
+        bound = -(-k // 4) * 4 * (-(-n // 64) * 64)
+        return self.array(bound, element, "packed", f"packed_elements<{element}, {k}, {n}>()")
 
     # reading values ------------------------------------------------------------------------
 
