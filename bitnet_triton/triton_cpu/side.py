@@ -91,7 +91,7 @@ class SideKernel(KernelInterface):
             self._explain(args, kwargs)
             raise
         values = tuple(bound.values())
-        debug = fn.debug or self._knobs.debug
+        debug = rest.pop("debug", fn.debug) or self._knobs.debug
         # the types keep constants like 1, 1.0 and True apart
         kinds = [type(values[i]) for i in self._constants]
         key = (*special, *kinds, *rest.items(), debug)
@@ -111,7 +111,7 @@ class SideKernel(KernelInterface):
         with self._lock:
             if key in self._compiled:
                 return self._compiled[key]
-            kwargs = {**compat.implied_options(), "debug": debug, **kwargs}
+            kwargs = {**compat.implied_options(), **kwargs, "debug": debug}
             options, signature, constants, attributes = compat.pack_arguments(
                 self.fn, self._backend, kwargs, bound, special, rest
             )

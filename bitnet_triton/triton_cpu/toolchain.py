@@ -95,7 +95,7 @@ def toolchain() -> Toolchain:
     """
     return _toolchain(
         os.environ.get("TRITON_CPU_CXX", ""), os.environ.get("CXX", ""),
-        os.environ.get("TRITON_CPU_MARCH", "native"), os.environ.get("TRITON_CPU_FLAGS", ""),
+        os.environ.get("TRITON_CPU_MARCH") or "native", os.environ.get("TRITON_CPU_FLAGS", ""),
         os.environ.get("PATH", ""), cache.location(),
     )  # fmt: skip
 
@@ -128,10 +128,19 @@ def _working(
     command: tuple[str, ...], march: str, extra: tuple[str, ...], location: Path
 ) -> Toolchain:
     """Return the toolchain around ``command`` after it has built and run the check."""
-    asked = repr((command, march, extra, _stamp(command), cpu_identity(), openmp_library()))
-    note = f"toolchain-{hashlib.sha256(asked.encode()).hexdigest()[:32]}.json"
-    if (known := cache.find(note)) is not None:
-        return _from_note(known.read_text())
+    parts = (
+        command,
+        march,
+        extra,
+        FLAGS,
+        _CHECK,
+        _stamp(command),
+        cpu_identity(),
+        openmp_library(),
+    )
+    note = f"toolchain-{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.json"
+    if (known := _from_note(cache.find(note))) is not None:
+        return known
     said = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
     version = next(iter(said.stdout.splitlines()), "")
     kind: Literal["gcc", "clang"] = "clang" if "clang" in said.stdout.lower() else "gcc"
@@ -152,10 +161,16 @@ def _working(
     return found
 
 
-def _from_note(text: str) -> Toolchain:
-    fields = json.loads(text)
-    listed = ("command", "flags", "libraries")
-    return Toolchain(**{**fields, **{name: tuple(fields[name]) for name in listed}})
+def _from_note(note: Path | None) -> Toolchain | None:
+    """Read what an earlier process found out; None where there is nothing that makes sense."""
+    if note is None:
+        return None
+    try:
+        fields = json.loads(note.read_text())
+        listed = {name: tuple(fields[name]) for name in ("command", "flags", "libraries")}
+        return Toolchain(**{**fields, **listed})
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _tuning(march: str) -> list[str]:
@@ -181,15 +196,22 @@ def _check(found: Toolchain) -> None:
 
 
 def openmp_library() -> str | None:
-    """Return the path of the GNU OpenMP library that torch has brought into this process."""
-    import torch  # noqa: F401
+    """Return the path of the GNU OpenMP library that torch has brought into this process.
 
+    Other packages may have brought theirs. None where torch takes that of the system.
+    """
+    import torch
+
+    package = Path(torch.__file__).parent
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
         return None
-    paths = (line.split(maxsplit=5)[5] for line in lines if "libgomp" in line)
-    return next(paths, None)
+    for path in (Path(line.split(maxsplit=5)[5]) for line in lines if "libgomp" in line):
+        ours = path.is_relative_to(package) or path.is_relative_to(package.with_name("torch.libs"))
+        if ours and path.name.startswith("libgomp"):
+            return str(path)
+    return None
 
 
 def _libraries(kind: str, loaded: str | None) -> tuple[str, ...]:

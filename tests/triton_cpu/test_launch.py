@@ -276,6 +276,16 @@ class TestDeviceAssert:
     def test_is_left_out_without_debug(self):
         triton_cpu.launch(assert_kernel, (1,))(torch.tensor([30]), 10)
 
+    def test_launch_decides_before_the_decorator_and_the_environment_before_both(self, monkeypatch):
+        decorated = triton.jit(assert_kernel.fn, debug=True)
+        bad = torch.tensor([30])
+        with pytest.raises(AssertionError):
+            triton_cpu.launch(decorated, (1,))(bad, 10)
+        triton_cpu.launch(decorated, (1,))(bad, 10, debug=False)
+        monkeypatch.setattr(triton.knobs.runtime, "debug", True)
+        with pytest.raises(AssertionError):
+            triton_cpu.launch(decorated, (1,))(bad, 10, debug=False)
+
 
 CONFIGS = [
     triton.Config({"BLOCK": block}, num_warps=warps) for block in (16, 64) for warps in (1, 4)

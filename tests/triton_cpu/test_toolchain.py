@@ -112,6 +112,16 @@ def test_compiler_is_tried_once_for_all_processes(monkeypatch, counted):
     assert not calls()
 
 
+def test_damaged_note_is_written_again():
+    found = toolchain.toolchain()
+    (note,) = cache.directory().glob("toolchain-*.json")
+    for text in ("", "{}", "[1]"):
+        note.write_text(text)
+        toolchain._toolchain.cache_clear()
+        assert toolchain.toolchain() == found
+        assert len(note.read_text()) > 20
+
+
 def test_replaced_compiler_is_tried_again(monkeypatch, counted):
     path, calls = counted
     monkeypatch.setenv("TRITON_CPU_CXX", path)
