@@ -54,6 +54,13 @@ def triton_objection(device: torch.device) -> str | None:
     return f"Triton compiles for GPUs and CPUs, the tensors are on `{device.type}`"
 
 
+def real_triton_cpu_objection(device: torch.device) -> str | None:
+    """Say why the separate project triton-cpu cannot run kernels on tensors of ``device``."""
+    if device.type != "cpu":
+        return f"triton-cpu runs on CPUs, the tensors are on `{device.type}`"
+    return None if triton_cpu.real_triton_cpu() else "triton-cpu is not installed"
+
+
 def compile_objection(device: torch.device) -> str | None:
     """Say why torch.compile cannot run on tensors of ``device``; None when it can."""
     if device.type == "cpu":

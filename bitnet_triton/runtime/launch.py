@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bitnet_triton import triton_cpu
+from bitnet_triton.runtime.select import TRITON_CPU, forced_backend
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
     """Return a callable that starts ``kernel`` over ``grid``; launchers use it for every kernel.
 
     The device of the first argument, a tensor, decides where: on a CPU ``triton_cpu`` compiles and
-    runs the kernel, beside whatever driver Triton has.
+    runs the kernel, beside whatever driver Triton has, unless the user forced the separate project
+    triton-cpu, whose driver is then Triton's own.
     """
     recorded = _recorded.get()
     if recorded is None:
@@ -42,8 +44,13 @@ def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
 
 
 def _start(kernel: Any, grid: tuple[int, ...], first: Any, *args: Any, **options: Any) -> None:
-    start = triton_cpu.launch(kernel, grid) if first.is_cpu else kernel[grid]
+    ours = first.is_cpu and not (_may_be_forced() and forced_backend() == TRITON_CPU)
+    start = triton_cpu.launch(kernel, grid) if ours else kernel[grid]
     start(first, *args, **options)
+
+
+# Looked up once: a launch takes microseconds
+_may_be_forced = functools.cache(triton_cpu.real_triton_cpu)
 
 
 @contextlib.contextmanager

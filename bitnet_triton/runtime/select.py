@@ -19,11 +19,17 @@ from typing import Any
 import torch
 
 from bitnet_triton.errors import BackendUnavailableError
-from bitnet_triton.runtime.device import compile_objection, triton_objection
+from bitnet_triton.runtime.device import (
+    compile_objection,
+    real_triton_cpu_objection,
+    triton_objection,
+)
 
 logger = logging.getLogger("bitnet_triton")
 
 BACKENDS = ("triton", "compile", "reference")
+# Only on demand: the same kernels, through the separate project triton-cpu where it is installed
+TRITON_CPU = "triton-cpu"
 ENVIRONMENT_VARIABLE = "BITNET_TRITON_BACKEND"
 
 _forced: ContextVar[str | None] = ContextVar("bitnet_triton_backend", default=None)
@@ -48,8 +54,9 @@ class Implementation:
 
 
 def _checked(backend: str, source: str) -> str:
-    if backend not in BACKENDS:
-        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    names = (*BACKENDS, TRITON_CPU)
+    if backend not in names:
+        raise ValueError(f"{source}: expected one of {', '.join(names)}, got {backend!r}")
     return backend
 
 
@@ -61,11 +68,12 @@ def use_backend(backend: str) -> Iterator[None]:
     Code under torch.compile looks when it runs, not when it is traced.
 
     Args:
-        backend: "triton", "compile" or "reference". The environment variable
+        backend: "triton", "compile" or "reference", or "triton-cpu" for the Triton kernels
+            through the separate project of that name. The environment variable
             ``BITNET_TRITON_BACKEND`` does the same for a whole process; the block wins over it.
 
     Raises:
-        ValueError: ``backend`` is none of the three.
+        ValueError: ``backend`` is none of these.
         BackendUnavailableError: raised by the ops inside the block when the backend cannot run.
     """
     token = _forced.set(_checked(backend, "`backend`"))
@@ -106,6 +114,8 @@ def backend_objection(backend: str, device: torch.device) -> str | None:
 def _device_objection(backend: str, device_type: str) -> str | None:
     if backend == "triton":
         return triton_objection(torch.device(device_type))
+    if backend == TRITON_CPU:
+        return real_triton_cpu_objection(torch.device(device_type))
     if backend == "compile":
         return compile_objection(torch.device(device_type))
     return None
@@ -125,10 +135,15 @@ def explain(
     ]
 
 
+def _table_name(backend: str) -> str:
+    """Return the name under which ops list the launchers of ``backend``."""
+    return "triton" if backend == TRITON_CPU else backend
+
+
 def _objection(
     op: str, implementations: Mapping[str, Implementation], backend: str, device_type: str
 ) -> str | None:
-    if backend not in implementations:
+    if _table_name(backend) not in implementations:
         return f"{op} has no `{backend}` implementation"
     return _device_objection(backend, device_type)
 
@@ -152,11 +167,11 @@ def select(
     for backend in BACKENDS if forced is None else (forced,):
         objection = _objection(op, implementations, backend, device.type)
         if objection is None:
-            objection = implementations[backend].supports(*args)
+            objection = implementations[_table_name(backend)].supports(*args)
         if objection is None:
             if forced is None and (op, device.type, backend) not in _logged:
                 _log_choice(op, device.type, backend, objections)
-            return implementations[backend].run
+            return implementations[_table_name(backend)].run
         objections.append((backend, objection))
     if forced is not None:
         raise BackendUnavailableError(

@@ -1,5 +1,6 @@
 """Launches, started or only recorded, and the tiles they take."""
 
+import importlib
 from types import SimpleNamespace
 
 import pytest
@@ -7,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from bitnet_triton import triton_cpu
-from bitnet_triton.runtime import launch
+from bitnet_triton import BackendUnavailableError, triton_cpu, use_backend
+from bitnet_triton.runtime import Implementation, launch
 from bitnet_triton.runtime.autotune import all_tiles, largest_size, tiles
 from bitnet_triton.runtime.launch import record_launches
 
@@ -86,3 +87,23 @@ def test_a_row_that_no_program_holds_is_refused_by_the_triton_quantiser():
     largest = largest_size("quantize_activations_fwd")
     assert supports(torch.empty(1, largest, device="meta")) is None
     assert "at most" in supports(torch.empty(1, largest + 1, device="meta"))
+
+
+def test_the_separate_project_triton_cpu_is_taken_only_when_it_is_forced(monkeypatch):
+    chooser = importlib.import_module("bitnet_triton.runtime.select")
+    starter = importlib.import_module("bitnet_triton.runtime.launch")
+    table = {"triton": Implementation(lambda: "kernels")}
+    with use_backend("triton-cpu"), pytest.raises(BackendUnavailableError, match="not installed"):
+        chooser.select("op", table, torch.device("cpu"))
+
+    monkeypatch.setattr(triton_cpu, "real_triton_cpu", lambda: True)
+    monkeypatch.setattr(starter, "_may_be_forced", lambda: True)
+    chooser._device_objection.cache_clear()
+    started = []
+    kernel = {(2,): lambda *args, **options: started.append((args, options))}
+    x = torch.ones(1)
+    with use_backend("triton-cpu"):
+        assert chooser.select("op", table, torch.device("cpu"))() == "kernels"
+        launch(kernel, (2,))(x, 3, BLOCK=4)
+    assert started == [((x, 3), {"BLOCK": 4})]
+    chooser._device_objection.cache_clear()

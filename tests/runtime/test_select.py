@@ -95,7 +95,7 @@ def test_an_empty_variable_forces_nothing(monkeypatch):
 
 
 def test_unknown_names_are_refused(monkeypatch):
-    expected = "expected one of triton, compile, reference, got 'cuda'"
+    expected = "expected one of triton, compile, reference, triton-cpu, got 'cuda'"
     with pytest.raises(ValueError, match=f"`backend`: {expected}"), use_backend("cuda"):
         pass
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "cuda")
