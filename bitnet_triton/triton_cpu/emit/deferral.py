@@ -8,6 +8,7 @@ from bitnet_triton.triton_cpu.analyse import INDEXING
 from bitnet_triton.triton_cpu.emit import scalar
 from bitnet_triton.triton_cpu.emit.lanes import vector_product
 from bitnet_triton.triton_cpu.emit.masks import may_hold_everywhere
+from bitnet_triton.triton_cpu.emit.order import inlined
 from bitnet_triton.triton_cpu.emit.strides import stride
 from bitnet_triton.triton_cpu.emit.views import is_memory, untransposed
 from bitnet_triton.triton_cpu.ir import Op, Value
@@ -40,16 +41,9 @@ def is_dear_to_repeat(emitter: Emitter, value: Value) -> bool:
 def lazy_cost(emitter: Emitter, value: Value) -> tuple[int, bool]:
     """Return what an element costs where it is inlined, and whether that reads memory."""
     price, loads = 0, False
-    seen: set[Value] = set()
-    work = [value]
-    while work:
-        value = work.pop()
-        if value in seen or value in emitter.held or value.op is None or not value.is_block:
-            continue
-        seen.add(value)
-        price += 0 if value.op.name in INDEXING else _cost(emitter, value.op)
-        loads = loads or value.op.name == "tt.load"
-        work.extend(value.op.operands)
+    for op in inlined(emitter, value):
+        price += 0 if op.name in INDEXING else _cost(emitter, op)
+        loads = loads or op.name == "tt.load"
     return price, loads
 
 

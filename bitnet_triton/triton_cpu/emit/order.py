@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from bitnet_triton.triton_cpu.analyse import base_pointer, offsets
@@ -11,9 +12,8 @@ if TYPE_CHECKING:
     from bitnet_triton.triton_cpu.emit.emitter import Emitter
 
 
-def fused_loads(emitter: Emitter, value: Value) -> list[Op]:
-    """Return the loads that reading ``value`` would perform."""
-    found: list[Op] = []
+def inlined(emitter: Emitter, value: Value) -> Iterator[Op]:
+    """Yield the operations that reading ``value`` would perform, each once."""
     seen: set[Value] = set()
     work = [value]
     while work:
@@ -21,10 +21,13 @@ def fused_loads(emitter: Emitter, value: Value) -> list[Op]:
         if value in seen or value in emitter.held or value.op is None or not value.is_block:
             continue
         seen.add(value)
-        if value.op.name == "tt.load":
-            found.append(value.op)
+        yield value.op
         work.extend(value.op.operands)
-    return found
+
+
+def fused_loads(emitter: Emitter, value: Value) -> list[Op]:
+    """Return the loads that reading ``value`` would perform."""
+    return [op for op in inlined(emitter, value) if op.name == "tt.load"]
 
 
 def may_fuse(emitter: Emitter, load: Op, target: Value) -> bool:
