@@ -81,10 +81,10 @@ class Packer:
         self._nested = len(self._kinds) > len(self._places) or any(
             len(place) > 1 or _is_descriptor(kind) for place, kind in self._places
         )
-        involved = sorted({slot for pair in disjoint for slot in pair})
-        self._involved = [self._position(slot) for slot in involved]
-        self._pairs = [(involved.index(i), involved.index(j)) for i, j in disjoint]
+        self._pairs = [(self._position(i), self._position(j)) for i, j in disjoint]
+        self._involved = sorted({k for pair in self._pairs for k in pair})
         self._pack = self._make_pack()
+        self._overlap = self._make_overlap()
 
     def _check(self, types: Sequence[str]) -> None:
         """Assert that both sides of the interface have the same idea of it."""
@@ -153,10 +153,28 @@ class Packer:
     def overlap(self, arguments: Sequence[Any]) -> bool:
         """Tell whether two pointers share memory that the compiled code takes to share none."""
         values = self._values(arguments)
-        ranges = [storage_range(values[position]) for position in self._involved]
+        try:
+            return self._overlap(values)
+        except AttributeError:
+            return self._overlap_slowly(values)
+
+    def _make_overlap(self) -> Callable[[Sequence[Any]], bool]:
+        """Return a function that compares tensors; it is written for these pairs, to be fast."""
+        lines = ["def overlap(values):"]
+        for k in self._involved:
+            lines.append(f"  storage = values[{k}].untyped_storage()")
+            lines.append(f"  start{k} = storage.data_ptr()")
+            lines.append(f"  end{k} = start{k} + storage.nbytes()")
+        tests = [f"start{i} < end{j} and start{j} < end{i}" for i, j in self._pairs]
+        lines.append(f"  return {' or '.join(tests) or False}")
+        scope: dict[str, Any] = {}
+        exec("\n".join(lines), scope)
+        return scope["overlap"]
+
+    def _overlap_slowly(self, values: Sequence[Any]) -> bool:
         for i, j in self._pairs:
-            start, end = ranges[i]
-            other_start, other_end = ranges[j]
+            start, end = storage_range(values[i])
+            other_start, other_end = storage_range(values[j])
             if start < other_end and other_start < end:
                 return True
         return False

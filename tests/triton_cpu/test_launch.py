@@ -231,6 +231,12 @@ class TestSharedMemory:
         triton_cpu.launch(copy_plus_one_kernel, (1,))(a, b, BLOCK=64)
         assert torch.equal(b, expected)
 
+    def test_wrapped_tensor_and_its_base(self):
+        x = torch.randint(0, 100, (65,), dtype=torch.int32)
+        expected = self.expected(x)
+        triton_cpu.launch(shift_kernel, (1,))(triton.reinterpret(x, tl.int32), x, BLOCK=64)
+        assert torch.equal(x, expected)
+
     def test_active_driver_takes_the_same_care(self, installed):
         x = torch.randn(65)
         expected = self.expected(x)
