@@ -13,7 +13,8 @@ template <class P, int M, int K> TCPU_INLINE void sum_a(const int8_t* a, int64_t
 #pragma GCC unroll 16
     for (int i = 0; i < decltype(rows)::value; ++i) {
       const int8_t* row = a + (m + i) * lda;
-      for (int k = 0; k < K - rest; k += TCPU_VECTOR_BYTES) partial[i] = P::sum_bytes(partial[i], load<vec<int32_t>>(row + k));
+      for (int k = 0; k < K - rest; k += TCPU_VECTOR_BYTES)
+        partial[i] = P::sum_bytes(partial[i], load<vec<int32_t>>(row + k));
       if constexpr (rest > 0) partial[i] = P::sum_bytes(partial[i], load_part<rest, vec<int32_t>>(row + (K - rest)));
     }
     store(sums + m, sum_rows(partial));

@@ -21,7 +21,7 @@ double yn(int, double) noexcept;
 
 namespace tcpu {
 
-// ---- as in maths.h -------------------------------------------------------------------------------------------------
+// As in maths.h.
 
 #define TCPU_SAME(name, function)                                        \
   TCPU_INLINE float ld_##name(float x) { return function(x); }           \
@@ -45,7 +45,7 @@ TCPU_SAME(fabs, m_abs)
 TCPU_INLINE float ld_fma(float a, float b, float c) { return m_fma(a, b, c); }
 TCPU_INLINE double ld_fma(double a, double b, double c) { return m_fma(a, b, c); }
 
-// ---- from the C library --------------------------------------------------------------------------------------------
+// From the C library.
 
 #define TCPU_UNARY(name)                                                     \
   TCPU_INLINE float ld_##name(float x) { return __builtin_##name##f(x); }    \
@@ -97,7 +97,7 @@ TCPU_INLINE double ld_y1(double x) { return y1(x); }
 TCPU_INLINE float ld_yn(int32_t n, float x) { return ynf(n, x); }
 TCPU_INLINE double ld_yn(int32_t n, double x) { return yn(n, x); }
 
-// ---- composed ------------------------------------------------------------------------------------------------------
+// Composed.
 
 TCPU_INLINE float ld_tan(float x) { return m_sin(x) / m_cos(x); }
 TCPU_INLINE double ld_tan(double x) { return __builtin_tan(x); }
@@ -239,14 +239,14 @@ TCPU_INLINE float ld_fast_log10(float x) { return ld_log10(x); }
 TCPU_INLINE float ld_fast_pow(float x, float y) { return m_exp2(y * m_log2(x)); }
 TCPU_INLINE float ld_fast_fdivide(float x, float y) { return x / y; }
 
-// ---- predicates ----------------------------------------------------------------------------------------------------
+// Predicates.
 
 template <class T> TCPU_INLINE int32_t ld_isnan(T x) { return x != x; }
 template <class T> TCPU_INLINE int32_t ld_isinf(T x) { return m_abs(x) == (T)__builtin_inf(); }
 template <class T> TCPU_INLINE int32_t ld_isfinite(T x) { return m_abs(x) < (T)__builtin_inf(); }
 template <class T> TCPU_INLINE int32_t ld_signbit(T x) { return bitcast<bits_of<T>>(x) >> (8 * sizeof(T) - 1) ? 1 : 0; }
 
-// ---- integers: unsigned ones arrive in signed types ----------------------------------------------------------------
+// Integers: unsigned ones arrive in signed types.
 
 TCPU_INLINE int32_t ld_abs(int32_t x) { return m_absi(x); }
 TCPU_INLINE int64_t ld_llabs(int64_t x) { return m_absi(x); }
@@ -310,7 +310,7 @@ TCPU_INLINE double ld_hiloint2double(int32_t high, int32_t low) {
   return bitcast<double>((uint64_t)(uint32_t)high << 32 | (uint32_t)low);
 }
 
-// ---- named directions of rounding ----------------------------------------------------------------------------------
+// Named directions of rounding.
 
 enum class Rounding { nearest, zero, down, up };
 

@@ -30,8 +30,8 @@ TCPU_INLINE double m_rsqrt(double x) { return 1.0 / m_sqrt(x); }
 TCPU_INLINE float m_div_rn(float a, float b) { return a / b; }
 TCPU_INLINE double m_div_rn(double a, double b) { return a / b; }
 
-// p * 2^n, where n = bits - (bits of exponent_magic): adding that constant to a number rounds it to an
-// integer, which then stands in the low bits. 2^n is applied in two halves, so that overflow and denormals come out right.
+// p * 2^n, where n = bits - (bits of exponent_magic): adding that constant to a number rounds it to an integer, which
+// then stands in the low bits. 2^n is applied in two halves, so that overflow and denormals come out right.
 constexpr float exponent_magic = 12582912.0f + 254.0f;  // 1.5 * 2^23 + twice the exponent bias
 TCPU_INLINE float scale_by_power(float p, uint32_t bits) {
   uint32_t half = bits >> 1;

@@ -1,5 +1,5 @@
-// Packing of B [K, N] for the kernels of dot.h: panels of a few vectors of columns; within a panel, for each group along
-// K, the columns one after the other, each with its group. Edges are filled with zeros.
+// Packing of B [K, N] for the kernels of dot.h: panels of a few vectors of columns; within a panel, for each group
+// along K, the columns one after the other, each with its group. Edges are filled with zeros.
 #pragma once
 #include "tile.h"
 
@@ -130,7 +130,8 @@ static __attribute__((noinline)) void pack_columns(const T* src, int64_t stride_
     auto pack_vector = [&](auto lanes, int v) {
       const T* from = src + (first + v) * W * stride_n;
       typename P::Packed* to = dst + (int64_t)first * L::vector_elements + v * square;
-      for (int k = 0; k + square <= K; k += square) pack_square(lanes, Int<square>(), from + k, to + (int64_t)k * V * W);
+      for (int k = 0; k + square <= K; k += square)
+        pack_square(lanes, Int<square>(), from + k, to + (int64_t)k * V * W);
       if constexpr (rest > 0) pack_square(lanes, Int<rest>(), from + (K - rest), to + (int64_t)(K - rest) * V * W);
     };
     for (int v = 0; v < V - 1; ++v) pack_vector(Int<W>(), v);

@@ -6,8 +6,8 @@
 
 namespace tcpu {
 
-// How a register of a meets one of b: `elements` of them, and mac(acc, a, b) is acc plus their products, spread over the
-// lanes. has_offset: mac adds too much, by an amount that depends on a alone and is summed up by offset(acc, a).
+// How a register of a meets one of b: `elements` of them, and mac(acc, a, b) is acc plus their products, spread over
+// the lanes. has_offset: mac adds too much, by an amount that depends on a alone and is summed up by offset(acc, a).
 template <class T> struct LaneProduct {
   typedef vec<float> Register;
   typedef vec<float> Acc;
@@ -48,7 +48,9 @@ template <> struct LaneProduct<int8_t> {
   static TCPU_METHOD Acc odd(Register x) { return (Acc)((vec<int16_t>)x >> 8); }
 #else
   static constexpr bool has_offset = true;  // the instruction wants b + 128
-  static TCPU_METHOD Acc mac(Acc acc, Register a, Register b) { return dot4_register(acc, b ^ splat((uint8_t)0x80), a); }
+  static TCPU_METHOD Acc mac(Acc acc, Register a, Register b) {
+    return dot4_register(acc, b ^ splat((uint8_t)0x80), a);
+  }
   static TCPU_METHOD Acc offset(Acc acc, Register a) { return dot4_register(acc, splat((uint8_t)0x80), a); }
 #endif
 };
@@ -86,8 +88,8 @@ TCPU_INLINE void dot_lanes_of_rows(const T* a, const T* b, int64_t ldb, L* lanes
     }
 }
 
-// lanes [N, 16] += partial sums of a [K] * b [n, K]; rows of b lie ldb elements apart. Which lane takes which element is
-// not specified.
+// lanes [N, 16] += partial sums of a [K] * b [n, K]; rows of b lie ldb elements apart. Which lane takes which element
+// is not specified.
 template <int N, int K, class T, class L>
 TCPU_INLINE void dot_lanes(const T* a, const T* b, int64_t ldb, L* lanes) {
   constexpr int most = min_of(8, TCPU_REGISTERS / 2 / (16 / width<L>)), rest = N % most;

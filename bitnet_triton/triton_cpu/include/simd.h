@@ -88,7 +88,8 @@ template <class T> TCPU_INLINE vec<T> splat(T x) { return x - vec<T>{}; }
 #endif
 template <class V> using lane_int = typename SignedBits<sizeof(V{}[0])>::type;
 
-// acc[i] += sum over j < 4 of u8(u[4i + j]) * s8(s[4i + j]). Assembly, as GCC 12 spills accumulators around the builtin.
+// acc[i] + sum over j < 4 of u8(u[4i + j]) * s8(s[4i + j]). Assembly, as GCC 12 spills accumulators around the builtin;
+// and by value, as it would leave an operand in memory that is an element of an array.
 #ifdef TCPU_DPBUSD
 TCPU_INLINE vec<int32_t> dpbusd(vec<int32_t> acc, vec<int32_t> u, vec<int32_t> s) {
 #ifdef TCPU_AVX512

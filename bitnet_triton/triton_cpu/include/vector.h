@@ -94,7 +94,7 @@ template <class A, class B> TCPU_INLINE Pair<A> dot4_register(Pair<A> acc, Pair<
 // acc[i] += sum over j < 4 of u8(u[4i + j]) * s8(s[4i + j]), exact.
 TCPU_INLINE void dot4(v16i32& acc, v64u8 u, v64u8 s) { acc = dot4_register(acc, u, s); }
 
-// The same where every byte of u is below 128: pmaddubsw cannot saturate then, and is three instructions instead of nine.
+// The same where every byte of u is below 128: pmaddubsw cannot saturate then and takes three instructions, not nine.
 #if defined(TCPU_MADD8) && !defined(TCPU_DPBUSD)
 TCPU_INLINE vec<int32_t> dot4_u7_register(vec<int32_t> acc, vec<uint8_t> u, vec<uint8_t> s) {
   return acc + madd16(madd8((vec<int32_t>)u, (vec<int32_t>)s), (vec<int32_t>)splat((int16_t)1));

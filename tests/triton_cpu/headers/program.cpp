@@ -40,7 +40,7 @@ struct Register {
 #define JOIN(a, b) JOIN2(a, b)
 #define ENTRY(name, ...) static Register JOIN(entry_, __COUNTER__)(name, __VA_ARGS__);
 
-// ---- bytes ---------------------------------------------------------------------------------------------------------
+// Bytes.
 
 template <class F> void map64(int64_t blocks, F f) {
   uint8_t *x = read<uint8_t>(blocks * 64), *y = guarded<uint8_t>(blocks * 64);
@@ -82,7 +82,7 @@ ENTRY("hsum16f", [](Arguments) {
   fwrite(&sums, 64, 1, stdout);
 })
 
-// ---- products: lda and the strides of B, the offset of its first element, its span ---------------------------------
+// Products: lda and the strides of B, the offset of its first element, its span.
 
 template <class T, class C, int M, int N, int K, Sign S> void multiply(Arguments x) {
   int64_t lda = x[0], stride_k = x[1], stride_n = x[2], first = x[3], span = x[4];
@@ -132,7 +132,7 @@ ALL_LANES(int8_t, int32_t)
 
 #ifndef PRODUCTS_ONLY
 
-// ---- element by element: the count, then the inputs ----------------------------------------------------------------
+// Element by element: the count, then the inputs.
 
 template <class S, class D, class F> void map1(int64_t n, F f) {
   S* x = read<S>(n);
@@ -205,7 +205,7 @@ NARROW(fp8e5b16)
 TO_INTEGERS(float)
 TO_INTEGERS(double)
 
-// ---- reductions: rows, each of L lanes -----------------------------------------------------------------------------
+// Reductions: rows, each of L lanes.
 
 template <class Op, int L, class T> void reduce_rows(int64_t rows) {
   T *x = read<T>(rows * L), *y = guarded<T>(rows);
@@ -233,7 +233,7 @@ REDUCE_INTEGER(h_and)
 REDUCE_INTEGER(h_or)
 REDUCE_INTEGER(h_xor)
 
-// ---- atomics -------------------------------------------------------------------------------------------------------
+// Atomics.
 
 // One call per operand, in order: the old values, then what is left.
 template <class T, class F> void in_order(int64_t n, F f) {
