@@ -230,7 +230,7 @@ def _int8_products(emitter: Emitter, group: list[VectorProduct], targets: list[L
                 code = byte_expression(emitter, product.matrix, product.along, leaves)
                 emitter.write(f"v64u8 const w{i} = {code};")
                 for v in range(first.count):
-                    emitter.write(f"dot4(s{i}_{v}, {_ordered(product, i, v)});")
+                    emitter.write(_multiply(product, i, v))
         for i, target in enumerate(targets):
             for v in range(first.count):
                 emitter.write(f"store_lanes({_row(target, first, v)}, s{i}_{v});")
@@ -261,10 +261,10 @@ def _open_rows(
             emitter.write(f"v16i32 s{i}_{v} = load_lanes({_row(target, product, v)}{bias});")
 
 
-def _ordered(product: VectorProduct, i: int, v: int) -> str:
-    """Return the arguments of dot4: the operand known to be unsigned first."""
+def _multiply(product: VectorProduct, i: int, v: int) -> str:
+    """Return the statement that adds products of bytes: the unsigned operand comes first."""
     if in_seven_bits(product.matrix):
-        return f"w{i}, x{v}"
+        return f"dot4_u7(s{i}_{v}, w{i}, x{v});"
     if in_seven_bits(product.vectors):
-        return f"x{v}, w{i}"
-    return f"flip64(w{i}), x{v}"
+        return f"dot4_u7(s{i}_{v}, x{v}, w{i});"
+    return f"dot4(s{i}_{v}, flip64(w{i}), x{v});"
