@@ -20,6 +20,8 @@ _HOME = {
     "TINY_MODEL": "bitnet_triton.assets",
     "disable": "bitnet_triton.models",
     "enable": "bitnet_triton.models",
+    "fuse": "bitnet_triton.models",
+    "unfuse": "bitnet_triton.models",
     "use_backend": "bitnet_triton.runtime",
     "use_ternary_kernels": "bitnet_triton.models",
 }

@@ -5,11 +5,19 @@ from bitnet_triton.kernels.dense_linear.op import DENSE_FWD
 from bitnet_triton.kernels.packing import TernaryWeight
 from bitnet_triton.kernels.quantize import quantize_activations, quantize_weight
 from bitnet_triton.kernels.quantize.op import ACTIVATIONS_FWD, WEIGHT_STATS
-from bitnet_triton.kernels.ternary_linear import bit_linear, ternary_linear
+from bitnet_triton.kernels.rms_norm import relu2_mul_norm_quantize, rms_norm, rms_norm_quantize
+from bitnet_triton.kernels.rms_norm.op import NORM_FWD, NORM_QUANTIZE_FWD, RELU2_FWD
+from bitnet_triton.kernels.ternary_linear import (
+    MergedTernaryWeight,
+    bit_linear,
+    ternary_linear,
+    ternary_linear_quantized,
+)
 from bitnet_triton.kernels.ternary_linear.launchers import (
     BIT_BWD_DWEIGHT,
     BIT_BWD_DX,
     BIT_FWD,
+    QUANTIZED_FWD,
     TERNARY_BWD,
     TERNARY_FWD,
 )
@@ -18,7 +26,11 @@ from bitnet_triton.kernels.ternary_linear.launchers import (
 IMPLEMENTATIONS = {
     "quantize_activations": ACTIVATIONS_FWD,
     "weight_stats": WEIGHT_STATS,
+    "rms_norm": NORM_FWD,
+    "rms_norm_quantize": NORM_QUANTIZE_FWD,
+    "relu2_mul_norm_quantize": RELU2_FWD,
     "ternary_linear": TERNARY_FWD,
+    "ternary_linear_quantized": QUANTIZED_FWD,
     "ternary_linear_bwd": TERNARY_BWD,
     "dense_linear": DENSE_FWD,
     "bit_linear": BIT_FWD,
@@ -28,10 +40,15 @@ IMPLEMENTATIONS = {
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "MergedTernaryWeight",
     "TernaryWeight",
     "bit_linear",
     "dense_linear",
     "quantize_activations",
     "quantize_weight",
+    "relu2_mul_norm_quantize",
+    "rms_norm",
+    "rms_norm_quantize",
     "ternary_linear",
+    "ternary_linear_quantized",
 ]

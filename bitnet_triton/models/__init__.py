@@ -3,6 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from bitnet_triton.models.bitnet import BitNetConfig, BitNetForCausalLM, BitNetModel
+from bitnet_triton.models.fuse import fuse, unfuse
 from bitnet_triton.models.swap import use_ternary_kernels
 from bitnet_triton.models.switch import disable, enable
 
@@ -19,5 +20,7 @@ __all__ = [
     "BitNetModel",
     "disable",
     "enable",
+    "fuse",
+    "unfuse",
     "use_ternary_kernels",
 ]

@@ -24,6 +24,21 @@ _GPU: dict[str, dict[int, Tiles]] = {
         8192: {"BLOCK_K": 8192, "num_warps": 8},
         32768: {"BLOCK_K": 32768, "num_warps": 16},
     },
+    "rms_norm_fwd": {  # the length of a row, here and below
+        1024: {"BLOCK_D": 1024, "num_warps": 4},
+        4096: {"BLOCK_D": 4096, "num_warps": 8},
+        16384: {"BLOCK_D": 16384, "num_warps": 16},
+    },
+    "rms_norm_quantize_fwd": {
+        1024: {"BLOCK_D": 1024, "num_warps": 4},
+        4096: {"BLOCK_D": 4096, "num_warps": 8},
+        16384: {"BLOCK_D": 16384, "num_warps": 16},
+    },
+    "relu2_mul_norm_quantize_fwd": {
+        1024: {"BLOCK_F": 1024, "num_warps": 4},
+        8192: {"BLOCK_F": 8192, "num_warps": 8},
+        16384: {"BLOCK_F": 16384, "num_warps": 16},
+    },
     "ternary_linear_fwd": {
         32: {"BLOCK_M": 16, "BLOCK_R": 16, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3},
         _ANY: {"BLOCK_M": 64, "BLOCK_R": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
@@ -51,6 +66,21 @@ _CPU: dict[str, dict[int, Tiles]] = {
         4096: {"BLOCK_K": 4096},
         8192: {"BLOCK_K": 8192},
         32768: {"BLOCK_K": 32768},
+    },
+    "rms_norm_fwd": {
+        1024: {"BLOCK_D": 1024},
+        4096: {"BLOCK_D": 4096},
+        16384: {"BLOCK_D": 16384},
+    },
+    "rms_norm_quantize_fwd": {
+        1024: {"BLOCK_D": 1024},
+        4096: {"BLOCK_D": 4096},
+        16384: {"BLOCK_D": 16384},
+    },
+    "relu2_mul_norm_quantize_fwd": {
+        1024: {"BLOCK_F": 1024},
+        8192: {"BLOCK_F": 8192},
+        16384: {"BLOCK_F": 16384},
     },
     "ternary_linear_fwd": {
         # whole rows, up to 8192: memory is read in one stream
@@ -85,8 +115,8 @@ def tiles(kernel: str, size: int, device: torch.device) -> Tiles:
 
     Args:
         kernel: its name without the leading underscore and ``_kernel``.
-        size: number of rows of activations, at most ``largest_size``; of
-            "quantize_activations_fwd" the length of a row.
+        size: number of rows of activations, at most ``largest_size``; of kernels whose program
+            holds a row ("quantize_activations_fwd", the norms) the length of a row.
         device: that the kernel runs on; any but a CPU counts as a GPU.
     """
     table = _CPU if device.type == "cpu" else _GPU

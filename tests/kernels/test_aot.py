@@ -15,6 +15,11 @@ from bitnet_triton.kernels.quantize.forward import (
     launch_quantize_activations,
     launch_quantize_with_sums,
 )
+from bitnet_triton.kernels.rms_norm.forward import (
+    launch_relu2_mul_norm_quantize,
+    launch_rms_norm,
+    launch_rms_norm_quantize,
+)
 from bitnet_triton.kernels.ternary_linear.backward import (
     launch_bit_linear_bwd_dweight,
     launch_bit_linear_bwd_dx,
@@ -51,9 +56,24 @@ def launch_packed(M, dtype, bias, N=N, K=K):
     """Start the kernels of ternary_linear, forward and backward."""
     a, a_scale, packed, scale = meta(M, K, dtype=I8), meta(M, 1), meta(N // 4, K, dtype=U8), meta(1)
     launch = launch_ternary_linear_fwd_row if M == 1 else launch_ternary_linear_fwd
-    launch(a, a_scale, meta(M, dtype=torch.int32), packed, scale, bias, dtype)
+    a_sum, R = meta(M, dtype=torch.int32), N // 4
+    launch(a, a_scale, a_sum, packed, scale, bias, None, [R], dtype)
     if M > 32:
         launch_ternary_linear_bwd(meta(M, N, dtype=dtype), packed, scale)
+
+
+def launch_fused(M, dtype, N=N, K=K):
+    """Start the kernels of a fused layer."""
+    x, weight, gate_up = meta(M, K, dtype=dtype), meta(K, dtype=dtype), meta(M, 2 * K, dtype=dtype)
+    launch_rms_norm(x, weight, 1e-5)
+    quantized = launch_rms_norm_quantize(x, weight, 1e-5)
+    launch_relu2_mul_norm_quantize(gate_up, weight, 1e-5)
+    packed, residual = meta(N // 4, K, dtype=U8), meta(M, N, dtype=dtype)
+    launch = launch_ternary_linear_fwd_row if M == 1 else launch_ternary_linear_fwd
+    launch(*quantized, packed, meta(1), None, residual, [N // 4], dtype)
+    for parts in (2, 3):
+        rows = [N // 4 - parts + 1] + [1] * (parts - 1)
+        launch(*quantized, packed, meta(parts), None, None, rows, dtype)
 
 
 def launch_trained(M, dtype, weight_dtype, binary, N=N, K=K):
@@ -74,6 +94,9 @@ def record_all():
                 launch_quantize_with_sums(meta(4, length, dtype=dtype))
             for M in (1, 16, 2048):
                 launch_packed(M, dtype, meta(N, dtype=dtype))
+                launch_fused(M, dtype)
+            for width in (640, 6912, 16384):
+                launch_fused(1, dtype, K=width)
             launch_trained(2048, dtype, dtype, binary=False)
         launch_packed(2048, BF16, None)
         launch_trained(2048, BF16, F32, binary=False)  # autocast
@@ -130,12 +153,12 @@ def test_gradients_multiply_in_their_own_precision(launch_name, target):
         assert all("f32_32x32x2_f32" in i for i in instructions)
 
 
-@pytest.mark.parametrize("launch_name", [n for n in LAUNCHES if n.startswith("quantize")])
+@pytest.mark.parametrize("launch_name", [n for n in LAUNCHES if "quantize" in n])
 def test_the_quantiser_rounds_its_product_before_it_rounds_to_integers(launch_name):
     """A fused multiply-add would skip the first rounding, and codes near ties would differ."""
     ptx = compile_launch(LAUNCHES[launch_name], TARGETS["sm_90"]).asm["ptx"]
     assert "mul.rn.f32" in ptx  # .rn forbids ptxas to fuse it
-    assert "fma" not in ptx
+    assert "fma.rn.f32" not in ptx
 
 
 def test_every_tile_size_in_the_table_is_compiled_above():
@@ -163,7 +186,8 @@ def test_sizes_of_one_compile():
         for M in (1, 2, 64):
             launch_packed(M, F32, meta(4), N=4, K=1)
         launch_trained(1, F32, F32, binary=False, N=1, K=1)
-    assert len(launches) == 8
+        launch_fused(1, F32, N=12, K=1)
+    assert len(launches) == 14
     for launch in launches:
         assert compile_for(launch, TARGETS["sm_80"]).spills == 0
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitnet_triton.kernels.common.tiles import round_half_even
+from bitnet_triton.kernels.common.tiles import store_quantized_row
 from bitnet_triton.runtime import launch
 from bitnet_triton.runtime.autotune import tiles
 
@@ -29,18 +29,7 @@ def _quantize_activations_fwd_kernel(
     in_row = cols < K
 
     x = tl.load(x_ptr + row * x_stride_m + cols, mask=in_row, other=0.0).to(tl.float32)  # [BLOCK_K]
-    # bit patterns of magnitudes order like the magnitudes, with NaN on top: tl.max drops NaN
-    bits = tl.max(tl.abs(x).to(tl.int32, bitcast=True), axis=0)
-    gamma = bits.to(tl.float32, bitcast=True)
-    gamma = tl.where(gamma < 1e-5, 1e-5, gamma)
-    # div_rn: the approximate division of GPUs moves codes at ties
-    codes = round_half_even(x * tl.div_rn(127.0, gamma))
-    codes = tl.minimum(tl.maximum(codes, -128.0), 127.0)
-
-    tl.store(codes_ptr + row * K + cols, codes.to(tl.int8), mask=in_row)
-    tl.store(scale_ptr + row, tl.div_rn(gamma, 127.0))
-    if WITH_SUMS:
-        tl.store(sums_ptr + row, tl.sum(codes.to(tl.int32), axis=0))
+    store_quantized_row(x, codes_ptr, scale_ptr, sums_ptr, row, K, cols, WITH_SUMS)
 
 
 def launch_quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,49 +5,63 @@ transposed, W x a^T, so that the weights, which are made in registers, are the l
 cores read that one from registers. Packed: one tile of bytes holds four planes of rows, so a
 program keeps four accumulators and never shuffles bits between lanes. It multiplies by codes + 1,
 which are what the bits say, and takes the surplus off at the end: sum a w = sum a (w + 1) - sum a.
+A packed matrix may hold the bytes of several matrices below one another (``merged.py``).
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitnet_triton.kernels.common.tiles import weight_codes
+from bitnet_triton.kernels.common.tiles import part_of_tile, weight_codes
+from bitnet_triton.kernels.ternary_linear.merged import count_tiles, part_ends
 from bitnet_triton.runtime import launch
 from bitnet_triton.runtime.autotune import tiles
 
 
 @triton.jit
 def _store_plane(
-    acc, y_ptr, bias_ptr, scales, tokens, rows, first_row, in_tile, N,
-    HAS_BIAS: tl.constexpr,
+    acc, y_ptr, bias_ptr, residual_ptr, scales, tokens, rows, first_row, in_tile, N,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """Scale acc [BLOCK_R, BLOCK_M] once and store it at y[tokens, first_row + rows]."""
+    """Scale acc [BLOCK_R, BLOCK_M] once and store it at y[tokens, first_row + rows].
+
+    A residual is added to what has been rounded to the dtype of y, as a sum of two tensors is.
+    """
     y = acc.to(tl.float32) * scales[None, :]
     if HAS_BIAS:
         bias = tl.load(bias_ptr + first_row + rows, mask=first_row + rows < N, other=0.0)
         y += bias.to(tl.float32)[:, None]
-    out = y_ptr + tokens[None, :] * N + (first_row + rows)[:, None]
-    tl.store(out, y.to(y_ptr.dtype.element_ty), mask=in_tile)
+    place = tokens[None, :] * N + (first_row + rows)[:, None]
+    y = y.to(y_ptr.dtype.element_ty)
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + place, mask=in_tile, other=0.0)
+        y = (residual.to(tl.float32) + y.to(tl.float32)).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + place, y, mask=in_tile)
 
 
 @triton.jit
 def _ternary_linear_fwd_kernel(
-    # tensors: a [M, K] int8; a_scale, a_sum [M]; packed [R, K]; scale [1]; bias [4 R]; y [M, 4 R]
-    a_ptr, a_scale_ptr, a_sum_ptr, packed_ptr, scale_ptr, bias_ptr, y_ptr,
-    # sizes
-    M, R, K,
+    # tensors: a [M, K] int8; a_scale, a_sum [M]; packed [R, K]; scale [PARTS]; bias [4 R];
+    # residual, y [M, 4 R]
+    a_ptr, a_scale_ptr, a_sum_ptr, packed_ptr, scale_ptr, bias_ptr, residual_ptr, y_ptr,
+    # sizes; where the first and the second part end
+    M, R, K, end0, end1,
     # compile-time
-    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # int64: token * N and row * K overflow int32 from 2**31 elements on
     tokens = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    part, start, end, first = part_of_tile(tl.program_id(0), R, end0, end1, PARTS, BLOCK_R)
+    rows = first.to(tl.int64) + tl.arange(0, BLOCK_R)
     ks = tl.arange(0, BLOCK_K)
     is_token = tokens < M
-    is_row = rows < R
+    is_row = rows < end
 
     acc0 = tl.zeros((BLOCK_R, BLOCK_M), tl.int32)
     acc1 = tl.zeros((BLOCK_R, BLOCK_M), tl.int32)
@@ -74,13 +88,28 @@ def _ternary_linear_fwd_kernel(
         acc3 = tl.dot(w3, a, acc3, out_dtype=tl.int32)
 
     sums = tl.load(a_sum_ptr + tokens, mask=is_token, other=0)[None, :]
-    scales = tl.load(a_scale_ptr + tokens, mask=is_token, other=0.0) * tl.load(scale_ptr)
+    scales = tl.load(a_scale_ptr + tokens, mask=is_token, other=0.0) * tl.load(scale_ptr + part)
     in_tile = is_row[:, None] & is_token[None, :]
     N = 4 * R
-    _store_plane(acc0 - sums, y_ptr, bias_ptr, scales, tokens, rows, 0, in_tile, N, HAS_BIAS)
-    _store_plane(acc1 - sums, y_ptr, bias_ptr, scales, tokens, rows, R, in_tile, N, HAS_BIAS)
-    _store_plane(acc2 - sums, y_ptr, bias_ptr, scales, tokens, rows, 2 * R, in_tile, N, HAS_BIAS)
-    _store_plane(acc3 - sums, y_ptr, bias_ptr, scales, tokens, rows, 3 * R, in_tile, N, HAS_BIAS)
+    # byte row r of a part holds its rows r, r + plane, r + 2 plane, r + 3 plane
+    plane = end - start
+    row0 = 3 * start
+    _store_plane(
+        acc0 - sums, y_ptr, bias_ptr, residual_ptr, scales, tokens, rows, row0, in_tile, N,
+        HAS_BIAS, HAS_RESIDUAL,
+    )  # fmt: skip
+    _store_plane(
+        acc1 - sums, y_ptr, bias_ptr, residual_ptr, scales, tokens, rows, row0 + plane, in_tile, N,
+        HAS_BIAS, HAS_RESIDUAL,
+    )  # fmt: skip
+    _store_plane(
+        acc2 - sums, y_ptr, bias_ptr, residual_ptr, scales, tokens, rows, row0 + 2 * plane,
+        in_tile, N, HAS_BIAS, HAS_RESIDUAL,
+    )  # fmt: skip
+    _store_plane(
+        acc3 - sums, y_ptr, bias_ptr, residual_ptr, scales, tokens, rows, row0 + 3 * plane,
+        in_tile, N, HAS_BIAS, HAS_RESIDUAL,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -118,23 +147,29 @@ def _bit_linear_fwd_kernel(
 
     scales = tl.load(a_scale_ptr + tokens, mask=is_token, other=0.0) * scale
     in_tile = is_row[:, None] & is_token[None, :]
-    _store_plane(acc, y_ptr, bias_ptr, scales, tokens, rows, 0, in_tile, N, HAS_BIAS)
+    _store_plane(acc, y_ptr, bias_ptr, y_ptr, scales, tokens, rows, 0, in_tile, N, HAS_BIAS, False)
 
 
 def launch_ternary_linear_fwd(
     a: Tensor, a_scale: Tensor, a_sum: Tensor, packed: Tensor, scale: Tensor,
-    bias: Tensor | None, dtype: torch.dtype,
+    bias: Tensor | None, residual: Tensor | None, rows: Sequence[int], dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """Map int8 a [M, K], its scale and sum [M] and packed [N / 4, K] to y [M, N] in ``dtype``."""
+    """Map int8 a [M, K], its scale and sum [M] and packed [N / 4, K] to y [M, N] in ``dtype``.
+
+    ``packed`` holds a part of each of ``rows`` byte rows, with one of ``scale`` [PARTS].
+    """
     (M, K), R = a.shape, packed.shape[0]
     y = torch.empty((M, 4 * R), dtype=dtype, device=a.device)
     config = tiles("ternary_linear_fwd", M, a.device)
-    grid = (triton.cdiv(R, config["BLOCK_R"]), triton.cdiv(M, config["BLOCK_M"]))
+    grid = (count_tiles(rows, config["BLOCK_R"]), triton.cdiv(M, config["BLOCK_M"]))
     launch(_ternary_linear_fwd_kernel, grid)(
-        a, a_scale, a_sum, packed, scale, bias if bias is not None else scale, y,
-        M, R, K,
-        HAS_BIAS=bias is not None,
+        a, a_scale, a_sum, packed, scale, scale if bias is None else bias,
+        scale if residual is None else residual, y,
+        M, R, K, *part_ends(rows),
+        PARTS=len(rows), HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
         **config,
+        # a fused multiply-add would skip the rounding before the residual
+        enable_fp_fusion=residual is None,
     )  # fmt: skip
     return y
 

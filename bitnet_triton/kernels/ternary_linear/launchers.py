@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,14 +24,35 @@ from bitnet_triton.runtime.device import smallest_dot
 
 
 def _triton_ternary_fwd(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    a, a_scale, a_sum = _quantize_with_sums(x)
+    rows = packed.shape[:1]
+    return _packed_launcher(x)(a, a_scale, a_sum, packed, scale, bias, None, rows, x.dtype)
+
+
+def _packed_launcher(x: Tensor) -> Callable[..., Tensor]:
+    """Return the launcher of the kernel that multiplies as many rows as x [M, K] has."""
     # Triton is imported on first use, here and below: that takes longer than this package
     from bitnet_triton.kernels.ternary_linear.decode import launch_ternary_linear_fwd_row
     from bitnet_triton.kernels.ternary_linear.forward import launch_ternary_linear_fwd
 
-    a, a_scale, a_sum = _quantize_with_sums(x)
     alone = x.shape[0] == 1 and smallest_dot(x.device) > 1
-    launcher = launch_ternary_linear_fwd_row if alone else launch_ternary_linear_fwd
-    return launcher(a, a_scale, a_sum, packed, scale, bias, x.dtype)
+    return launch_ternary_linear_fwd_row if alone else launch_ternary_linear_fwd
+
+
+def _triton_quantized_fwd(
+    a: Tensor, a_scale: Tensor, a_sum: Tensor, packed: Tensor, scale: Tensor,
+    residual: Tensor | None, rows: Sequence[int], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return _packed_launcher(a)(a, a_scale, a_sum, packed, scale, None, residual, rows, dtype)
+
+
+def _reference_quantized_fwd(
+    a: Tensor, a_scale: Tensor, a_sum: Tensor, packed: Tensor, scale: Tensor,
+    residual: Tensor | None, rows: Sequence[int], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    parts = zip(packed.split(list(rows)), scale.split(1))
+    y = torch.cat([_float_product(a, unpack_codes(p)) * (a_scale * s) for p, s in parts], dim=1)
+    return y.to(dtype) if residual is None else residual + y.to(dtype)
 
 
 def _quantize_with_sums(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,6 +153,10 @@ TERNARY_FWD = {
     "triton": Implementation(_triton_ternary_fwd),
     "compile": Implementation(compiled_ternary_linear_fwd, _compiled_ternary_objection),
     "reference": Implementation(_reference_ternary_fwd),
+}
+QUANTIZED_FWD = {
+    "triton": Implementation(_triton_quantized_fwd),
+    "reference": Implementation(_reference_quantized_fwd),
 }
 TERNARY_BWD = {
     "triton": Implementation(_triton_ternary_bwd),

@@ -1,0 +1,221 @@
+"""The public norms, for inference; none is differentiable."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bitnet_triton.kernels.common.checks import (
+    check_device,
+    check_dtype,
+    check_shape,
+    check_tensor,
+)
+from bitnet_triton.kernels.quantize.op import FLOATS
+from bitnet_triton.kernels.rms_norm.reference import (
+    relu2_mul_norm_quantize_reference,
+    rms_norm_quantize_reference,
+    rms_norm_reference,
+)
+from bitnet_triton.runtime import Implementation, register_op, select
+from bitnet_triton.runtime.autotune import largest_size
+
+Quantized = tuple[Tensor, Tensor, Tensor]
+
+
+def _triton_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    # Triton is imported on first use, here and below: that takes longer than this package
+    from bitnet_triton.kernels.rms_norm.forward import launch_rms_norm
+
+    return launch_rms_norm(x, weight, eps)
+
+
+def _triton_norm_quantize(x: Tensor, weight: Tensor, eps: float) -> Quantized:
+    from bitnet_triton.kernels.rms_norm.forward import launch_rms_norm_quantize
+
+    return launch_rms_norm_quantize(x, weight, eps)
+
+
+def _triton_relu2(gate_up: Tensor, weight: Tensor, eps: float) -> Quantized:
+    from bitnet_triton.kernels.rms_norm.forward import launch_relu2_mul_norm_quantize
+
+    return launch_relu2_mul_norm_quantize(gate_up, weight, eps)
+
+
+def _reference_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return rms_norm_reference(x.float(), weight.float(), eps=eps, dtype=x.dtype).to(x.dtype)
+
+
+def _reference_norm_quantize(x: Tensor, weight: Tensor, eps: float) -> Quantized:
+    return _integers(
+        *rms_norm_quantize_reference(x.float(), weight.float(), eps=eps, dtype=x.dtype)
+    )
+
+
+def _reference_relu2(gate_up: Tensor, weight: Tensor, eps: float) -> Quantized:
+    wide, dtype = gate_up.float(), gate_up.dtype
+    return _integers(*relu2_mul_norm_quantize_reference(wide, weight.float(), eps=eps, dtype=dtype))
+
+
+def _integers(codes: Tensor, scale: Tensor, sums: Tensor) -> Quantized:
+    return codes.to(torch.int8), scale, sums.to(torch.int32)
+
+
+_LARGEST = largest_size("rms_norm_fwd")
+
+
+def _triton_objection(weight: Tensor) -> str | None:
+    fits = weight.shape[0] <= _LARGEST
+    return None if fits else f"a program holds a row of at most {_LARGEST} values"
+
+
+NORM_FWD = {
+    "triton": Implementation(_triton_norm, _triton_objection),
+    "reference": Implementation(_reference_norm),
+}
+NORM_QUANTIZE_FWD = {
+    "triton": Implementation(_triton_norm_quantize, _triton_objection),
+    "reference": Implementation(_reference_norm_quantize),
+}
+RELU2_FWD = {
+    "triton": Implementation(_triton_relu2, _triton_objection),
+    "reference": Implementation(_reference_relu2),
+}
+
+
+def _launch_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if x.shape[0] == 0:
+        return _fake_norm(x, weight, eps)
+    return select("rms_norm", NORM_FWD, x.device, weight)(x, weight, eps)
+
+
+def _fake_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _launch_norm_quantize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    if x.shape[0] == 0:
+        return _fake_quantize(x, weight, eps)
+    return select("rms_norm_quantize", NORM_QUANTIZE_FWD, x.device, weight)(x, weight, eps)
+
+
+def _launch_relu2(gate_up: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    if gate_up.shape[0] == 0:
+        return _fake_quantize(gate_up, weight, eps)
+    run = select("relu2_mul_norm_quantize", RELU2_FWD, gate_up.device, weight)
+    return run(gate_up, weight, eps)
+
+
+def _fake_quantize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    M, D = x.shape[0], weight.shape[0]
+    return (
+        x.new_empty((M, D), dtype=torch.int8),
+        x.new_empty((M, 1), dtype=torch.float32),
+        x.new_empty((M,), dtype=torch.int32),
+    )
+
+
+# what layers that have checked their arguments call: rows whose last dimension is contiguous
+rms_norm_rows = register_op("rms_norm_fwd", _launch_norm, _fake_norm)
+rms_norm_quantize_rows = register_op("rms_norm_quantize_fwd", _launch_norm_quantize, _fake_quantize)
+relu2_mul_norm_quantize_rows = register_op(
+    "relu2_mul_norm_quantize_fwd", _launch_relu2, _fake_quantize
+)
+
+
+def _rows(name: str, x: Tensor, weight: Tensor, eps: float, widths: int) -> Tensor:
+    """Check the arguments of a norm; return ``x`` without gradients as a matrix of rows."""
+    check_tensor("weight", weight)
+    check_dtype("weight", weight, *FLOATS)
+    check_shape("weight", weight, "D")
+    if weight.shape[0] == 0:
+        raise ValueError("`weight`: expected [D] with D at least 1, got [0]")
+    check_tensor(name, x)
+    check_dtype(name, x, weight.dtype)
+    width = widths * weight.shape[0]
+    if x.ndim == 0 or x.shape[-1] != width:
+        raise ValueError(f"`{name}`: expected [... {width}], got {list(x.shape)}")
+    check_device(name, x, weight.device)
+    if not eps >= 0:
+        raise ValueError(f"`eps`: expected 0 or a positive number, got {eps}")
+    rows = x.detach().reshape(-1, width)
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
+    """Normalise the last dimension by its root mean square; for inference, not differentiable.
+
+    ``y = x / sqrt(mean(x**2) + eps) * weight`` (arXiv:1910.07467, eq. 4), rounded as transformers'
+    BitNetRMSNorm rounds: the quotient in float32, cast to the dtype of ``x``, times ``weight``.
+
+    Args:
+        x: [..., D] float16, bfloat16 or float32.
+        weight: [D] in the dtype and on the device of ``x``.
+        eps: added to the mean square, in units of x squared. Default: 1e-5.
+
+    Returns:
+        [..., D] in the dtype of ``x``.
+
+    Raises:
+        TypeError: a tensor has a wrong dtype.
+        ValueError: shapes do not fit, a tensor is on another device, or ``eps`` is negative.
+        BackendUnavailableError: the forced backend cannot run.
+    """
+    return rms_norm_rows(_rows("x", x, weight, eps, 1), weight.detach(), eps).view(x.shape)
+
+
+def rms_norm_quantize(
+    x: Tensor, weight: Tensor, *, eps: float = 1e-5
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise as ``rms_norm`` does and quantise as ``quantize_activations`` does, in one pass.
+
+    For inference, not differentiable. The codes are those of the two ops one after the other.
+
+    Args:
+        x: [..., D] float16, bfloat16 or float32.
+        weight: [D] in the dtype and on the device of ``x``.
+        eps: added to the mean square, in units of x squared. Default: 1e-5.
+
+    Returns:
+        int8 codes [..., D], float32 scale [..., 1] and int32 sums of the codes [...], which
+        ``ternary_linear_quantized`` takes.
+
+    Raises:
+        TypeError: a tensor has a wrong dtype.
+        ValueError: shapes do not fit, a tensor is on another device, or ``eps`` is negative.
+        BackendUnavailableError: the forced backend cannot run.
+    """
+    rows = _rows("x", x, weight, eps, 1)
+    return _shaped(x, rms_norm_quantize_rows(rows, weight.detach(), eps))
+
+
+def relu2_mul_norm_quantize(
+    gate_up: Tensor, weight: Tensor, *, eps: float = 1e-5
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute ``relu(gate)**2 * up``, normalise and quantise it, in one pass.
+
+    The inside of BitNet's feed-forward layer (arXiv:2504.12285), between its packed linears. For
+    inference, not differentiable. Rounded to the dtype of ``gate_up`` after the square, the
+    product and as ``rms_norm``.
+
+    Args:
+        gate_up: [..., 2 F] float16, bfloat16 or float32: gate, then up.
+        weight: [F] of the sub-norm, in the dtype and on the device of ``gate_up``.
+        eps: added to the mean square, in units of the product squared. Default: 1e-5.
+
+    Returns:
+        int8 codes [..., F], float32 scale [..., 1] and int32 sums of the codes [...].
+
+    Raises:
+        TypeError: a tensor has a wrong dtype.
+        ValueError: shapes do not fit, a tensor is on another device, or ``eps`` is negative.
+        BackendUnavailableError: the forced backend cannot run.
+    """
+    rows = _rows("gate_up", gate_up, weight, eps, 2)
+    return _shaped(gate_up, relu2_mul_norm_quantize_rows(rows, weight.detach(), eps))
+
+
+def _shaped(x: Tensor, quantized: Quantized) -> Quantized:
+    codes, scale, sums = quantized
+    leading = x.shape[:-1]
+    return codes.view(*leading, -1), scale.view(*leading, 1), sums.view(leading)

@@ -1,0 +1,267 @@
+"""fuse(model): decoder layers of a BitNet model as few kernels, for inference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, TypeVar, cast
+
+import torch
+import transformers.models.bitnet.modeling_bitnet as hf
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from bitnet_triton.kernels import MergedTernaryWeight
+from bitnet_triton.kernels.rms_norm.op import relu2_mul_norm_quantize_rows, rms_norm_quantize_rows
+from bitnet_triton.kernels.ternary_linear.quantized import ternary_linear_quantized_rows
+from bitnet_triton.nn import MergedLinears, PackedBitLinear
+from bitnet_triton.runtime import forced_backend
+from bitnet_triton.runtime.device import autocast_dtype
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_CAPTURES_OUTPUTS = "transformers.utils.output_capturing"
+
+
+def fuse(model: Model) -> Model:
+    """Run the decoder layers of a BitNet model as few kernels, in place, for inference.
+
+    Each norm quantises its output, queries, keys and values are one product, gate and up another,
+    and the residuals are added where the products are stored. Used in ``eval()`` without
+    gradients; any other forward is the layer's own, and so is one under autocast, with hooks on
+    parts of a layer, with parts that were replaced (adapters) or on the backend ``compile``. The
+    parameters, ``state_dict`` and ``save_pretrained`` stay as they are; merged weights are one
+    tensor of which the linears hold views. The attention implementation and the cache are those of
+    the model.
+
+    Args:
+        model: of the BitNet architecture with packed linears: ``BitNetForCausalLM`` of this
+            package, or transformers' after ``use_ternary_kernels``.
+
+    Returns:
+        The same model. ``unfuse`` undoes it; a second call changes nothing.
+
+    Raises:
+        ValueError: the model has no BitNet decoder layer, or a layer cannot be fused: its linears
+            are not packed, have a bias or a norm of their own, its activation is not ``relu2``, or
+            its weights are offloaded. Nothing was changed then.
+    """
+    layers = dict(_decoder_layers(model))
+    if not layers:
+        raise ValueError(
+            "`model`: expected decoder layers of the BitNet architecture, got "
+            f"{type(model).__name__} without any; Llama-style models stay as they are"
+        )
+    for name, layer in layers.items():
+        objection = _objection(layer)
+        if objection is not None:
+            raise ValueError(f"`model`: layer {name}: {objection}")
+    for layer in layers.values():
+        if not isinstance(layer, FusedDecoderLayer):
+            _fuse_layer(layer)
+    return model
+
+
+def unfuse(model: Model) -> Model:
+    """Give the decoder layers that ``fuse`` changed their own forward back, in place.
+
+    Args:
+        model: any model; layers that are not fused stay as they are.
+
+    Returns:
+        The same model.
+    """
+    for module in model.modules():
+        if isinstance(module, FusedDecoderLayer):
+            del module.fusion
+            cast("Any", module).__class__ = hf.BitNetDecoderLayer
+    return model
+
+
+def _decoder_layers(model: nn.Module) -> Iterator[tuple[str, hf.BitNetDecoderLayer]]:
+    for name, module in model.named_modules():
+        if type(module) in (hf.BitNetDecoderLayer, FusedDecoderLayer):
+            yield name, cast("hf.BitNetDecoderLayer", module)
+
+
+def _objection(layer: hf.BitNetDecoderLayer) -> str | None:
+    """Say why a layer cannot be fused; None when it can."""
+    if any(hasattr(module, "_hf_hook") for module in layer.modules()):
+        return "accelerate moves its weights or inputs; load the model onto one device"
+    for name, linear in _linears(layer):
+        if not isinstance(linear, PackedBitLinear):
+            return f"{name}: expected packed ternary weights, got {type(linear).__name__}"
+        if linear.bias is not None:
+            return f"{name}: a linear with a bias cannot be fused yet"
+        if linear.rms_norm is not None:
+            return f"{name}: a linear with a norm of its own cannot be fused yet"
+        if linear.weight.device.type == "meta":
+            return f"{name}: its weight is not loaded"
+    if layer.mlp.config.hidden_act != "relu2":
+        return f"mlp: expected the activation relu2, got {layer.mlp.config.hidden_act}"
+    return None
+
+
+def _linears(layer: hf.BitNetDecoderLayer) -> Iterator[tuple[str, nn.Module]]:
+    for parent in ("self_attn", "mlp"):
+        for name, module in layer.get_submodule(parent).named_children():
+            if name.endswith("_proj"):
+                yield f"{parent}.{name}", module
+
+
+def _fuse_layer(layer: hf.BitNetDecoderLayer) -> None:
+    fusion = _Fusion(layer)
+    # another class, not another forward on the instance: copies and compilers follow classes
+    fused = cast("FusedDecoderLayer", layer)
+    cast("Any", fused).__class__ = FusedDecoderLayer
+    fused.fusion = fusion
+
+
+def _merged(*layers: nn.Module) -> MergedLinears:
+    return MergedLinears(*cast("tuple[PackedBitLinear, ...]", layers))
+
+
+class _Fusion:
+    """What the forward of a fused layer looks up, and whether it may run."""
+
+    def __init__(self, layer: hf.BitNetDecoderLayer) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.qkv = _merged(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.o = _merged(attention.o_proj)
+        self.gate_up = _merged(mlp.gate_proj, mlp.up_proj)
+        self.down = _merged(mlp.down_proj)
+        self.heads = attention.q_proj.out_features // attention.head_dim
+        self.kv_heads = attention.k_proj.out_features // attention.head_dim
+        parts = [module for module in layer.modules() if module is not layer]
+        # PyTorch changes these dictionaries, it does not replace them
+        self._hooks = [
+            hooks
+            for module in parts
+            for hooks in (module._forward_pre_hooks, module._forward_hooks)
+        ]
+        self._children = [
+            (module._modules, name, child)
+            for module in layer.modules()
+            for name, child in module._modules.items()
+        ]
+        self._norm = layer.input_layernorm._parameters
+
+    def runs(self, layer: hf.BitNetDecoderLayer, x: Tensor, kwargs: dict[str, Any]) -> bool:
+        """Tell whether a call may take the fused forward."""
+        return not (
+            torch.is_grad_enabled()
+            or layer.training
+            or autocast_dtype(x.device.type) is not None
+            or forced_backend() == "compile"
+            or self._asks_for_attention(layer, kwargs)
+            or self._is_changed(x)
+        )
+
+    @staticmethod
+    def _asks_for_attention(layer: hf.BitNetDecoderLayer, kwargs: dict[str, Any]) -> bool:
+        config = layer.self_attn.config
+        return bool(kwargs.get("output_attentions", config.output_attentions))
+
+    def _is_changed(self, x: Tensor) -> bool:
+        for modules, name, child in self._children:
+            if modules[name] is not child:
+                return True
+        for hooks in self._hooks:
+            if hooks and not all(map(_only_captures, hooks.values())):
+                return True
+        weight = self._norm["weight"]
+        return weight is None or weight.dtype != x.dtype
+
+
+def _only_captures(hook: Any) -> bool:
+    """Tell whether a hook is one by which transformers collects outputs that are asked for."""
+    return getattr(hook, "__module__", None) == _CAPTURES_OUTPUTS
+
+
+class FusedDecoderLayer(hf.BitNetDecoderLayer):
+    """A decoder layer of transformers' BitNet after ``fuse``."""
+
+    fusion: _Fusion
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Any = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Map [B T D] to [B T D]."""
+        fusion = self.fusion
+        if not fusion.runs(self, hidden_states, kwargs):
+            return super().forward(
+                hidden_states,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+        assert position_embeddings is not None
+        B, T, D = hidden_states.shape
+        x = hidden_states.reshape(-1, D)
+        qkv = _product(_normalise(x, self.input_layernorm), fusion.qkv.weight(), x)
+        attended = self._attend(
+            qkv.view(B, T, -1, self.self_attn.head_dim), position_embeddings, attention_mask,
+            past_key_values, position_ids=position_ids, use_cache=use_cache, **kwargs,
+        )  # fmt: skip
+        quantized = _normalise(attended.reshape(B * T, -1), self.self_attn.attn_sub_norm)
+        x = _product(quantized, fusion.o.weight(), x, residual=x)
+        quantized = _normalise(x, self.post_attention_layernorm)
+        gate_up = _product(quantized, fusion.gate_up.weight(), x)
+        norm = self.mlp.ffn_sub_norm
+        quantized = relu2_mul_norm_quantize_rows(gate_up, norm.weight, norm.variance_epsilon)
+        return _product(quantized, fusion.down.weight(), x, residual=x).view(B, T, D)
+
+    def _attend(
+        self,
+        heads: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        past_key_values: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Map ``heads`` [B T H + 2 Hk D], of queries, keys and values, to [B T H D]."""
+        attention, fusion = self.self_attn, self.fusion
+        H, Hk = fusion.heads, fusion.kv_heads
+        # queries and keys turn alike: in one go
+        rotated = _rotate(heads[:, :, : H + Hk], *position_embeddings).transpose(1, 2)
+        query, key = rotated[:, :H], rotated[:, H:]
+        value = heads[:, :, H + Hk :].transpose(1, 2)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, attention.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            attention.config._attn_implementation, hf.eager_attention_forward
+        )
+        return attend(
+            attention, query, key, value, attention_mask,
+            dropout=0.0, scaling=attention.scaling, **kwargs,
+        )[0]  # fmt: skip
+
+
+def _normalise(x: Tensor, norm: hf.BitNetRMSNorm) -> tuple[Tensor, Tensor, Tensor]:
+    return rms_norm_quantize_rows(x, norm.weight, norm.variance_epsilon)
+
+
+def _product(
+    quantized: tuple[Tensor, Tensor, Tensor],
+    weight: MergedTernaryWeight,
+    x: Tensor,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Multiply, into the dtype of ``x``."""
+    return ternary_linear_quantized_rows(
+        *quantized, weight.packed, weight.scale, residual, weight.rows, x.dtype
+    )
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply rotary embeddings [B T D] to x [B T H D], with the roundings of transformers."""
+    return x * cos.unsqueeze(2) + hf.rotate_half(x) * sin.unsqueeze(2)
