@@ -26,13 +26,21 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
-    if config.option.seed is None:  # workers of xdist inherit the option
+    if hasattr(config, "workerinput"):  # a worker of xdist: the seed of its controller
+        config.option.seed = config.workerinput["seed"]
+    elif config.option.seed is None:
         config.option.seed = random.SystemRandom().randrange(2**31)
     if getattr(config.option, "hypothesis_seed", "") is None:
         config.option.hypothesis_seed = config.option.seed
     # an output element that nobody writes is NaN, not yesterday's right answer
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    """Hand the seed to a worker of xdist."""
+    node.workerinput["seed"] = node.config.option.seed
 
 
 def pytest_report_header(config):
