@@ -151,7 +151,8 @@ class _Fusion:
             torch.is_grad_enabled()
             or layer.training
             or autocast_dtype(x.device.type) is not None
-            or forced_backend() == "compile"
+            # a compiled graph looks for the backend when it runs
+            or (not torch.compiler.is_compiling() and forced_backend() == "compile")
             or self._asks_for_attention(layer, kwargs)
             or self._is_changed(x)
         )

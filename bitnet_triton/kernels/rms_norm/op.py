@@ -218,4 +218,4 @@ def relu2_mul_norm_quantize(
 def _shaped(x: Tensor, quantized: Quantized) -> Quantized:
     codes, scale, sums = quantized
     leading = x.shape[:-1]
-    return codes.view(*leading, -1), scale.view(*leading, 1), sums.view(leading)
+    return codes.view(*leading, codes.shape[1]), scale.view(*leading, 1), sums.view(leading)

@@ -1,0 +1,198 @@
+"""The norms against float64 and against the same steps one by one, on every backend."""
+
+import pytest
+import torch
+from transformers.models.bitnet.modeling_bitnet import BitNetRMSNorm
+
+from bitnet_triton import BackendUnavailableError, use_backend
+from bitnet_triton.kernels import (
+    quantize_activations,
+    relu2_mul_norm_quantize,
+    rms_norm,
+    rms_norm_quantize,
+)
+from bitnet_triton.kernels.rms_norm.reference import (
+    relu2_mul_norm_quantize_reference,
+    rms_norm_quantize_reference,
+    rms_norm_reference,
+)
+from bitnet_triton.testing import assert_close
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SHAPES = [(1, 64), (2, 1), (5, 100), (3, 1025), (1, 2560)]
+EPS = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def _backend(request):
+    """Force the backend of the test; `compile` has no implementation."""
+    callspec = getattr(request.node, "callspec", None)
+    backend = callspec.params.get("backend") if callspec else None
+    if backend == "compile":
+        pytest.skip("the norms have no `compile` implementation")
+    if not backend:
+        yield
+        return
+    with use_backend(backend):
+        yield
+
+
+def inputs(shape, dtype, device, widths=1):
+    x = torch.randn(*shape[:-1], widths * shape[-1], device=device).to(dtype)
+    return x, (1 + 0.2 * torch.randn(shape[-1], device=device)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_reference(shape, dtype, device, backend):
+    x, weight = inputs(shape, dtype, device)
+    exact = rms_norm_reference(x.double(), weight.double(), eps=EPS)
+    eager = rms_norm_reference(x, weight, eps=EPS)
+    assert_close("y", rms_norm(x, weight, eps=EPS), exact, eager=eager)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_rounds_where_transformers_rounds(dtype, device, backend):
+    x, weight = inputs((7, 2560), dtype, device)
+    norm = BitNetRMSNorm(2560, EPS).to(device)
+    norm.weight.data = weight
+    # the sums run in another order: a quotient beside a tie may fall to its other side
+    assert (rms_norm(x, weight, eps=EPS) != norm(x)).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_fused_codes_are_those_of_the_two_steps(shape, dtype, device, backend):
+    x, weight = inputs(shape, dtype, device)
+    codes, scale, sums = rms_norm_quantize(x, weight, eps=EPS)
+    expected_codes, expected_scale = quantize_activations(rms_norm(x, weight, eps=EPS))
+    assert torch.equal(codes, expected_codes)
+    assert torch.equal(scale, expected_scale)
+    assert torch.equal(sums, codes.sum(-1, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_feed_forward_codes_are_those_of_the_steps(shape, dtype, device, backend):
+    gate_up, weight = inputs(shape, dtype, device, widths=2)
+    gate, up = gate_up.chunk(2, dim=-1)
+    codes, scale, sums = relu2_mul_norm_quantize(gate_up, weight, eps=EPS)
+    normalised = rms_norm(gate.relu().square() * up, weight, eps=EPS)
+    expected_codes, expected_scale = quantize_activations(normalised)
+    assert torch.equal(codes, expected_codes)
+    assert torch.equal(scale, expected_scale)
+    assert torch.equal(sums, codes.sum(-1, dtype=torch.int32))
+
+
+@pytest.mark.parametrize(
+    ("op", "reference", "widths"),
+    [
+        (rms_norm_quantize, rms_norm_quantize_reference, 1),
+        (relu2_mul_norm_quantize, relu2_mul_norm_quantize_reference, 2),
+    ],
+)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_codes_match_the_float64_formula(op, reference, widths, shape, device, backend):
+    x, weight = inputs(shape, torch.float32, device, widths)
+    codes, scale, _ = op(x, weight, eps=EPS)
+    exact_codes, exact_scale, _ = reference(x.double(), weight.double(), eps=EPS)
+    assert_close("scale", scale, exact_scale)
+    # beside a tie the last bit of float32 decides
+    assert (codes.double() - exact_codes).abs().max() <= 1
+    assert (codes != exact_codes).float().mean() <= 0.01
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_row_that_is_not_finite_has_a_scale_that_is_not(value, device, backend):
+    x, weight = inputs((3, 128), torch.float32, device)
+    x[1, 100] = value
+    for row_scale in (
+        rms_norm_quantize(x, weight)[1],
+        # in the gate and in up: relu keeps NaN
+        relu2_mul_norm_quantize(x, weight[:64])[1],
+        relu2_mul_norm_quantize(x.flip(-1), weight[:64])[1],
+    ):
+        assert torch.isfinite(row_scale[[0, 2]]).all()
+        assert not torch.isfinite(row_scale[1])
+
+
+def test_a_row_of_zeros_gives_zeros(device, backend):
+    x, weight = torch.zeros(2, 64, device=device), torch.ones(64, device=device)
+    codes, scale, sums = rms_norm_quantize(x, weight)
+    assert not codes.any()
+    assert not sums.any()
+    assert scale.eq(torch.tensor(1e-5, device=device) / 127).all()
+
+
+def test_keeps_leading_dimensions_and_takes_strided_and_empty_input(device, backend):
+    weight = torch.ones(16, device=device)
+    x = torch.randn(2, 5, 64, device=device)[:, -1:, ::4]
+    expected = rms_norm_quantize(x.contiguous(), weight)
+    for value, wanted, shape in zip(
+        rms_norm_quantize(x, weight), expected, [(2, 1, 16), (2, 1, 1), (2, 1)]
+    ):
+        assert value.shape == shape
+        assert torch.equal(value, wanted)
+    wide = torch.randn(4, 48, device=device)
+    assert torch.equal(rms_norm(wide[:, 8:24], weight), rms_norm(wide[:, 8:24].clone(), weight))
+    assert rms_norm(torch.randn(0, 16, device=device), weight).shape == (0, 16)
+    assert relu2_mul_norm_quantize(torch.randn(0, 32, device=device), weight)[0].shape == (0, 16)
+
+
+def test_results_do_not_require_gradients(device):
+    x = torch.randn(2, 16, device=device, requires_grad=True)
+    weight = torch.ones(16, device=device, requires_grad=True)
+    assert not rms_norm(x, weight).requires_grad
+    assert not rms_norm_quantize(x, weight)[1].requires_grad
+
+
+def test_is_traced_as_one_op():
+    x, weight = torch.randn(2, 32), torch.randn(16)
+
+    def both(x, weight):
+        return rms_norm(x[:, :16], weight), *relu2_mul_norm_quantize(x, weight)
+
+    compiled = torch.compile(both, fullgraph=True, backend="eager")
+    for value, expected in zip(compiled(x, weight), both(x, weight)):
+        assert torch.equal(value, expected)
+
+
+def test_a_row_that_no_program_holds_is_left_to_the_reference():
+    x, weight = torch.randn(1, 16385), torch.ones(16385)
+    exact = rms_norm_reference(x.double(), weight.double(), eps=EPS)
+    assert_close("y", rms_norm(x, weight, eps=EPS), exact)
+    with use_backend("triton"), pytest.raises(BackendUnavailableError, match="at most 16384"):
+        rms_norm(x, weight)
+
+
+def test_the_references_pass_gradcheck():
+    x, weight = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in [(3, 5), (5,)])
+    assert torch.autograd.gradcheck(lambda x, w: rms_norm_reference(x, w, eps=EPS), (x, weight))
+
+
+@pytest.mark.parametrize("op", [rms_norm, rms_norm_quantize, relu2_mul_norm_quantize])
+@pytest.mark.parametrize(
+    ("x", "weight", "eps", "error", "message"),
+    [
+        ([1.0], torch.ones(4), EPS, TypeError, "`(x|gate_up)`: expected a torch.Tensor, got list"),
+        (torch.ones(2, 3), torch.ones(4), EPS, ValueError, r"expected \[... [48]\], got \[2, 3\]"),
+        (torch.ones(()), torch.ones(4), EPS, ValueError, r"got \[\]"),
+        (torch.ones(2, 4).half(), torch.ones(4), EPS, TypeError, "expected dtype float32"),
+        (torch.ones(2, 4), torch.ones(4).int(), EPS, TypeError, "`weight`: expected dtype"),
+        (torch.ones(2, 4), torch.ones(2, 4), EPS, ValueError, r"`weight`: expected \[D\]"),
+        (torch.ones(2, 0), torch.ones(0), EPS, ValueError, r"`weight`: .* got \[0\]"),
+        (torch.ones(2, 4), 1.0, EPS, TypeError, "`weight`: expected a torch.Tensor"),
+    ],
+)
+def test_bad_arguments_are_named(op, x, weight, eps, error, message):
+    with pytest.raises(error, match=message):
+        op(x, weight, eps=eps)
+
+
+@pytest.mark.parametrize("op", [rms_norm, rms_norm_quantize])
+def test_another_device_and_a_bad_eps_are_named(op):
+    with pytest.raises(ValueError, match="`x`: expected a tensor on meta"):
+        op(torch.ones(2, 4), torch.ones(4, device="meta"))
+    for eps in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="`eps`: expected 0 or a positive number"):
+            op(torch.ones(2, 4), torch.ones(4), eps=eps)
