@@ -292,13 +292,13 @@ def test_a_model_that_cannot_be_fused_is_named_and_left(variant, message, checkp
 
 def test_a_llama_model_is_refused(checkpoint, load_theirs):
     model = bt.use_ternary_kernels(load_theirs(checkpoint(arch="llama")))
-    with pytest.raises(ValueError, match="`model`: .*got LlamaForCausalLM without any"):
+    with pytest.raises(ValueError, match=r"`model`: .*got LlamaForCausalLM without any"):
         bt.fuse(model)
     assert bt.unfuse(model) is model
 
 
 def test_offloaded_layers_are_refused(model):
     model.model.layers[1]._hf_hook = object()
-    with pytest.raises(ValueError, match="layer model.layers.1: accelerate moves"):
+    with pytest.raises(ValueError, match=r"layer model.layers.1: accelerate moves"):
         bt.fuse(model)
     assert not layers(model)
