@@ -14,7 +14,7 @@ from transformers.utils.quantization_config import BitNetQuantConfig
 
 from bench.case import Settings
 from bench.peers import from_transformers
-from bitnet_triton import BitNetConfig
+from bitnet_triton import BitNetConfig, fuse
 from bitnet_triton.kernels.packing import unpack_codes
 
 DTYPE = torch.bfloat16
@@ -133,10 +133,15 @@ class RandomModels:
         return 2.0 ** round(math.log2(deviation))
 
     def get(self, kind: str) -> PreTrainedModel:
-        """Return the model called "ours", "bitlinear" or "autobitlinear"."""
+        """Return "fused" or "unfused" (ours), "bitlinear" or "autobitlinear" (transformers)."""
         if kind not in self._built:
-            self._built[kind] = self._ours() if kind == "ours" else self._transformers(kind)
+            self._built[kind] = self._build(kind)
         return self._built[kind]
+
+    def _build(self, kind: str) -> PreTrainedModel:
+        if kind == "fused":
+            return fuse(self._ours())
+        return self._ours() if kind == "unfused" else self._transformers(kind)
 
     def _ours(self) -> PreTrainedModel:
         config = self.shape.config(BitNetConfig)

@@ -185,7 +185,13 @@ def case(
         inputs=inputs,
         reference=_reference,
         providers={
-            "bitnet_triton": Provider("bitnet_triton", _build("ours"), TOLERANCE, "int8"),
+            "bitnet_triton": Provider(
+                "bitnet_triton", _build("fused"), TOLERANCE, "int8", "after bitnet_triton.fuse",
+            ),
+            "bitnet_triton_unfused": Provider(
+                "bitnet_triton, unfused", _build("unfused"), TOLERANCE, "int8",
+                "each layer module by module", default=False,
+            ),
             "transformers_packed": Provider(
                 "hf bitlinear", _build("bitlinear"), TOLERANCE, "bf16",
                 "transformers, unpacks on each call",

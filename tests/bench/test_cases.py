@@ -41,7 +41,7 @@ def test_models_hold_the_same_codes():
     models = RandomModels(shape, Settings())
     name = "model.layers.1.mlp.up_proj"
     ours, packed, dense = (
-        models.get(kind).get_submodule(name) for kind in ("ours", "bitlinear", "autobitlinear")
+        models.get(kind).get_submodule(name) for kind in ("unfused", "bitlinear", "autobitlinear")
     )
     codes = ours.ternary_weight.codes()
     assert codes.unique().tolist() == [-1, 0, 1]
