@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import transformers.models.bitnet.modeling_bitnet as hf
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from bitnet_triton.kernels import MergedTernaryWeight
-from bitnet_triton.kernels.rms_norm.op import relu2_mul_norm_quantize_rows, rms_norm_quantize_rows
+from bitnet_triton.kernels.rms_norm.op import (
+    NORM_QUANTIZE_FWD,
+    RELU2_FWD,
+    relu2_mul_norm_quantize_rows,
+    rms_norm_quantize_rows,
+)
+from bitnet_triton.kernels.ternary_linear.launchers import QUANTIZED_FWD
 from bitnet_triton.kernels.ternary_linear.quantized import ternary_linear_quantized_rows
 from bitnet_triton.nn import MergedLinears, PackedBitLinear
-from bitnet_triton.runtime import forced_backend
+from bitnet_triton.runtime import forced_backend, select
 from bitnet_triton.runtime.device import autocast_dtype
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -120,22 +125,52 @@ def _merged(*layers: nn.Module) -> MergedLinears:
     return MergedLinears(*cast("tuple[PackedBitLinear, ...]", layers))
 
 
+class _Launchers(NamedTuple):
+    """What runs the steps of a layer."""
+
+    norm_quantize: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    relu2: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    product: Callable[..., Tensor]
+
+
+_REGISTERED = _Launchers(
+    rms_norm_quantize_rows, relu2_mul_norm_quantize_rows, ternary_linear_quantized_rows
+)
+
+
+class _Norm:
+    """A norm as the kernels read it."""
+
+    def __init__(self, norm: hf.BitNetRMSNorm) -> None:
+        self._parameters = norm._parameters
+        self.eps = norm.variance_epsilon
+
+    @property
+    def weight(self) -> Tensor:
+        return cast("Tensor", self._parameters["weight"])
+
+
 class _Fusion:
     """What the forward of a fused layer looks up, and whether it may run."""
 
     def __init__(self, layer: hf.BitNetDecoderLayer) -> None:
         attention, mlp = layer.self_attn, layer.mlp
+        self.attention = attention
         self.qkv = _merged(attention.q_proj, attention.k_proj, attention.v_proj)
         self.o = _merged(attention.o_proj)
         self.gate_up = _merged(mlp.gate_proj, mlp.up_proj)
         self.down = _merged(mlp.down_proj)
+        self.input_norm = _Norm(layer.input_layernorm)
+        self.attention_norm = _Norm(attention.attn_sub_norm)
+        self.mlp_norm = _Norm(layer.post_attention_layernorm)
+        self.down_norm = _Norm(mlp.ffn_sub_norm)
         self.heads = attention.q_proj.out_features // attention.head_dim
         self.kv_heads = attention.k_proj.out_features // attention.head_dim
-        parts = [module for module in layer.modules() if module is not layer]
         # PyTorch changes these dictionaries, it does not replace them
         self._hooks = [
             hooks
-            for module in parts
+            for module in layer.modules()
+            if module is not layer
             for hooks in (module._forward_pre_hooks, module._forward_hooks)
         ]
         self._children = [
@@ -143,34 +178,46 @@ class _Fusion:
             for module in layer.modules()
             for name, child in module._modules.items()
         ]
-        self._norm = layer.input_layernorm._parameters
+        self._launchers: dict[Any, _Launchers] = {}
 
-    def runs(self, layer: hf.BitNetDecoderLayer, x: Tensor, kwargs: dict[str, Any]) -> bool:
-        """Tell whether a call may take the fused forward."""
-        return not (
+    def launchers(
+        self, layer: hf.BitNetDecoderLayer, x: Tensor, kwargs: dict[str, Any]
+    ) -> _Launchers | None:
+        """Return what a fused forward runs; None where the layer's own forward has to."""
+        if (
             torch.is_grad_enabled()
             or layer.training
+            or x.numel() == 0
+            or x.dtype != self.input_norm.weight.dtype
             or autocast_dtype(x.device.type) is not None
-            # a compiled graph looks for the backend when it runs
-            or (not torch.compiler.is_compiling() and forced_backend() == "compile")
-            or self._asks_for_attention(layer, kwargs)
-            or self._is_changed(x)
+            or any(modules[name] is not child for modules, name, child in self._children)
+            or (any(self._hooks) and self._is_watched(kwargs))
+        ):
+            return None
+        if torch.compiler.is_compiling() or type(x) is not Tensor:
+            return _REGISTERED  # a graph chooses its backend when it runs
+        backend = forced_backend()
+        if backend == "compile":
+            return None
+        # chosen once, not in every step of every layer
+        key = backend, x.device
+        return self._launchers.get(key) or self._choose(key, x.device)
+
+    def _choose(self, key: Any, device: torch.device) -> _Launchers:
+        norm, relu2 = self.input_norm.weight, self.down_norm.weight
+        chosen = _Launchers(
+            select("rms_norm_quantize", NORM_QUANTIZE_FWD, device, norm),
+            select("relu2_mul_norm_quantize", RELU2_FWD, device, relu2),
+            select("ternary_linear_quantized", QUANTIZED_FWD, device),
         )
+        self._launchers[key] = chosen
+        return chosen
 
-    @staticmethod
-    def _asks_for_attention(layer: hf.BitNetDecoderLayer, kwargs: dict[str, Any]) -> bool:
-        config = layer.self_attn.config
-        return bool(kwargs.get("output_attentions", config.output_attentions))
-
-    def _is_changed(self, x: Tensor) -> bool:
-        for modules, name, child in self._children:
-            if modules[name] is not child:
-                return True
-        for hooks in self._hooks:
-            if hooks and not all(map(_only_captures, hooks.values())):
-                return True
-        weight = self._norm["weight"]
-        return weight is None or weight.dtype != x.dtype
+    def _is_watched(self, kwargs: dict[str, Any]) -> bool:
+        """Tell whether somebody wants to see what happens inside of the layer."""
+        if kwargs.get("output_attentions", self.attention.config.output_attentions):
+            return True
+        return not all(_only_captures(hook) for hooks in self._hooks for hook in hooks.values())
 
 
 def _only_captures(hook: Any) -> bool:
@@ -195,7 +242,8 @@ class FusedDecoderLayer(hf.BitNetDecoderLayer):
     ) -> Tensor:
         """Map [B T D] to [B T D]."""
         fusion = self.fusion
-        if not fusion.runs(self, hidden_states, kwargs):
+        run = fusion.launchers(self, hidden_states, kwargs)
+        if run is None:
             return super().forward(
                 hidden_states,
                 attention_mask=attention_mask,
@@ -207,19 +255,32 @@ class FusedDecoderLayer(hf.BitNetDecoderLayer):
             )
         assert position_embeddings is not None
         B, T, D = hidden_states.shape
+        dtype = hidden_states.dtype
+
+        def normalise(x: Tensor, norm: _Norm) -> tuple[Tensor, Tensor, Tensor]:
+            return run.norm_quantize(x, norm.weight, norm.eps)
+
+        def multiply(
+            quantized: tuple[Tensor, Tensor, Tensor],
+            linears: MergedLinears,
+            residual: Tensor | None = None,
+        ) -> Tensor:
+            weight = linears.weight()
+            return run.product(
+                *quantized, weight.packed, weight.scale, residual, weight.rows, dtype
+            )
+
         x = hidden_states.reshape(-1, D)
-        qkv = _product(_normalise(x, self.input_layernorm), fusion.qkv.weight(), x)
+        qkv = multiply(normalise(x, fusion.input_norm), fusion.qkv)
         attended = self._attend(
-            qkv.view(B, T, -1, self.self_attn.head_dim), position_embeddings, attention_mask,
+            qkv.view(B, T, -1, fusion.attention.head_dim), position_embeddings, attention_mask,
             past_key_values, position_ids=position_ids, use_cache=use_cache, **kwargs,
-        )  # fmt: skip
-        quantized = _normalise(attended.reshape(B * T, -1), self.self_attn.attn_sub_norm)
-        x = _product(quantized, fusion.o.weight(), x, residual=x)
-        quantized = _normalise(x, self.post_attention_layernorm)
-        gate_up = _product(quantized, fusion.gate_up.weight(), x)
-        norm = self.mlp.ffn_sub_norm
-        quantized = relu2_mul_norm_quantize_rows(gate_up, norm.weight, norm.variance_epsilon)
-        return _product(quantized, fusion.down.weight(), x, residual=x).view(B, T, D)
+        ).reshape(B * T, -1)  # fmt: skip
+        x = multiply(normalise(attended, fusion.attention_norm), fusion.o, residual=x)
+        gate_up = multiply(normalise(x, fusion.mlp_norm), fusion.gate_up)
+        norm = fusion.down_norm
+        quantized = run.relu2(gate_up, norm.weight, norm.eps)
+        return multiply(quantized, fusion.down, residual=x).view(B, T, D)
 
     def _attend(
         self,
@@ -230,8 +291,8 @@ class FusedDecoderLayer(hf.BitNetDecoderLayer):
         **kwargs: Any,
     ) -> Tensor:
         """Map ``heads`` [B T H + 2 Hk D], of queries, keys and values, to [B T H D]."""
-        attention, fusion = self.self_attn, self.fusion
-        H, Hk = fusion.heads, fusion.kv_heads
+        fusion = self.fusion
+        attention, H, Hk = fusion.attention, fusion.heads, fusion.kv_heads
         # queries and keys turn alike: in one go
         rotated = _rotate(heads[:, :, : H + Hk], *position_embeddings).transpose(1, 2)
         query, key = rotated[:, :H], rotated[:, H:]
@@ -245,22 +306,6 @@ class FusedDecoderLayer(hf.BitNetDecoderLayer):
             attention, query, key, value, attention_mask,
             dropout=0.0, scaling=attention.scaling, **kwargs,
         )[0]  # fmt: skip
-
-
-def _normalise(x: Tensor, norm: hf.BitNetRMSNorm) -> tuple[Tensor, Tensor, Tensor]:
-    return rms_norm_quantize_rows(x, norm.weight, norm.variance_epsilon)
-
-
-def _product(
-    quantized: tuple[Tensor, Tensor, Tensor],
-    weight: MergedTernaryWeight,
-    x: Tensor,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """Multiply, into the dtype of ``x``."""
-    return ternary_linear_quantized_rows(
-        *quantized, weight.packed, weight.scale, residual, weight.rows, x.dtype
-    )
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -161,7 +161,7 @@ def launch_ternary_linear_fwd(
     (M, K), R = a.shape, packed.shape[0]
     y = torch.empty((M, 4 * R), dtype=dtype, device=a.device)
     config = tiles("ternary_linear_fwd", M, a.device)
-    grid = (count_tiles(rows, config["BLOCK_R"]), triton.cdiv(M, config["BLOCK_M"]))
+    grid = (count_tiles(rows, config["BLOCK_R"]), count_tiles((M,), config["BLOCK_M"]))
     launch(_ternary_linear_fwd_kernel, grid)(
         a, a_scale, a_sum, packed, scale, scale if bias is None else bias,
         scale if residual is None else residual, y,
