@@ -360,8 +360,7 @@ class Program:
 
     def atomic(self) -> None:
         value = self.integer(self.shape())
-        place = self.permuted(value.shape)
-        kind = self.pick(["add", "max", "xor"])
+        kind, place = self.pick(["add", "max", "xor"]), self.permuted(value.shape)
         name = f"{value.name} + 0"  # the interpreter's atomics take a view for what it views
         if self.number(0, 1):
             text = f"tl.atomic_{kind}(n_ptr + {place}, {name})"
@@ -387,7 +386,8 @@ class Program:
         """Copy a value into a variable that a block may assign again."""
         value = self.small(self.tensor(lambda v: v.dtype != "int1"))
         copy = Value(self.fresh("c"), value.dtype, value.shape, BOUND if value.is_float else 0)
-        self.emit(f"{copy.name} = {value.name}")
+        # + 0: Triton's front end takes two names of one value for one variable of a loop
+        self.emit(f"{copy.name} = {value.name} + 0")
         return copy
 
     def successor(self, variable: Value) -> str:

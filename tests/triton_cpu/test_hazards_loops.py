@@ -63,7 +63,7 @@ def crossed_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
 def exchanged_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     a, b = tl.load(x_ptr + i), tl.load(y_ptr + i)
-    first = a
+    first = a + 0  # a value of its own: Triton takes two names of one value for one variable
     for _ in range(n):
         older = a
         a = b
@@ -102,7 +102,7 @@ def test_carried_values_cross_and_turn(run, check, n):
 def accumulators_kernel(x_ptr, y_ptr, n, N: tl.constexpr):
     place = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
     acc = tl.zeros((N, N), tl.float32)
-    before = acc
+    before = tl.zeros((N, N), tl.float32)
     for k in range(n):
         x = tl.load(x_ptr + k * N * N + place)
         before = acc  # the accumulator must not be changed under it

@@ -100,7 +100,7 @@ def pointers_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     x_ptrs, y_ptrs = x_ptr + i, y_ptr + i
     carried = tl.zeros((BLOCK,), tl.float32)
-    previous = carried
+    previous = tl.zeros((BLOCK,), tl.float32)
     for _ in range(n):
         x = tl.load(x_ptrs)
         tl.store(y_ptrs, carried * 2 + previous)
