@@ -90,7 +90,8 @@ def _relu2_mul_norm_quantize_fwd_kernel(
     up = tl.load(gate_ptrs + F, mask=in_row, other=0.0)
     weight = tl.load(weight_ptr + cols, mask=in_row, other=0.0)
     # not tl.maximum: NaN has to stay
-    wide = tl.where(gate < 0, 0.0, gate.to(tl.float32))
+    wide = gate.to(tl.float32)
+    wide = tl.where(wide < 0, 0.0, wide)
     squared = (wide * wide).to(gate.dtype)
     product = (squared.to(tl.float32) * up.to(tl.float32)).to(gate.dtype)
     y = _normalised(product, weight, F, eps).to(tl.float32)
