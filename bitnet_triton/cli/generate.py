@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Annotated, Any
 
 import typer
@@ -97,7 +97,7 @@ def load(model: str, device: str | None, dtype: str) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from bitnet_triton import TINY_MODEL, enable
+    from bitnet_triton import TINY_MODEL, enable, fuse
     from bitnet_triton.nn import BitLinear, PackedBitLinear
 
     wanted = dtype if dtype == "auto" else parse_dtype(dtype)
@@ -110,7 +110,10 @@ def load(model: str, device: str | None, dtype: str) -> tuple[Any, Any]:
             f"`--model`: expected a checkpoint with `quant_method: bitnet`, got {model}, a dense "
             f"{type(loaded).__name__}"
         )
-    return tokenizer, loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with suppress(ValueError):  # other architectures than BitNet's run module by module
+        fuse(loaded)
+    return tokenizer, loaded
 
 
 def _encode(tokenizer: Any, text: str, chat: bool) -> Any:
