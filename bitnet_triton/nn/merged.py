@@ -24,6 +24,8 @@ class MergedLinears:
         self._layers = layers
         self._merge()
 
+    # what inference mode creates could never be saved for a backward again
+    @torch.inference_mode(False)
     def _merge(self) -> MergedTernaryWeight:
         layers = self._layers
         weights = [layer.ternary_weight for layer in layers]

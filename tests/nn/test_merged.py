@@ -75,3 +75,13 @@ def test_a_copy_is_merged_by_itself(linears):
     merged, copies = copy.deepcopy((MergedLinears(*linears), linears))
     assert_merged(merged, copies)
     assert copies[0].weight.data_ptr() != linears[0].weight.data_ptr()
+
+
+def test_weights_merged_in_inference_mode_can_be_differentiated_through(linears):
+    merged = MergedLinears(*linears)
+    linears[0].weight = linears[0].weight.clone()
+    with torch.inference_mode():
+        merged.weight()
+    x = torch.randn(2, 16, requires_grad=True)
+    linears[0](x).sum().backward()
+    assert x.grad.any()
