@@ -20,7 +20,7 @@ from bitnet_triton.triton_cpu.emit.masks import (
     holds_everywhere,
     outermost,
 )
-from bitnet_triton.triton_cpu.emit.nest import Nest
+from bitnet_triton.triton_cpu.emit.nest import Nest, loop_pragmas
 from bitnet_triton.triton_cpu.emit.strides import data_order
 from bitnet_triton.triton_cpu.emit.values import Buffer, Held, Index, Lazy, Scalar, row_major
 from bitnet_triton.triton_cpu.ir import Block, Op, UnsupportedOperation, Value, used_after
@@ -249,8 +249,9 @@ class Emitter:
             for line in nest.levels[0]:
                 self.write(line)
             for level, (dim, name) in enumerate(names.items(), 1):
-                if level == len(names) and independent:
-                    self.write("#pragma GCC ivdep")
+                if level == len(names):
+                    for pragma in loop_pragmas(sizes[dim], independent=independent):
+                        self.write(pragma)
                 head = f"for (int {name} = 0; {name} < {sizes[dim]}; ++{name})"
                 stack.enter_context(self.braces(head))
                 for line in nest.levels[level]:

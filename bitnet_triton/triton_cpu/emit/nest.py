@@ -14,6 +14,22 @@ if TYPE_CHECKING:
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
 
 
+# GCC unrolls loops of so few trips before it vectorises, and versions 11 and 12 then mix up groups
+# of lanes in some nests; kept as loops they are vectorised right, and as well
+_SHORT_LOOP = 16
+
+
+def loop_pragmas(trips: int, *, independent: bool = True) -> list[str]:
+    """Return what stands above the innermost loop of a nest.
+
+    Args:
+        trips: of the loop.
+        independent: they may run in any order.
+    """
+    pragmas = ["#pragma GCC ivdep"] if independent else []
+    return [*pragmas, "#pragma GCC unroll 1"] if trips <= _SHORT_LOOP else pragmas
+
+
 class Nest:
     """Collects statements, each at the outermost loop whose index it depends on.
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from bitnet_triton.triton_cpu.emit import scalar
 from bitnet_triton.triton_cpu.emit.ctypes import c_type, literal
 from bitnet_triton.triton_cpu.emit.emitter import TERMINATORS, Emitter, handles
-from bitnet_triton.triton_cpu.emit.nest import Nest
+from bitnet_triton.triton_cpu.emit.nest import Nest, loop_pragmas
 from bitnet_triton.triton_cpu.emit.order import fused_loads
 from bitnet_triton.triton_cpu.emit.values import Buffer, Index, Scalar, row_major
 from bitnet_triton.triton_cpu.ir import Block, Op, Value
@@ -184,7 +184,8 @@ def _masked_rows(emitter: Emitter, op: Op, nest: Nest, index: Index, axis: int) 
 def _inner_loop(inner: Nest, at: str, n: int, stores: list[str]) -> str:
     loop = f"for (int {at} = 0; {at} < {n}; ++{at}) "
     body = " ".join(inner.levels[1] + stores)
-    return f"{{ {' '.join(inner.levels[0])}\n#pragma GCC ivdep\n{loop}{{ {body} }} }}"
+    pragmas = "\n".join(loop_pragmas(n))
+    return f"{{ {' '.join(inner.levels[0])}\n{pragmas}\n{loop}{{ {body} }} }}"
 
 
 def _lane_loop(
@@ -223,6 +224,7 @@ def _fold(
         values = combine(emitter, op.regions[0][0], low + high, inner)
         stores = [f"{name}[{lane}] = {value};" for name, value in zip(accumulators, values)]
         body = " ".join(inner.levels[1] + stores)
+        nest.statement("\n".join(["", *loop_pragmas(half, independent=False)]))
         nest.statement(f"for (int {lane} = 0; {lane} < {half}; ++{lane}) {{ {body} }}")
         half //= 2
 
