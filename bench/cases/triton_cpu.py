@@ -1,8 +1,9 @@
 """Triton kernels that were compiled for the CPU, against what PyTorch has for the same.
 
-Attention, matrix products, softmax, an addition, and the launch of a kernel that does next to
-nothing. With --interpreter: how much faster a compiled kernel is than Triton's own interpreter, on
-smaller sizes. The kernels stand in bench/triton_kernels.py.
+Attention, matrix products, the kernel of the ternary linear alone (without quantisation), softmax,
+an addition, and the launch of a kernel that does next to nothing. With --interpreter: how much
+faster a compiled kernel is than Triton's own interpreter, on smaller sizes. The kernels stand in
+bench/triton_kernels.py.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import Tensor
 from bench.case import Case, PeerMissingError, Point, Provider, Settings, Work
 from bench.measure import relative_error
 from bitnet_triton import triton_cpu
+from bitnet_triton.kernels import TernaryWeight
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 # STYLE: largest relative RMS error against float64
@@ -36,6 +38,8 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {
     "full": {
         "attention": {"B": 1, "H": 8, "T": 1024, "D": 64},
         "product": {"M": 1024, "N": 1024, "K": 1024},
+        "ternary_row": {"M": 1, "N": 6912, "K": 2560},
+        "ternary": {"M": 512, "N": 6912, "K": 2560},
         "softmax": {"M": 4096, "N": 1000},
         "add": {"N": 2**22},
         "launch": {"N": 256},
@@ -49,6 +53,8 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {
     "tiny": {
         "attention": {"B": 1, "H": 2, "T": 40, "D": 16},
         "product": {"M": 33, "N": 48, "K": 40},
+        "ternary_row": {"M": 1, "N": 48, "K": 64},
+        "ternary": {"M": 33, "N": 48, "K": 64},
         "softmax": {"M": 5, "N": 100},
         "add": {"N": 1000},
         "launch": {"N": 256},
@@ -124,6 +130,34 @@ def _product(transposed: bool) -> Op:
     )
 
 
+def _ternary(size: str) -> Op:
+    """Return integers a [M, K] times ternary weights [N, K]: packed for us, bf16 for PyTorch."""
+
+    def draw(new: Callable[..., Tensor], M: int, N: int, K: int) -> tuple[Tensor, ...]:
+        return (new(M, K) * 40).round().clamp(-127, 127), new(N, K).round().clamp(-1, 1)
+
+    def ours(_: ModuleType, a: Tensor, w: Tensor) -> partial[Tensor]:
+        from bitnet_triton.kernels.ternary_linear.forward import launch_ternary_linear_fwd
+
+        weight = TernaryWeight.from_codes(w.to(torch.int8), 1.0)
+        codes = a.to(torch.int8)
+        sums = codes.sum(-1, dtype=torch.int32)
+        ones = torch.ones(a.shape[0])
+        packed = weight.packed
+        rest = (packed, weight.scale, None, None, (packed.shape[0],), torch.bfloat16)
+        return partial(launch_ternary_linear_fwd, codes, ones, sums, *rest)
+
+    return Op(
+        size,
+        ("bf16",),
+        draw=draw,
+        ours=ours,
+        torch=lambda a, w: partial(F.linear, a, w),
+        exact=lambda a, w: a @ w.t(),
+        flops=lambda M, N, K: 2 * M * N * K,
+    )
+
+
 def _add(size: str) -> Op:
     return Op(
         size,
@@ -141,6 +175,8 @@ OPS = {
     "attention_full": _attention(causal=False),
     "linear": _product(transposed=True),
     "matmul": _product(transposed=False),
+    "ternary_row": _ternary("ternary_row"),
+    "ternary": _ternary("ternary"),
     "softmax": Op(
         "softmax",
         ("fp32",),
