@@ -15,7 +15,7 @@ import torch
 from hypothesis import strategies as st
 
 HERE = Path(__file__).parent
-DEFAULT_EXAMPLES = 10
+DEFAULT_EXAMPLES = 16
 EXAMPLES = int(os.environ.get("TRITON_CPU_FUZZ_EXAMPLES", DEFAULT_EXAMPLES))
 LONG = EXAMPLES > DEFAULT_EXAMPLES
 
@@ -33,6 +33,7 @@ def load(path):
     return module
 
 
+fuzz_values = load(HERE / "fuzz_values.py")  # by this name for the next
 fuzz_programs = load(HERE / "fuzz_programs.py")
 
 
@@ -67,7 +68,7 @@ def arguments(offset):
     floats = torch.randint(-9, 10, (1024,), generator=generator).float()
     integers = torch.randint(-(2**31), 2**31 - 1, (1024,), generator=generator).int()
     integers[::3] = integers[::3] % 19 - 9
-    size = fuzz_programs.PROGRAMS * fuzz_programs.REGION
+    size = fuzz_values.PROGRAMS * fuzz_values.REGION
     scratch = torch.randint(-9, 10, (3 * size,), generator=generator).float()
     places = offset if offset < 64 else size + 64
     numbers = torch.randint(-99, 99, (size + 64,), generator=generator).int()
@@ -109,7 +110,7 @@ def test_random_kernels_agree_with_the_interpreter(program, interpret, tmp_path_
     source = tmp_path_factory.mktemp("fuzz") / "fuzzed_kernel.py"
     source.write_text(text)
     hypothesis.note(f"second scratch at {offset} of the first\n{text}")
-    inputs, grid = arguments(offset), (fuzz_programs.PROGRAMS,)
+    inputs, grid = arguments(offset), (fuzz_values.PROGRAMS,)
     right = interpret(source, inputs, grid)
     kernel = load(source).kernel
     for options in ({"materialise": True}, {}):

@@ -50,7 +50,7 @@ def hinted_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
     for k in tl.range(0, n, loop_unroll_factor=4):
         a = a * 3 + tl.load(x_ptr + k * BLOCK + i)
     tl.store(y_ptr + 2 * BLOCK + i, a)
-    for k in tl.range(n, flatten=True, disallow_acc_multi_buffer=True, warp_specialize=False):
+    for k in tl.range(n, flatten=True, disallow_acc_multi_buffer=True, warp_specialize=True):
         for j in tl.range(k, n):
             a = a * 5 + j
     tl.store(y_ptr + 3 * BLOCK + i, a)

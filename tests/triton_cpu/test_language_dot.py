@@ -300,3 +300,33 @@ def test_products_of_microscaled_blocks(run, check, kinds):
     first = A @ scaled.T
     atol = limit(A, scaled.T.abs() + B.double().T.abs(), torch.float32) * 2
     check(c, torch.stack([first, first + A @ B.double().T]), atol=atol)
+
+
+@triton.jit
+def half_scaled_kernel(
+    a_ptr, b_ptr, b_scale_ptr, p_ptr, c_ptr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    A_FORMAT: tl.constexpr,
+):  # fmt: skip
+    a, b = tl.load(a_ptr + place(M, K)), tl.load(b_ptr + place(K, N))
+    b_scale = tl.load(b_scale_ptr + place(N, K // 32))
+    c = tl.dot_scaled(a, None, A_FORMAT, b, b_scale, "e4m3")
+    tl.store(c_ptr + place(M, N), c)
+    packed = tl.load(p_ptr + place(K, N // 2))  # two columns in a byte
+    c = tl.dot_scaled(a, None, A_FORMAT, packed, b_scale, "e2m1", rhs_k_pack=False)
+    tl.store(c_ptr + M * N + place(M, N), c)
+
+
+@pytest.mark.ops("dot_scaled")
+@pytest.mark.no_interpreter("it has no dot_scaled")
+@pytest.mark.parametrize("kind", ["fp16", "bf16"])
+def test_products_of_a_half_and_a_microscaled_block(run, check, kind):
+    M, N, K = 16, 32, 64
+    a = torch.randn(M, K).to({"fp16": torch.float16, "bf16": torch.bfloat16}[kind])
+    (b, B), (p, P) = microscaled(K, N, "e4m3"), microscaled(K, N // 2, "e2m1")
+    b_scale = torch.randint(124, 131, (N, K // 32), dtype=torch.uint8)
+    c = torch.empty(2, M, N)
+    run(half_scaled_kernel, (1,))(a, b, b_scale, p, c, M=M, N=N, K=K, A_FORMAT=kind)
+    scale = 2.0 ** (b_scale.double() - 127).repeat_interleave(32, 1).T
+    right = [a.double() @ (x.double() * scale) for x in (B, P)]
+    atol = torch.stack([limit(a, x.double() * scale, torch.float32) for x in (B, P)])
+    check(c, torch.stack(right), atol=atol)
