@@ -53,7 +53,7 @@ def test_reads_the_prompt_from_standard_input():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--backend", "cuda"], "expected one of triton, compile, reference, triton-cpu, got 'cuda'"),
+        (["--backend", "cuda"], "expected one of triton, compile, reference, triton-cpu, got"),
         (["--dtype", "int8"], "expected float32, bfloat16 or float16, got 'int8'"),
         (["--chat"], "expected a tokenizer with a chat template"),
     ],
