@@ -50,10 +50,11 @@ def pytest_report_header(config):
 def pytest_generate_tests(metafunc):
     """Run a test on every device, and with ``backend`` on every pair that can run here."""
     if "backend" in metafunc.fixturenames:
+        marker = metafunc.definition.get_closest_marker("backends")
         pairs = [
             (device, backend)
             for device in DEVICES
-            for backend in BACKENDS
+            for backend in (marker.args if marker else BACKENDS)
             if backend_objection(backend, torch.device(device)) is None
         ]
         metafunc.parametrize(("device", "backend"), pairs, ids=["-".join(p) for p in pairs])

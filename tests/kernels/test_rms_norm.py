@@ -22,14 +22,14 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(1, 64), (2, 1), (5, 100), (3, 1025), (1, 2560)]
 EPS = 1e-5
 
+pytestmark = pytest.mark.backends("triton", "reference")
+
 
 @pytest.fixture(autouse=True)
 def _backend(request):
-    """Force the backend of the test; `compile` has no implementation."""
+    """Force the backend of the test."""
     callspec = getattr(request.node, "callspec", None)
     backend = callspec.params.get("backend") if callspec else None
-    if backend == "compile":
-        pytest.skip("the norms have no `compile` implementation")
     if not backend:
         yield
         return

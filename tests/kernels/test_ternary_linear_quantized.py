@@ -17,14 +17,14 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # rows of each part: one, odd ones, many tiles, a tile each
 PARTS = [(64,), (72, 20, 4), (256, 64, 64), (136, 136), (4, 4, 4)]
 
+pytestmark = pytest.mark.backends("triton", "reference")
+
 
 @pytest.fixture(autouse=True)
 def _backend(request):
-    """Force the backend of the test; `compile` has no implementation."""
+    """Force the backend of the test."""
     callspec = getattr(request.node, "callspec", None)
     backend = callspec.params.get("backend") if callspec else None
-    if backend == "compile":
-        pytest.skip("ternary_linear_quantized has no `compile` implementation")
     if not backend:
         yield
         return
