@@ -56,6 +56,7 @@ def program(tmp_path):
         "TRITON_CPU_CXX": str(compiler),
         "PYTHONPATH": str(Path(__file__).parents[2]),
         "OMP_NUM_THREADS": "1",
+        "PYTHONFAULTHANDLER": "1",
     }
     write_compiler(compiler, log)
 
@@ -78,7 +79,11 @@ def write_compiler(path, log, before=""):
 
 
 def finished(process):
-    output, _ = process.communicate(timeout=120)
+    try:
+        output, _ = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)  # faulthandler says where it is
+        pytest.fail(f"the process hangs:\n{process.communicate()[0]}")
     return process.returncode, output.strip()
 
 
