@@ -51,7 +51,8 @@ REFERENCE = {
     "Compiler hints": "assume debug_barrier max_constancy max_contiguous multiple_of",
     "Debugging": "static_print static_assert device_print device_assert",
     "Public beside the reference": (
-        "add sub mul squeeze unsqueeze item reduce_or map_elementwise bitonic_merge condition"
+        "atomic_load atomic_store atomic_poll expect_zero"
+        " add sub mul squeeze unsqueeze item reduce_or map_elementwise bitonic_merge condition"
         " to_tensor philox philox_impl rand4x randn4x pair_uniform_to_normal uint_to_uniform_float"
     ),
 }
@@ -75,6 +76,10 @@ NOT_OPERATIONS = {
 
 REMARKS = {
     "advance": "removed in Triton 3.9, with `make_block_ptr`",
+    "atomic_load": "new in Triton 3.9",
+    "atomic_poll": "new in Triton 3.9",
+    "atomic_store": "new in Triton 3.9",
+    "expect_zero": "new in Triton 3.8",
     "atomic_add": "every `sem` and `scope` is served by the strongest",
     "debug_barrier": "nothing to wait for: one thread runs a program",
     "device_assert": "with `debug=True`; raises once the grid has run",

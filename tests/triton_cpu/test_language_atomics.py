@@ -243,3 +243,59 @@ def test_the_last_program_sees_what_the_others_stored(run, check):
     x, y = torch.randint(-99, 99, (64, 128)).float(), torch.zeros(1)
     run(split_sum_kernel, (64,))(x, torch.zeros(64), torch.zeros(1).int(), y, PARTS=64, BLOCK=128)
     check(y, x.sum()[None])
+
+
+NEW = pytest.mark.skipif(not hasattr(tl, "atomic_load"), reason="new in Triton 3.9")
+
+
+@triton.jit
+def loads_and_stores_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    x = tl.atomic_load(x_ptr + i)
+    tl.atomic_store(y_ptr + i, x + 1, mask=i < 12)
+    tl.atomic_store(y_ptr + BLOCK + i, tl.atomic_load(x_ptr + i, sem="relaxed"), sem="relaxed")
+    tl.atomic_store(y_ptr + 2 * BLOCK, tl.atomic_load(x_ptr) * 2)
+
+
+@NEW
+@pytest.mark.xfail(raises=NotImplementedError, reason="not supported yet")
+@pytest.mark.ops("atomic_load", "atomic_store")
+@pytest.mark.no_interpreter("it has neither")
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float32], ids=str)
+def test_atomic_loads_and_stores(run, check, dtype):
+    x, y = torch.randint(-99, 99, (16,)).to(dtype), torch.zeros(33, dtype=dtype)
+    run(loads_and_stores_kernel, (1,))(x, y, BLOCK=16)
+    check(y, torch.cat([torch.where(torch.arange(16) < 12, x + 1, 0), x, 2 * x[:1]]))
+
+
+@triton.jit
+def polled_kernel(flag_ptr, x_ptr, y_ptr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    pid = tl.program_id(0)
+    if pid == 0:
+        tl.store(x_ptr + i, i * 2)
+        tl.atomic_store(flag_ptr, 1)
+    else:
+        seen = tl.atomic_poll(flag_ptr, 1, timeout_ns=10_000_000_000)
+        tl.store(y_ptr + pid * BLOCK + i, tl.load(x_ptr + i) + seen.to(tl.int32))
+
+
+@triton.jit
+def timed_out_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(y_ptr + i, tl.atomic_poll(x_ptr + i, 1, timeout_ns=1000))
+
+
+@NEW
+@pytest.mark.xfail(raises=NotImplementedError, reason="not supported yet")
+@pytest.mark.ops("atomic_poll")
+@pytest.mark.no_interpreter("it runs one program after another")
+def test_a_program_waits_for_another(run, check):
+    x, y, flag = torch.zeros(16).int(), torch.zeros(3, 16).int(), torch.zeros(1).int()
+    run(polled_kernel, (3,))(flag, x, y, BLOCK=16)
+    right = torch.arange(16).int() * 2 + 1
+    check(y, torch.stack([torch.zeros_like(right), right, right]))
+    x = torch.randint(0, 2, (16,)).int()
+    y = torch.empty(16).int()
+    run(timed_out_kernel, (1,))(x, y, BLOCK=16)
+    check(y, x)

@@ -1,5 +1,6 @@
 """Assertions, printing and hints: what a kernel says to the reader and to the compiler."""
 
+import os
 import subprocess
 import sys
 
@@ -118,11 +119,17 @@ triton_cpu.launch(printing_kernel, (2,))(torch.tensor([1.5, -2.0, 30.0, 0.25]), 
 
 
 @pytest.mark.ops("device_print")
-def test_values_are_printed(tmp_path):
+def test_values_are_printed(tmp_path, request):
     script = tmp_path / "printing.py"
     script.write_text(PRINTING)
+    paths = [str(request.config.rootpath), os.environ.get("PYTHONPATH", "")]
     result = subprocess.run(
-        [sys.executable, script], capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, script],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
     )
     assert result.returncode == 0, result.stderr
     out = result.stdout + result.stderr
@@ -132,6 +139,24 @@ def test_values_are_printed(tmp_path):
         assert text in out, f"{text!r} is not in {out}"
     assert "ff" in out.lower()
     assert "100" in out  # 256 in hexadecimal
+
+
+@triton.jit
+def underflow_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i)
+    tl.store(y_ptr + i, tl.expect_zero(x, i >= 4))
+
+
+@pytest.mark.ops("expect_zero")
+@pytest.mark.no_interpreter("it reads no options")
+@pytest.mark.skipif(not hasattr(tl, "expect_zero"), reason="new in Triton 3.8")
+def test_expected_zeros_are_asserted_in_debugging(run, check):
+    x, y = torch.tensor([1.0, 2, 3, 4, 0, 0, 0, 5]), torch.empty(8)
+    run(underflow_kernel, (1,))(x, y, BLOCK=8)
+    check(y, x)
+    with pytest.raises((AssertionError, RuntimeError), match="expect_zero"):
+        run(underflow_kernel, (1,))(x, y, BLOCK=8, debug=True)
 
 
 @triton.jit
