@@ -47,7 +47,7 @@ class Program(Writer):
             forms += [(f"{a} + {b}", total), (f"{a} - {b}", total), (f"tl.abs({a}) + {b}", total)]
             forms += [
                 (f"{a} * {b}", left.bound * right.bound),
-                (f"{a} * 3 - 1", left.bound * 3 + 1),
+                (f"{a} * 3 - {b}", left.bound * 3 + right.bound),
             ]
             forms = [form for form in forms if form[1] < limit]
             text, bound = self.pick(forms)
@@ -57,7 +57,7 @@ class Program(Writer):
             *(f"{a} + {b}", f"{a} - {b}", f"{a} * {b}", f"{a} ^ {b}", f"{a} & {b}", f"{a} | {b}"),
             *(f"{a} // (({b} & 7) + 1)", f"{a} % (({b} & 7) + 1)", f"{a} << ({b} & 7)"),
             *(f"{a} >> ({b} & 7)", f"tl.where({a} < {b}, {a}, {b} - 1)", f"tl.minimum({a}, {b})"),
-            *(f"-{a} + 5", f"tl.abs({a})", f"{a} * 37 + {b}"),
+            *(f"-{a} + {b}", f"tl.abs({a}) + {b}", f"{a} * 37 + {b}"),
         ]
         self.define(self.pick(forms), left.dtype, shape)
 
