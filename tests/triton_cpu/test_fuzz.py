@@ -15,7 +15,7 @@ import torch
 from hypothesis import strategies as st
 
 HERE = Path(__file__).parent
-DEFAULT_EXAMPLES = 16
+DEFAULT_EXAMPLES = 12
 EXAMPLES = int(os.environ.get("TRITON_CPU_FUZZ_EXAMPLES", DEFAULT_EXAMPLES))
 LONG = EXAMPLES > DEFAULT_EXAMPLES
 
