@@ -279,6 +279,31 @@ class TestDeviceAssert:
         x[2] = 3
         triton_cpu.launch(assert_kernel, (4,))(x, 10, debug=True)
 
+    def test_belongs_to_the_launch_of_its_thread(self):
+        good, bad = torch.zeros(256, dtype=torch.int64), torch.full((256,), 99)
+        raised = {"good": 0, "bad": 0}
+
+        def is_refused(x):
+            try:
+                triton_cpu.launch(assert_kernel, (256,))(x, 10, debug=True)
+            except AssertionError:
+                return True
+            return False
+
+        def work(name, x):
+            raised[name] = sum(is_refused(x) for _ in range(300))
+
+        assert not is_refused(good)  # compiled once, for both
+        workers = [
+            threading.Thread(target=work, args=(name, x))
+            for name, x in (("good", good), ("bad", bad))
+        ]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        assert raised == {"good": 0, "bad": 300}
+
     def test_is_left_out_without_debug(self):
         triton_cpu.launch(assert_kernel, (1,))(torch.tensor([30]), 10)
 

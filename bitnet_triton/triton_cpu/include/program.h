@@ -78,10 +78,14 @@ TCPU_INLINE float e8m0(int8_t byte) {
 // ---- what a program tells its user -------------------------------------------------------------
 
 struct Failure { int happened; char text[1024]; };
-static Failure failure;
+// Of the launch that a thread works for, and of the last one that a thread has made: several threads
+// may launch one kernel at once
+static thread_local Failure* current_failure;
+static thread_local char last_message[sizeof Failure::text];
 
 // Keeps the first failure of a launch: the others follow from it, or say the same
 static __attribute__((noinline, cold)) void fail(const char* text, int x, int y, int z) {
+  Failure& failure = *current_failure;
   if (__atomic_exchange_n(&failure.happened, 1, __ATOMIC_ACQ_REL)) return;
   snprintf(failure.text, sizeof failure.text, "%s (program %d, %d, %d)", text, x, y, z);
 }
@@ -131,19 +135,23 @@ static thread_local Arena thread_arena;
 template <long ARENA, class F> static int run_grid(int nx, int ny, int nz, int threads, F program) {
   const long total = long(nx) * ny * nz;
   const long chunk = total > 64L * threads ? total / (16L * threads) : 1;
-  failure.happened = 0;
-#pragma omp parallel for schedule(dynamic, chunk) num_threads(threads) if (threads > 1 && total > 1)
-  for (long p = 0; p < total; ++p) {
+  Failure failure = {0, ""};
+#pragma omp parallel num_threads(threads) if (threads > 1 && total > 1)
+  {
+    current_failure = &failure;
     char* arena = nullptr;
     if constexpr (ARENA > 0) {
       arena = thread_arena.reserve(ARENA);
-      if (!arena) { fail("out of memory", int(p), 0, 0); continue; }
+      if (!arena) fail("out of memory", 0, 0, 0);
     }
-    program(arena, int(p % nx), int(p / nx % ny), int(p / nx / ny));
+#pragma omp for schedule(dynamic, chunk) nowait
+    for (long p = 0; p < total; ++p)
+      if (ARENA == 0 || arena) program(arena, int(p % nx), int(p / nx % ny), int(p / nx / ny));
   }
+  if (failure.happened) memcpy(last_message, failure.text, sizeof last_message);
   return failure.happened;
 }
 
 }  // namespace tcpu
 
-extern "C" __attribute__((used)) const char* tcpu_message() { return tcpu::failure.text; }
+extern "C" __attribute__((used)) const char* tcpu_message() { return tcpu::last_message; }
