@@ -135,8 +135,13 @@ def _smallest_dot(_left: Any, _right: Any) -> tuple[int, int, int]:
 
 
 def _make_ttir(module: Any, metadata: dict[str, Any]) -> Any:
-    """Inline all functions, lower tensor descriptors to pointers, simplify."""
     _keep_native_functions(module)
+    simplify(module)
+    return module
+
+
+def simplify(module: Any) -> None:
+    """Inline all functions, lower descriptors and block pointers to pointers, simplify."""
     manager = ir.pass_manager(module.context)
     passes.common.add_inliner(manager)
     if hasattr(passes.ttir, "add_rewrite_tensor_pointer"):  # Triton had block pointers up to 3.8
@@ -150,7 +155,6 @@ def _make_ttir(module: Any, metadata: dict[str, Any]) -> Any:
     passes.ttir.add_loop_unroll(manager)
     passes.common.add_cse(manager)
     compat.run_passes(manager, module, "make_ttir")
-    return module
 
 
 def _keep_native_functions(module: Any) -> None:

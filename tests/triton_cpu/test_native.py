@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from bitnet_triton.triton_cpu import native
+from bitnet_triton.triton_cpu.compiler import simplify
 from bitnet_triton.triton_cpu.native import NativeCall, lookup, mark
 
 INCLUDE = Path(native.__file__).parent / "include"
@@ -98,21 +99,6 @@ def front_end(kernel, element, constants):
     return source.make_ir(**{name: known[name] for name in wanted})
 
 
-def optimise(module):
-    passes = triton._C.libtriton.passes
-    manager = native.ir.pass_manager(module.context)
-    passes.common.add_inliner(manager)
-    passes.ttir.add_rewrite_tensor_descriptor_to_pointer(manager)
-    passes.common.add_canonicalizer(manager)
-    passes.ttir.add_combine(manager)
-    passes.common.add_cse(manager)
-    passes.ttir.add_triton_licm(manager)
-    passes.common.add_symbol_dce(manager)
-    passes.ttir.add_loop_unroll(manager)
-    passes.common.add_cse(manager)
-    manager.run(module, "make_ttir")
-
-
 def calls_of(module):
     found = []
 
@@ -128,7 +114,7 @@ def surviving_calls(kernel, element="fp32", **constants):
     """Return what the calls mean that are left after all passes."""
     module = front_end(kernel, element, constants)
     mark(module)
-    optimise(module)
+    simplify(module)
     return [lookup(name) for name in calls_of(module)]
 
 
@@ -173,7 +159,7 @@ def test_what_is_not_ours_is_inlined(kernel):
 
 def test_without_marks_nothing_is_kept():
     module = front_end(topk_kernel, "fp32", {"M": 2, "N": 8, "K": 2})
-    optimise(module)
+    simplify(module)
     assert calls_of(module) == []
 
 
