@@ -22,19 +22,10 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(1, 64), (2, 1), (5, 100), (3, 1025), (1, 2560)]
 EPS = 1e-5
 
-pytestmark = pytest.mark.backends("triton", "reference")
-
-
-@pytest.fixture(autouse=True)
-def _backend(request):
-    """Force the backend of the test."""
-    callspec = getattr(request.node, "callspec", None)
-    backend = callspec.params.get("backend") if callspec else None
-    if not backend:
-        yield
-        return
-    with use_backend(backend):
-        yield
+pytestmark = [
+    pytest.mark.backends("triton", "reference"),
+    pytest.mark.usefixtures("forced_backend"),
+]
 
 
 def inputs(shape, dtype, device, widths=1):

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from bitnet_triton import use_backend
 from bitnet_triton.kernels import (
     MergedTernaryWeight,
     TernaryWeight,
@@ -17,19 +16,10 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # rows of each part: one, odd ones, many tiles, a tile each
 PARTS = [(64,), (72, 20, 4), (256, 64, 64), (136, 136), (4, 4, 4)]
 
-pytestmark = pytest.mark.backends("triton", "reference")
-
-
-@pytest.fixture(autouse=True)
-def _backend(request):
-    """Force the backend of the test."""
-    callspec = getattr(request.node, "callspec", None)
-    backend = callspec.params.get("backend") if callspec else None
-    if not backend:
-        yield
-        return
-    with use_backend(backend):
-        yield
+pytestmark = [
+    pytest.mark.backends("triton", "reference"),
+    pytest.mark.usefixtures("forced_backend"),
+]
 
 
 def weights(parts, K, device="cpu"):
