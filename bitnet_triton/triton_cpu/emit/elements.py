@@ -57,6 +57,8 @@ def _load(emitter: Emitter, op: Op, value: Value, index: Index, nest: Nest) -> s
     other = f"{c_elem}(0)"
     if len(op.operands) > 2:
         other = emitter.element(op.operands[2], index, nest)
+    if mask == "false":
+        return nest.bind(c_elem, other, hint=value.name)
     return nest.bind(c_elem, f"{mask} ? {read} : {other}", hint=value.name)
 
 
@@ -65,6 +67,13 @@ def load_expression(address: str, value: Value) -> str:
     if value.type.elem == "i1":
         return f"(*(const uint8_t*)({address}) != 0)"
     return f"*(const {c_type(value.type)}*)({address})"
+
+
+def array_element(value: Value, name: str, place: str) -> str:
+    """Return the C++ expression of an element of the array that holds ``value``."""
+    # GCC does not vectorise a loop that loads a bool
+    is_bool = value.type.elem == "i1" and not value.type.pointer
+    return f"((const uint8_t*){name})[{place}] != 0" if is_bool else f"{name}[{place}]"
 
 
 ELEMENTS: dict[str, Element] = {

@@ -15,12 +15,10 @@ from bitnet_triton.triton_cpu.analyse import address_slice
 from bitnet_triton.triton_cpu.emit import scalar
 from bitnet_triton.triton_cpu.emit.ctypes import c_type, literal
 from bitnet_triton.triton_cpu.emit.deferral import is_dear_to_repeat, must_wait, should_write_out
-from bitnet_triton.triton_cpu.emit.elements import ELEMENTS
-from bitnet_triton.triton_cpu.emit.masks import (
-    holds_everywhere,
-    outermost,
-)
+from bitnet_triton.triton_cpu.emit.elements import ELEMENTS, array_element
+from bitnet_triton.triton_cpu.emit.masks import holds_everywhere, outermost
 from bitnet_triton.triton_cpu.emit.nest import Nest, loop_pragmas
+from bitnet_triton.triton_cpu.emit.split import NOTHING_ASSUMED, Assumption, split_loop
 from bitnet_triton.triton_cpu.emit.strides import data_order
 from bitnet_triton.triton_cpu.emit.values import Buffer, Held, Index, Lazy, Scalar, row_major
 from bitnet_triton.triton_cpu.ir import Block, Op, UnsupportedOperation, Value, used_after
@@ -165,12 +163,13 @@ class Emitter:
         held = self.held.get(value)
         if isinstance(held, Buffer):
             place = row_major(value.type.shape or (), index)
-            return nest.bind(c_type(value.type), f"{held.name}[{place}]")
+            return nest.bind(c_type(value.type), array_element(value, held.name, place))
         if isinstance(held, Lazy):
             return held.element(index, nest)
         if value.type.elem == "i1" and not value.type.pointer:
-            if value in nest.granted:
-                return "true"
+            known = nest.assumed.known(value)
+            if known is not None:
+                return known
             nest.masks[value] = None
         op = value.op
         if op is None:
@@ -181,12 +180,9 @@ class Emitter:
         return self._compute(op, operands, nest)
 
     def _compute(self, op: Op, operands: list[str], nest: Nest) -> str:
-        if op.name in ("arith.andi", "arith.select") and operands[0] == "true":
-            return operands[1]
-        if op.name == "arith.andi" and operands[1] == "true":
-            return operands[0]
-        if op.name == "arith.ori" and "true" in operands:
-            return "true"
+        simple = scalar.simplified(op, operands)
+        if simple is not None:
+            return simple
         result = op.results[0]
         code = scalar.expression(op, operands, wraps=not self.is_address(result))
         return nest.bind(c_type(result.type), code)
@@ -212,38 +208,54 @@ class Emitter:
             order: dimensions, outermost first.
             independent: the trips of the innermost loop may run in any order.
         """
-        nest, names = self._fill(sizes, body, order, frozenset())
+        nest, names = self._fill(sizes, body, order, NOTHING_ASSUMED)
         masks = outermost(self, nest.masks)
         if not masks:
             self._write_nest(nest, names, sizes, independent)
             return
         found = [holds_everywhere(self, mask) for mask in masks]
         conditions = " && ".join(dict.fromkeys(c for c in found if c and c != "true"))
-        fast, fast_names = self._fill(sizes, body, order, frozenset(masks))
+        fast = self._fill(sizes, body, order, Assumption(granted=frozenset(masks)))
         if not conditions:
-            self._write_nest(fast, fast_names, sizes, independent)
+            self._write_nest(*fast, sizes, independent)
             return
+        inner = list(names)[-1:]
+        split = (
+            split_loop(self, masks, inner[0], sizes[inner[0]]) if inner and independent else None
+        )
         with self.braces(f"if ({conditions})"):
-            self._write_nest(fast, fast_names, sizes, independent)
-        with self.braces("else"):
-            self._write_nest(nest, names, sizes, independent)
+            self._write_nest(*fast, sizes, independent)
+        if split is not None:
+            with self.braces("else" if split.is_certain else f"else if ({split.condition})"):
+                for first, end, assumed in split.parts():
+                    part = self._fill(sizes, body, order, assumed)
+                    self._write_nest(*part, sizes, independent, (first, end))
+        if split is None or not split.is_certain:
+            with self.braces("else"):
+                self._write_nest(nest, names, sizes, independent)
 
     def _fill(
         self,
         sizes: tuple[int, ...],
         body: Callable[[Nest, Index], None],
         order: tuple[int, ...] | None,
-        granted: frozenset[Value],
+        assumed: Assumption,
     ) -> tuple[Nest, dict[int, str]]:
         names = {d: self.fresh("i") for d in order or range(len(sizes)) if sizes[d] > 1}
-        nest = Nest(self, len(names), granted)
+        nest = Nest(self, len(names), assumed)
         nest.depth_of.update({name: level + 1 for level, name in enumerate(names.values())})
         body(nest, tuple(names.get(d, "0") for d in range(len(sizes))))
         return nest, names
 
     def _write_nest(
-        self, nest: Nest, names: dict[int, str], sizes: tuple[int, ...], independent: bool
+        self,
+        nest: Nest,
+        names: dict[int, str],
+        sizes: tuple[int, ...],
+        independent: bool,
+        innermost: tuple[str, str] | None = None,
     ) -> None:
+        """Write the loops, the innermost from its first trip to its end, or all of it."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.braces())
             for line in nest.levels[0]:
@@ -252,7 +264,10 @@ class Emitter:
                 if level == len(names):
                     for pragma in loop_pragmas(sizes[dim], independent=independent):
                         self.write(pragma)
-                head = f"for (int {name} = 0; {name} < {sizes[dim]}; ++{name})"
+                first, end = "0", str(sizes[dim])
+                if innermost and level == len(names):
+                    first, end = innermost
+                head = f"for (int {name} = {first}; {name} < {end}; ++{name})"
                 stack.enter_context(self.braces(head))
                 for line in nest.levels[level]:
                     self.write(line)

@@ -72,9 +72,19 @@ def prefix(emitter: Emitter, mask: Value, dim: int | None) -> tuple[list[str], l
             if flat and stride(emitter, left, dim) == 1 and stride(emitter, right, dim) == 0:
                 first = ("0",) * left.type.rank
                 start, bound = (emitter.element_now(v, first) for v in op.operands)
-                return [], [f"int64_t({bound}) - int64_t({start})"]
+                ordered = _unwrapped(emitter, left, dim, start)
+                return ordered, [f"int64_t({bound}) - int64_t({start})"]
     condition = holds_everywhere(emitter, mask)
     return None if condition is None else ([condition], [])
+
+
+def _unwrapped(emitter: Emitter, value: Value, dim: int, start: str) -> list[str]:
+    """Return the condition that integers that grow along ``dim`` do not wrap around."""
+    if emitter.is_address(value):
+        return []
+    shape = value.type.shape or ()
+    last = tuple(str(size - 1) if d == dim else "0" for d, size in enumerate(shape))
+    return [f"({start} <= {emitter.element_now(value, last)})"]
 
 
 def may_hold_everywhere(emitter: Emitter, mask: Value, depth: int = 0) -> bool:

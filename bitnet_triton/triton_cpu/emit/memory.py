@@ -46,8 +46,11 @@ def _store(emitter: Emitter, op: Op) -> None:
     finish_loads(emitter, op)
 
     def body(nest: Nest, index: Index) -> None:
-        address, value, *mask = (emitter.element(v, index, nest) for v in op.operands)
-        condition = f"if ({mask[0]}) " if mask and mask[0] != "true" else ""
+        mask = emitter.element(op.operands[2], index, nest) if len(op.operands) > 2 else "true"
+        if mask == "false":
+            return
+        address, value = (emitter.element(v, index, nest) for v in op.operands[:2])
+        condition = f"if ({mask}) " if mask != "true" else ""
         nest.statement(condition + _write(op, address, value))
 
     emitter.loops(target.type.shape or (), body, _store_order(emitter, target))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from bitnet_triton.triton_cpu.emit.split import NOTHING_ASSUMED, Assumption
 from bitnet_triton.triton_cpu.ir import Value
 
 if TYPE_CHECKING:
@@ -38,18 +39,16 @@ class Nest:
         depth_of: the level of every name that was bound here.
         elements: expressions of elements that were already computed.
         masks: conditions met on the way, candidates for a version without them.
-        granted: conditions taken to hold for every element.
+        assumed: what is taken to be known of conditions.
     """
 
-    def __init__(
-        self, emitter: Emitter, loops: int, granted: frozenset[Value] = frozenset()
-    ) -> None:
+    def __init__(self, emitter: Emitter, loops: int, assumed: Assumption = NOTHING_ASSUMED) -> None:
         self.emitter = emitter
         self.levels: list[list[str]] = [[] for _ in range(loops + 1)]
         self.depth_of: dict[str, int] = {}
         self.elements: dict[tuple[Value, Index], str] = {}
         self.masks: dict[Value, None] = {}
-        self.granted = granted
+        self.assumed = assumed
 
     def level(self, *expressions: str) -> int:
         """Return the outermost level at which all the names in ``expressions`` are known."""

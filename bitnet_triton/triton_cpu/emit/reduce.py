@@ -6,9 +6,12 @@ from collections.abc import Callable
 
 from bitnet_triton.triton_cpu.emit import scalar
 from bitnet_triton.triton_cpu.emit.ctypes import c_type, literal
+from bitnet_triton.triton_cpu.emit.elements import array_element
 from bitnet_triton.triton_cpu.emit.emitter import TERMINATORS, Emitter, handles
+from bitnet_triton.triton_cpu.emit.masks import outermost
 from bitnet_triton.triton_cpu.emit.nest import Nest, loop_pragmas
 from bitnet_triton.triton_cpu.emit.order import fused_loads
+from bitnet_triton.triton_cpu.emit.split import Assumption, split_loop
 from bitnet_triton.triton_cpu.emit.values import Buffer, Index, Scalar, row_major
 from bitnet_triton.triton_cpu.ir import Block, Op, Value
 
@@ -108,7 +111,7 @@ def _read_back(op: Op, arrays: list[str], place: str, nest: Nest) -> list[str]:
     """Bind the current contents of accumulators, in the innermost loop."""
     depends = [name for name, level in nest.depth_of.items() if level == len(nest.levels) - 1][:1]
     return [
-        nest.bind(c_type(operand.type), f"{name}[{place}]", *depends)
+        nest.bind(c_type(operand.type), array_element(operand, name, place), *depends)
         for operand, name in zip(op.operands, arrays)
     ]
 
@@ -165,24 +168,36 @@ def _masked_rows(emitter: Emitter, op: Op, nest: Nest, index: Index, axis: int) 
     if not any(fused_loads(emitter, operand) for operand in op.operands):
         return None
     n = (op.operands[0].type.shape or ())[axis]
-    at = emitter.fresh("i")
-    inner = Nest(emitter, 1, nest.granted)
-    inner.depth_of[at] = 1
-    full = (*index[:axis], at, *index[axis:])
-    values = [emitter.element(operand, full, inner) for operand in op.operands]
+    rows = [emitter.fresh("row") for _ in op.operands]
+
+    def fill(first: str, end: str, assumed: Assumption) -> tuple[Nest, str]:
+        at = emitter.fresh("i")
+        inner = Nest(emitter, 1, assumed)
+        inner.depth_of[at] = 1
+        full = (*index[:axis], at, *index[axis:])
+        values = [emitter.element(operand, full, inner) for operand in op.operands]
+        stores = [f"{name}[{at}] = {value};" for name, value in zip(rows, values)]
+        return inner, _inner_loop(inner, at, n, stores, first, end)
+
+    inner, code = fill("0", str(n), nest.assumed)
     nest.masks.update(inner.masks)
     if not inner.masks:
         return None
-    rows = [emitter.fresh("row") for _ in values]
     for operand, name in zip(op.operands, rows):
         nest.statement(f"alignas(64) {c_type(operand.type)} {name}[{n}];")
-    stores = [f"{name}[{at}] = {value};" for name, value in zip(rows, values)]
-    nest.statement(_inner_loop(inner, at, n, stores))
+    masks = outermost(emitter, inner.masks)
+    split = split_loop(emitter, masks, axis, n) if masks else None
+    if split is not None:
+        parts = " ".join(fill(*part)[1] for part in split.parts())
+        code = parts if split.is_certain else f"if ({split.condition}) {{ {parts} }} else {code}"
+    nest.statement(code)
     return rows
 
 
-def _inner_loop(inner: Nest, at: str, n: int, stores: list[str]) -> str:
-    loop = f"for (int {at} = 0; {at} < {n}; ++{at}) "
+def _inner_loop(
+    inner: Nest, at: str, n: int, stores: list[str], first: str = "0", end: str = ""
+) -> str:
+    loop = f"for (int {at} = {first}; {at} < {end or n}; ++{at}) "
     body = " ".join(inner.levels[1] + stores)
     pragmas = "\n".join(loop_pragmas(n))
     return f"{{ {' '.join(inner.levels[0])}\n{pragmas}\n{loop}{{ {body} }} }}"
@@ -194,7 +209,7 @@ def _lane_loop(
 ) -> str:  # fmt: skip
     """Return the code that combines ``lanes`` elements from ``start`` on into the accumulators."""
     lane = emitter.fresh("l")
-    inner = Nest(emitter, 1, nest.granted)
+    inner = Nest(emitter, 1, nest.assumed)
     inner.depth_of[lane] = 1
     at = lane if start == "0" else f"({start} + {lane})"
     if rows is None:

@@ -54,6 +54,18 @@ def cost(op: Op) -> int:
     return 1
 
 
+def simplified(op: Op, a: list[str]) -> str | None:
+    """Return the operand that the result is, where a condition among the operands is known."""
+    if op.name == "arith.select" and a[0] in ("true", "false"):
+        return a[1] if a[0] == "true" else a[2]
+    if op.name not in ("arith.andi", "arith.ori"):
+        return None
+    neutral, final = ("true", "false") if op.name == "arith.andi" else ("false", "true")
+    if final in a:
+        return final
+    return next((a[1 - place] for place in (0, 1) if a[place] == neutral), None)
+
+
 def expression(op: Op, a: list[str], wraps: bool) -> str:
     """Return the C++ expression of an elementwise operation.
 

@@ -5,6 +5,10 @@
 
 #define TCPU_METHOD inline __attribute__((always_inline))
 #define TCPU_INLINE static TCPU_METHOD
+// GCC does not vectorise a loop that copies structures, only one that copies what they hold
+#define TCPU_COPIES_BITS(TYPE)                                                   \
+  TCPU_METHOD TYPE(const TYPE& other) : bits(other.bits) {}                      \
+  TCPU_METHOD TYPE& operator=(const TYPE& other) { bits = other.bits; return *this; }
 
 namespace tcpu {
 
@@ -31,6 +35,7 @@ template <class T> using signed_of = typename SignedBits<sizeof(T)>::type;
 struct bf16 {
   uint16_t bits;
   bf16() = default;
+  TCPU_COPIES_BITS(bf16)
   TCPU_METHOD bf16(float f) {
     uint32_t u = bitcast<uint32_t>(f);
     uint32_t rounded = (u + 0x7FFFu + ((u >> 16) & 1)) >> 16;
@@ -61,6 +66,7 @@ template <int MAN, int BIAS> TCPU_INLINE uint32_t encode_finite(uint32_t magnitu
 struct f16 {
   uint16_t bits;
   f16() = default;
+  TCPU_COPIES_BITS(f16)
   TCPU_METHOD f16(float f) {
     uint32_t u = bitcast<uint32_t>(f), magnitude = u & 0x7FFFFFFFu;
     uint32_t r = encode_finite<10, 15>(magnitude);
@@ -87,6 +93,7 @@ template <int MAN, int BIAS, Fp8Kind KIND> struct Fp8 {
   static constexpr uint32_t nan = KIND == Fp8Kind::no_negative_zero ? 0x80u : 0x7Fu;
   static constexpr uint32_t largest = KIND == Fp8Kind::ieee ? 0x7Bu : KIND == Fp8Kind::one_nan ? 0x7Eu : 0x7Fu;
   Fp8() = default;
+  TCPU_COPIES_BITS(Fp8)
   TCPU_METHOD Fp8(float f) {
     uint32_t u = bitcast<uint32_t>(f), magnitude = u & 0x7FFFFFFFu, sign = (u >> 24) & 0x80u;
     uint32_t r = encode_finite<MAN, BIAS>(magnitude);
