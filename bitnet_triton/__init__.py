@@ -17,6 +17,7 @@ _HOME = {
     "BitNetForCausalLM": "bitnet_triton.models",
     "BitNetModel": "bitnet_triton.models",
     "CheckpointError": "bitnet_triton.errors",
+    "Mask": "bitnet_triton.kernels",
     "TINY_MODEL": "bitnet_triton.assets",
     "disable": "bitnet_triton.models",
     "enable": "bitnet_triton.models",

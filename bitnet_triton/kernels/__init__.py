@@ -2,6 +2,8 @@
 
 from bitnet_triton.kernels.dense_linear import dense_linear
 from bitnet_triton.kernels.dense_linear.op import DENSE_FWD
+from bitnet_triton.kernels.flash_attention import Mask, flash_attention, merge_attention
+from bitnet_triton.kernels.flash_attention.launchers import ATTENTION_BWD, ATTENTION_FWD
 from bitnet_triton.kernels.packing import TernaryWeight
 from bitnet_triton.kernels.quantize import quantize_activations, quantize_weight
 from bitnet_triton.kernels.quantize.op import ACTIVATIONS_FWD, WEIGHT_STATS
@@ -36,14 +38,19 @@ IMPLEMENTATIONS = {
     "bit_linear": BIT_FWD,
     "bit_linear_bwd_dx": BIT_BWD_DX,
     "bit_linear_bwd_dweight": BIT_BWD_DWEIGHT,
+    "flash_attention": ATTENTION_FWD,
+    "flash_attention_bwd": ATTENTION_BWD,
 }
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "Mask",
     "MergedTernaryWeight",
     "TernaryWeight",
     "bit_linear",
     "dense_linear",
+    "flash_attention",
+    "merge_attention",
     "quantize_activations",
     "quantize_weight",
     "relu2_mul_norm_quantize",

@@ -1,0 +1,100 @@
+"""A call of flash_attention as torch.library takes it: tensors and plain numbers.
+
+``Call`` is what the launchers of every backend read; ``flatten`` and ``Call.build`` convert it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from bitnet_triton.kernels.flash_attention.mask import PATTERNS, Mask
+
+_NONE = -1  # stands for None in a list of integers
+
+
+@dataclass(frozen=True)
+class Call:
+    """Everything but q, k and v.
+
+    Attributes:
+        mask: which keys a query sees.
+        scale: multiplies the scores.
+        softcap: bounds the scores; None: does not.
+        cu_seqlens_q: int32 [B + 1], where packed queries of a sequence start; None: not packed.
+        cu_seqlens_k: the same for keys.
+        leftpad_k: int32 [B], the first valid key, or None.
+        seqused_q: int32 [B], one past the last valid query, or None.
+        seqused_k: int32 [B], one past the last valid key, or None.
+    """
+
+    mask: Mask
+    scale: float
+    softcap: float | None
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    leftpad_k: Tensor | None
+    seqused_q: Tensor | None
+    seqused_k: Tensor | None
+
+    @classmethod
+    def build(
+        cls,
+        tensors: Sequence[Tensor | None],
+        numbers: Sequence[int],
+        dilation: Sequence[int],
+        tokens: Sequence[int] | None,
+        factors: Sequence[float],
+    ) -> Call:
+        """Put together what ``flatten`` took apart."""
+        window, right, sinks, block, summary, top_k, start = (
+            None if n == _NONE else n for n in numbers[2:]
+        )
+        global_tensor, dense_tensor, *lengths = tensors
+        scale, softcap, threshold = factors
+        mask = Mask(
+            causal=bool(numbers[0]),
+            window=window,
+            window_right=right,
+            sinks=sinks or 0,
+            dilation=dilation[0] if len(dilation) == 1 else tuple(dilation),
+            global_tokens=global_tensor if tokens is None else tuple(tokens),
+            dense_from=start if dense_tensor is None else dense_tensor,
+            pattern=None if numbers[1] == _NONE else PATTERNS[numbers[1]],
+            block=block,
+            summary=summary or 1,
+            top_k=top_k,
+            threshold=threshold or None,
+        )
+        return cls(mask, scale, softcap or None, *lengths)
+
+
+Flat = tuple[
+    list[Tensor | None], list[int], list[int], list[int] | None, list[float]
+]  # the arguments of ``Call.build``
+
+
+def flatten(call: Call) -> Flat:
+    """Take a call apart into the arguments of ``Call.build``."""
+    mask = call.mask
+    tokens, start = mask.global_tokens, mask.dense_from
+    tensors = [
+        tokens if isinstance(tokens, Tensor) else None,
+        start if isinstance(start, Tensor) else None,
+        call.cu_seqlens_q, call.cu_seqlens_k, call.leftpad_k, call.seqused_q, call.seqused_k,
+    ]  # fmt: skip
+    numbers = [
+        int(mask.causal),
+        None if mask.pattern is None else PATTERNS.index(mask.pattern),
+        mask.window, mask.window_right, mask.sinks, mask.block, mask.summary, mask.top_k,
+        None if isinstance(start, Tensor) else start,
+    ]  # fmt: skip
+    return (
+        tensors,
+        [_NONE if n is None else n for n in numbers],
+        list(mask.dilations),
+        list(tokens) if isinstance(tokens, tuple) else None,
+        [call.scale, call.softcap or 0.0, mask.threshold or 0.0],
+    )

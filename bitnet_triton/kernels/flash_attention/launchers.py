@@ -1,0 +1,71 @@
+"""The launchers of each backend, and the tables that ``select`` chooses from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitnet_triton.kernels.flash_attention.arguments import Call
+from bitnet_triton.kernels.flash_attention.reference import (
+    attention_backward_reference,
+    attention_reference,
+)
+from bitnet_triton.runtime import Implementation
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+
+def _sequences(call: Call) -> Iterator[tuple[slice, slice, dict[str, Any]]]:
+    """Yield the queries, the keys and the settings of each packed sequence."""
+    assert call.cu_seqlens_q is not None
+    assert call.cu_seqlens_k is not None
+    ends_q, ends_k = call.cu_seqlens_q.tolist(), call.cu_seqlens_k.tolist()
+    for b, (q0, q1, k0, k1) in enumerate(zip(ends_q, ends_q[1:], ends_k, ends_k[1:])):
+        settings = _settings(call) | {"mask": call.mask.of_row(b, k0, k1)}
+        for name in ("seqused_q", "seqused_k"):
+            used = getattr(call, name)
+            settings[name] = None if used is None else used[b : b + 1]
+        yield slice(q0, q1), slice(k0, k1), settings
+
+
+def _settings(call: Call) -> dict[str, Any]:
+    names = ("mask", "scale", "softcap", "leftpad_k", "seqused_q", "seqused_k")
+    return {name: getattr(call, name) for name in names}
+
+
+def _reference_fwd(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    wide = (q.float(), k.float(), v.float())
+    if call.cu_seqlens_q is None:
+        out, lse = attention_reference(*wide, **_settings(call))
+        return out.to(q.dtype), lse
+    T, H = q.shape[:2]
+    out, lse = q.new_zeros(T, H, v.shape[-1]), q.new_zeros(H, T, dtype=torch.float32)
+    for i, j, settings in _sequences(call):
+        parts = (wide[0][None, i], wide[1][None, j], wide[2][None, j])
+        part, part_lse = attention_reference(*parts, **settings)
+        out[i], lse[:, i] = part[0].to(q.dtype), part_lse[0]
+    return out, lse
+
+
+def _reference_bwd(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    call: Call,
+) -> Gradients:  # fmt: skip
+    wide = (q.float(), k.float(), v.float())
+    if call.cu_seqlens_q is None:
+        dq, dk, dv = attention_backward_reference(dout.float(), dlse, *wide, **_settings(call))
+        return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for i, j, settings in _sequences(call):
+        parts = (wide[0][None, i], wide[1][None, j], wide[2][None, j])
+        part_dlse = None if dlse is None else dlse[None, :, i]
+        grads = attention_backward_reference(dout.float()[None, i], part_dlse, *parts, **settings)
+        dq[i], dk[j], dv[j] = (grad[0].to(q.dtype) for grad in grads)
+    return dq, dk, dv
+
+
+ATTENTION_FWD = {"reference": Implementation(_reference_fwd)}
+ATTENTION_BWD = {"reference": Implementation(_reference_bwd)}

@@ -1,0 +1,233 @@
+"""The public attention: checks, the choice of a backend, and the gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from bitnet_triton.kernels.common.checks import (
+    check_device,
+    check_dtype,
+    check_shape,
+    check_tensor,
+)
+from bitnet_triton.kernels.flash_attention.arguments import Call, flatten
+from bitnet_triton.kernels.flash_attention.launchers import ATTENTION_BWD, ATTENTION_FWD
+from bitnet_triton.kernels.flash_attention.mask import Mask
+from bitnet_triton.kernels.quantize.op import FLOATS
+from bitnet_triton.runtime import register_op, remember_backend, remembered_backend, select
+
+CAUSAL = Mask()
+
+
+def _launch_fwd(
+    q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor | None], numbers: list[int],
+    dilation: list[int], tokens: list[int] | None, factors: list[float],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    call = Call.build(tensors, numbers, dilation, tokens, factors)
+    if q.numel() == 0 or k.numel() == 0:
+        out, lse = _fake_fwd(q, k, v, tensors, numbers, dilation, tokens, factors)
+        return out.zero_(), lse.fill_(float("-inf"))
+    return select("flash_attention", ATTENTION_FWD, q.device, q, v, call)(q, k, v, call)
+
+
+def _fake_fwd(
+    q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor | None], numbers: list[int],
+    dilation: list[int], tokens: list[int] | None, factors: list[float],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    *rows, H, _ = q.shape
+    lse_shape = [*rows[:-1], H, rows[-1]]
+    return (
+        q.new_empty([*rows, H, v.shape[-1]]),
+        q.new_empty(lse_shape, dtype=torch.float32),
+    )
+
+
+def _launch_bwd(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    tensors: list[Tensor | None], numbers: list[int], dilation: list[int],
+    tokens: list[int] | None, factors: list[float],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if q.numel() == 0 or k.numel() == 0:
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    call = Call.build(tensors, numbers, dilation, tokens, factors)
+    run = select("flash_attention_bwd", ATTENTION_BWD, q.device, q, v, call)
+    return run(dout, dlse, q, k, v, out, lse, call)
+
+
+def _fake_bwd(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    tensors: list[Tensor | None], numbers: list[int], dilation: list[int],
+    tokens: list[int] | None, factors: list[float],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+class _FlashAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
+        return _attention_fwd(q, k, v, *flat)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        q, k, v, tensors, *ctx.plain = inputs
+        ctx.given = [t is not None for t in tensors]
+        ctx.save_for_backward(q, k, v, *output, *[t for t in tensors if t is not None])
+        # an lse that nothing depends on has no gradient, instead of one of zeros
+        ctx.set_materialize_grads(False)
+        remember_backend(ctx)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
+        q, k, v, out, lse, *given = ctx.saved_tensors
+        rest = iter(given)
+        tensors = [next(rest) if is_given else None for is_given in ctx.given]
+        dout = torch.zeros_like(out) if dout is None else dout
+        with remembered_backend(ctx):
+            grads = _attention_bwd(dout, dlse, q, k, v, out, lse, tensors, *ctx.plain)
+        return *grads, None, None, None, None, None
+
+
+_attention_bwd = register_op("flash_attention_bwd", _launch_bwd, _fake_bwd)
+_attention_fwd = register_op(
+    "flash_attention_fwd", _launch_fwd, _fake_fwd, function=_FlashAttention
+)
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
+    check_tensor("q", q)
+    check_dtype("q", q, *FLOATS)
+    rows = "T" if packed else "B Tq"
+    check_shape("q", q, f"{rows} H D")
+    H, D = q.shape[-2:]
+    for name, value in (("k", k), ("v", v)):
+        check_tensor(name, value)
+        check_dtype(name, value, q.dtype)
+        check_device(name, value, q.device)
+    sizes = {"D": D} if packed else {"B": q.shape[0], "D": D}
+    check_shape("k", k, "T Hk D" if packed else "B Tk Hk D", **sizes)
+    *lead, Hk, _ = k.shape
+    known = {"T": lead[0]} if packed else {"B": lead[0], "Tk": lead[1]}
+    check_shape("v", v, "T Hk Dv" if packed else "B Tk Hk Dv", **known, Hk=Hk)
+    if Hk == 0 or H % Hk:
+        raise ValueError(f"`k`: expected heads that divide the {H} of `q`, got {Hk}")
+    if D == 0 or v.shape[-1] == 0:
+        raise ValueError("`q`, `v`: expected heads of at least one value")
+
+
+def _check_lengths(B: int, device: torch.device, **lengths: Tensor | None) -> None:
+    for name, value in lengths.items():
+        if value is not None:
+            check_tensor(name, value)
+            check_dtype(name, value, torch.int32)
+            check_shape(name, value, "B", B=B)
+            check_device(name, value, device)
+
+
+def _check_mask(mask: Mask, q: Tensor, k: Tensor, B: int, packed: bool) -> None:
+    if not isinstance(mask, Mask):
+        raise TypeError(f"`mask`: expected a Mask, got {type(mask).__name__}")
+    H = q.shape[-2]
+    if len(mask.dilations) not in (1, H):
+        raise ValueError(f"`mask`: expected one dilation or {H}, got {len(mask.dilations)}")
+    tokens, start = mask.global_tokens, mask.dense_from
+    if isinstance(tokens, Tensor):
+        dims = "T" if packed else "B Tk"
+        sizes = dict(zip(dims.split(), k.shape))
+        check_shape("mask.global_tokens", tokens, dims, **sizes)
+        check_device("mask.global_tokens", tokens, q.device)
+    if isinstance(start, Tensor):
+        check_shape("mask.dense_from", start, "B", B=B)
+        check_device("mask.dense_from", start, q.device)
+
+
+def _check_packed(
+    q: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, leftpad: Tensor | None
+) -> int:
+    """Return the batch size."""
+    if cu_q is None and cu_k is None:
+        return q.shape[0]
+    if cu_q is None or cu_k is None:
+        raise ValueError("`cu_seqlens_q`, `cu_seqlens_k`: expected both or neither")
+    if leftpad is not None:
+        raise ValueError("`leftpad_k`: packed sequences have no padding to the left")
+    for name, value in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
+        check_tensor(name, value)
+        check_dtype(name, value, torch.int32)
+        check_shape(name, value, "B+1", **{"B+1": cu_q.numel()})
+        check_device(name, value, q.device)
+    if cu_q.numel() == 0:
+        raise ValueError("`cu_seqlens_q`: expected [B+1] with B at least 0, got [0]")
+    return cu_q.numel() - 1
+
+
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask = CAUSAL,
+    scale: float | None = None,
+    softcap: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend to the keys that a mask shows, without a matrix of scores or of the mask.
+
+    ``softmax(scale q k^T) v`` (arXiv:2205.14135, arXiv:2307.08691) over visible keys, in float32;
+    with ``softcap`` c the scores are ``c tanh(s / c)``. Query head h reads key head h // (H / Hk).
+    The last query stands at the last key; a query that sees no key gives zeros. The result and the
+    gradients are deterministic.
+
+    Args:
+        q: [B Tq H D] float16, bfloat16 or float32; [sum Tq, H, D] for packed sequences.
+        k: [B Tk Hk D] in the dtype of ``q``, Hk divides H; [sum Tk, Hk, D].
+        v: [B Tk Hk Dv] in the dtype of ``q``; [sum Tk, Hk, Dv].
+        mask: which keys a query sees. Default: causal.
+        scale: multiplies the scores. Default: ``D ** -0.5``.
+        softcap: largest magnitude of a score. Default: no bound.
+        cu_seqlens_q: int32 [B + 1], where the queries of each packed sequence start, and their
+            number.
+        cu_seqlens_k: the same for keys; goes with ``cu_seqlens_q``.
+        leftpad_k: int32 [B], the first valid key of each row, where positions begin. Queries that
+            stand before it are padding and give zeros. Default: 0.
+        seqused_q: int32 [B], number of valid queries of each row; those behind give zeros.
+            Default: all.
+        seqused_k: int32 [B], one past the last valid key of each row. Default: all.
+        return_lse: return the logarithm of the sum of exponentials as well.
+
+    Returns:
+        ``out`` [B Tq H Dv] (or [sum Tq, H, Dv]) in the dtype of ``q``; with ``return_lse`` also
+        float32 [B H Tq] (or [H, sum Tq]), -inf for a query without a key. Both are differentiable
+        in ``q``, ``k`` and ``v``.
+
+    Raises:
+        TypeError: a tensor has a wrong dtype, or ``mask`` is no Mask.
+        ValueError: shapes do not fit, a tensor is on another device, one of ``cu_seqlens_q`` and
+            ``cu_seqlens_k`` is missing, ``leftpad_k`` meets packed sequences, or ``softcap`` is not
+            positive.
+        BackendUnavailableError: the forced backend cannot run.
+    """
+    packed = cu_seqlens_q is not None or cu_seqlens_k is not None
+    _check_tensors(q, k, v, packed)
+    B = _check_packed(q, cu_seqlens_q, cu_seqlens_k, leftpad_k)
+    _check_lengths(B, q.device, leftpad_k=leftpad_k, seqused_q=seqused_q, seqused_k=seqused_k)
+    _check_mask(mask, q, k, B, packed)
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"`softcap`: expected a positive number, got {softcap}")
+    call = Call(
+        mask, q.shape[-1] ** -0.5 if scale is None else scale, softcap,
+        cu_seqlens_q, cu_seqlens_k, leftpad_k, seqused_q, seqused_k,
+    )  # fmt: skip
+    wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    run = _FlashAttention.apply if wants_gradient else _attention_fwd
+    out, lse = run(q, k, v, *flatten(call))
+    return (out, lse) if return_lse else out

@@ -1,0 +1,107 @@
+"""Attention in plain PyTorch: the oracle of the tests (arXiv:2307.08691, section 2.1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bitnet_triton.kernels.flash_attention.mask import Mask
+from bitnet_triton.kernels.flash_attention.pairs import Lengths
+
+
+def attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask,
+    scale: float,
+    softcap: float | None = None,
+    leftpad_k: Tensor | None = None,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attend with q [B Tq H D], k [B Tk Hk D], v [B Tk Hk Dv].
+
+    Returns:
+        out [B Tq H Dv] and lse [B H Tq], both in the dtype of ``q``.
+    """
+    lengths = Lengths(q.shape[1], k.shape[1], leftpad_k, seqused_q, seqused_k)
+    k, v = (_repeated(t, q.shape[2], lengths) for t in (k, v))
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    visible = select_scores(mask, scores, mask.visible_among(lengths, q.device))
+
+    empty = ~visible.any(-1, keepdim=True)
+    # a row without a key has no softmax; zeros instead keep its gradient free of NaN
+    scores = scores.masked_fill(~visible, float("-inf")).masked_fill(empty, 0.0)
+    weights = scores.softmax(-1).masked_fill(~visible, 0.0)
+    lse = scores.logsumexp(-1).masked_fill(empty.squeeze(-1), float("-inf"))
+    return torch.einsum("bhij,bjhd->bihd", weights, v), lse
+
+
+def attention_backward_reference(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask,
+    scale: float,
+    softcap: float | None = None,
+    leftpad_k: Tensor | None = None,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dq, dk, dv by arXiv:2307.08691, algorithm 2, with all keys in one block.
+
+    What autograd makes of ``attention_reference``, written out, because a registered op runs where
+    autograd does not record.
+    """
+    lengths = Lengths(q.shape[1], k.shape[1], leftpad_k, seqused_q, seqused_k)
+    (B, Tk, Hk, D), Dv = k.shape, v.shape[-1]
+    k, v = (_repeated(t, q.shape[2], lengths) for t in (k, v))
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * scale
+    slope = torch.ones_like(scores[:1, :1, :1, :1])
+    if softcap is not None:
+        capped = torch.tanh(scores / softcap)
+        scores, slope = softcap * capped, 1 - capped**2
+    visible = select_scores(mask, scores, mask.visible_among(lengths, q.device))
+    weights = scores.masked_fill(~visible, torch.finfo(q.dtype).min).softmax(-1)
+    weights = weights.masked_fill(~visible, 0.0)
+
+    dv = torch.einsum("bhij,bihd->bjhd", weights, dout)
+    dweights = torch.einsum("bihd,bjhd->bhij", dout, v)
+    delta = (weights * dweights).sum(-1, keepdim=True)
+    if dlse is not None:
+        delta = delta - dlse[..., None]
+    dscores = weights * (dweights - delta) * slope * scale
+    dq = torch.einsum("bhij,bjhd->bihd", dscores, k)
+    dk = torch.einsum("bhij,bihd->bjhd", dscores, q)
+    # the query heads of a group share a key head
+    return dq, dk.view(B, Tk, Hk, -1, D).sum(3), dv.view(B, Tk, Hk, -1, Dv).sum(3)
+
+
+def _repeated(t: Tensor, H: int, lengths: Lengths) -> Tensor:
+    """Repeat key heads for their query heads, [B Tk H D], with zeros where no valid key stands."""
+    # memory behind the valid keys may hold anything: 0 * NaN would leak into the sums
+    is_key = lengths.valid(t.device)[1][:, :, None, None]
+    return torch.where(is_key, t, torch.zeros_like(t)).repeat_interleave(H // t.shape[2], dim=2)
+
+
+def select_scores(mask: Mask, scores: Tensor, visible: Tensor) -> Tensor:
+    """Return which visible pairs the exact selection of ``mask`` keeps, bool [B H Tq Tk]."""
+    visible = visible.expand(scores.shape)
+    if not mask.selects:
+        return visible
+    scores = scores.detach().masked_fill(~visible, float("-inf"))
+    if mask.threshold is not None:
+        largest = scores.amax(-1, keepdim=True)
+        visible = visible & ((scores - largest).exp() >= mask.threshold)
+    if mask.top_k is not None and mask.top_k < scores.shape[-1]:
+        # stable: of equal scores the earlier key comes first
+        order = torch.argsort(scores, dim=-1, descending=True, stable=True)[..., : mask.top_k]
+        visible = visible & torch.zeros_like(visible).scatter_(-1, order, True)
+    return visible
