@@ -9,7 +9,9 @@ bench/triton_kernels.py.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import itertools
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.case import Case, PeerMissingError, Point, Provider, Settings, Work
+from bench.machine import copies_beyond_cache
 from bench.measure import relative_error
 from bitnet_triton import triton_cpu
 from bitnet_triton.kernels import TernaryWeight
@@ -74,6 +77,8 @@ class Op:
         torch: takes the tensors; returns the call.
         exact: takes the tensors in float64; returns the result.
         flops: takes the sizes.
+        caches: "hot", a call finds its operands where the call before left them; "cold", it does
+            not.
     """
 
     size: str
@@ -83,6 +88,7 @@ class Op:
     torch: Callable[..., partial[Tensor]]
     exact: Callable[..., Tensor]
     flops: Callable[..., float]
+    caches: tuple[str, ...] = ("hot",)
 
 
 def _attention(causal: bool) -> Op:
@@ -155,6 +161,8 @@ def _ternary(size: str) -> Op:
         torch=lambda a, w: partial(F.linear, a, w),
         exact=lambda a, w: a @ w.t(),
         flops=lambda M, N, K: 2 * M * N * K,
+        # a model that decodes reads its weights from memory
+        caches=("hot", "cold") if size == "ternary_row" else ("hot",),
     )
 
 
@@ -253,19 +261,34 @@ def _kernels() -> ModuleType:
     return triton_kernels
 
 
+def _in_turns(inputs: Inputs, make: Callable[..., partial[Tensor]], **details: Any) -> Work:
+    """Call ``make``'s result; where the cache is to be cold, one result after another.
+
+    They are as many as it takes for their operands to exceed the last-level cache four times.
+    """
+    run = make(*inputs.tensors)
+    if inputs.point["cache"] == "hot":
+        return _work(inputs, run, run, **details)
+    held = sum(t.nbytes for t in run.args if isinstance(t, Tensor))
+    copies = copies_beyond_cache(held, inputs.settings.device)
+    others = [make(*(t.clone() for t in inputs.tensors)) for _ in range(copies - 1)]
+    turns = itertools.cycle([*others, run])
+    work = _work(inputs, lambda: next(turns)(), run, copies=copies, **details)
+    return dataclasses.replace(work, read_bytes=held)
+
+
 def _ours(inputs: Inputs) -> Work:
     objection = triton_cpu.objection()
     if objection is None and os.environ.get("TRITON_INTERPRET") == "1":
         objection = "TRITON_INTERPRET=1 is set: nothing is compiled"
     if objection is not None:
         raise PeerMissingError(objection)
-    run = inputs.op.ours(_kernels(), *inputs.tensors)
-    return _work(inputs, run, run)
+    return _in_turns(inputs, partial(inputs.op.ours, _kernels()))
 
 
 def _torch(inputs: Inputs) -> Work:
-    run = inputs.op.torch(*inputs.tensors)
-    return _work(inputs, run, run, function=run.func.__name__)
+    function = inputs.op.torch(*inputs.tensors).func.__name__
+    return _in_turns(inputs, inputs.op.torch, function=function)
 
 
 @functools.cache
@@ -310,12 +333,12 @@ def _interpreter(inputs: Inputs) -> Work:
 
 
 def _grid(shape: str, names: tuple[str, ...], dtypes: tuple[str, ...]) -> list[Point]:
-    # hot: a call finds its operands where the call before left them
     return [
-        {"op": name, "dtype": dtype, "cache": "hot", **SIZES[shape][OPS[name].size]}
+        {"op": name, "dtype": dtype, "cache": cache, **SIZES[shape][OPS[name].size]}
         for name in names
         for dtype in OPS[name].dtypes
         if dtype in dtypes
+        for cache in OPS[name].caches
     ]
 
 
