@@ -12,7 +12,7 @@ from torch import Tensor
 from bench.case import Case, Provider, Settings, Work
 from bench.peers import from_transformers
 from bitnet_triton.kernels import bit_linear, quantize_weight
-from bitnet_triton.kernels.ternary_linear.reference import bit_linear_reference
+from bitnet_triton.kernels.bit_linear.reference import bit_linear_reference
 
 _TOLERANCE = 2e-2
 

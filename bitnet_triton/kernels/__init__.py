@@ -1,5 +1,7 @@
 """WHAT is computed: the public ops."""
 
+from bitnet_triton.kernels.bit_linear import bit_linear
+from bitnet_triton.kernels.bit_linear.launchers import BIT_BWD_DWEIGHT, BIT_BWD_DX, BIT_FWD
 from bitnet_triton.kernels.dense_linear import dense_linear
 from bitnet_triton.kernels.dense_linear.op import DENSE_FWD
 from bitnet_triton.kernels.flash_attention import Mask, flash_attention, merge_attention
@@ -11,14 +13,10 @@ from bitnet_triton.kernels.rms_norm import relu2_mul_norm_quantize, rms_norm, rm
 from bitnet_triton.kernels.rms_norm.op import NORM_FWD, NORM_QUANTIZE_FWD, RELU2_FWD
 from bitnet_triton.kernels.ternary_linear import (
     MergedTernaryWeight,
-    bit_linear,
     ternary_linear,
     ternary_linear_quantized,
 )
 from bitnet_triton.kernels.ternary_linear.launchers import (
-    BIT_BWD_DWEIGHT,
-    BIT_BWD_DX,
-    BIT_FWD,
     QUANTIZED_FWD,
     TERNARY_BWD,
     TERNARY_FWD,

@@ -14,6 +14,7 @@ import torch
 Tiles = dict[str, int]
 
 _ANY = sys.maxsize
+_SMALLEST_FITTED = 16
 
 # kernel -> the largest size of a shape class -> its tiles. The size is the number of rows of
 # activations (few for decoding, many for prefill and training), or what the launcher says
@@ -58,6 +59,9 @@ _GPU: dict[str, dict[int, Tiles]] = {
     "bit_linear_bwd_dweight": {
         _ANY: {"BLOCK_N": 64, "BLOCK_K": 32, "BLOCK_M": 32, "num_warps": 4, "num_stages": 2},
     },
+    "flash_attention_fwd": {  # the size of a head, here and below
+        _ANY: {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
+    },
 }
 
 _CPU: dict[str, dict[int, Tiles]] = {
@@ -98,14 +102,21 @@ _CPU: dict[str, dict[int, Tiles]] = {
     "ternary_linear_bwd": {
         _ANY: {"BLOCK_M": 64, "BLOCK_K": 64, "BLOCK_R": 64},
     },
+    # the largest tiles of each class: ``fitted_tiles`` makes them smaller for smaller matrices
     "bit_linear_fwd": {
-        _ANY: {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 256},
+        _ANY: {"BLOCK_M": 512, "BLOCK_N": 128, "BLOCK_K": 512, "WEIGHT_LEFT": False},
     },
     "bit_linear_bwd_dx": {
-        _ANY: {"BLOCK_M": 64, "BLOCK_K": 64, "BLOCK_N": 64},
+        _ANY: {"BLOCK_M": 512, "BLOCK_N": 256, "BLOCK_K": 256, "WEIGHT_LEFT": False},
     },
     "bit_linear_bwd_dweight": {
-        _ANY: {"BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_M": 64},
+        _ANY: {"BLOCK_M": 256, "BLOCK_N": 128, "BLOCK_K": 256, "FROM_CODES": False},
+    },
+    "bit_linear_bwd_dequantize": {
+        _ANY: {"BLOCK_M": 64, "BLOCK_K": 64},
+    },
+    "flash_attention_fwd": {  # the size of a head, here and below
+        _ANY: {"BLOCK_M": 128, "BLOCK_N": 128},
     },
 }
 
@@ -121,6 +132,21 @@ def tiles(kernel: str, size: int, device: torch.device) -> Tiles:
     """
     table = _CPU if device.type == "cpu" else _GPU
     return next(config for largest, config in table[kernel].items() if size <= largest)
+
+
+def fitted_tiles(kernel: str, device: torch.device, *, M: int, N: int, K: int) -> Tiles:
+    """Return block sizes as ``tiles`` does, smaller on a CPU where they would not fill the matrix.
+
+    Blocks for a CPU are large, and what hangs over the edge of a matrix is computed all the same:
+    each is halved until at most an eighth of what is computed is wasted, or it is small.
+    """
+    fitted = dict(tiles(kernel, M, device))
+    if device.type != "cpu":
+        return fitted
+    for name, size in (("BLOCK_M", M), ("BLOCK_N", N), ("BLOCK_K", K)):
+        while fitted[name] > _SMALLEST_FITTED and 8 * (-size % fitted[name]) > size:
+            fitted[name] //= 2
+    return fitted
 
 
 def largest_size(kernel: str) -> int:

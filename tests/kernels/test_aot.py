@@ -11,6 +11,11 @@ import sys
 import pytest
 import torch
 
+from bitnet_triton.kernels.bit_linear.backward import (
+    launch_bit_linear_bwd_dweight,
+    launch_bit_linear_bwd_dx,
+)
+from bitnet_triton.kernels.bit_linear.forward import launch_bit_linear_fwd
 from bitnet_triton.kernels.quantize.forward import (
     launch_quantize_activations,
     launch_quantize_with_sums,
@@ -20,16 +25,9 @@ from bitnet_triton.kernels.rms_norm.forward import (
     launch_rms_norm,
     launch_rms_norm_quantize,
 )
-from bitnet_triton.kernels.ternary_linear.backward import (
-    launch_bit_linear_bwd_dweight,
-    launch_bit_linear_bwd_dx,
-    launch_ternary_linear_bwd,
-)
+from bitnet_triton.kernels.ternary_linear.backward import launch_ternary_linear_bwd
 from bitnet_triton.kernels.ternary_linear.decode import launch_ternary_linear_fwd_row
-from bitnet_triton.kernels.ternary_linear.forward import (
-    launch_bit_linear_fwd,
-    launch_ternary_linear_fwd,
-)
+from bitnet_triton.kernels.ternary_linear.forward import launch_ternary_linear_fwd
 from bitnet_triton.runtime.aot import (
     TARGETS,
     compile_for,

@@ -14,10 +14,8 @@ from bitnet_triton.kernels import (
     quantize_weight,
     ternary_linear,
 )
-from bitnet_triton.kernels.ternary_linear.reference import (
-    bit_linear_reference,
-    ternary_linear_reference,
-)
+from bitnet_triton.kernels.bit_linear.reference import bit_linear_reference
+from bitnet_triton.kernels.ternary_linear.reference import ternary_linear_reference
 from bitnet_triton.testing import assert_close, randn, random_codes
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -173,11 +171,13 @@ def test_gradients_are_the_hand_written_formula(device, backend):
 @pytest.mark.parametrize("levels", LEVELS)
 def test_the_references_straight_through_form_passes_gradcheck(levels, monkeypatch):
     """With the identity in place of the quantisers, which finite differences cannot see through."""
-    from bitnet_triton.kernels.ternary_linear import reference
+    from bitnet_triton.kernels.bit_linear import reference as trained
+    from bitnet_triton.kernels.ternary_linear import reference as packed
 
     one = torch.ones((), dtype=torch.float64)
-    monkeypatch.setattr(reference, "quantize_activations_reference", lambda x: (x, one))
-    monkeypatch.setattr(reference, "quantize_weight_reference", lambda w, *, levels: (w, one))
+    for module in (trained, packed):
+        monkeypatch.setattr(module, "quantize_activations_reference", lambda x: (x, one))
+    monkeypatch.setattr(trained, "quantize_weight_reference", lambda w, *, levels: (w, one))
     x, weight, bias = (
         torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in [(3, 5), (4, 5), 4]
     )

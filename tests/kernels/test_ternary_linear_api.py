@@ -11,7 +11,8 @@ import torch
 
 from bitnet_triton import BackendUnavailableError, use_backend
 from bitnet_triton.kernels import TernaryWeight, bit_linear, quantize_weight, ternary_linear
-from bitnet_triton.kernels.ternary_linear import op as module
+from bitnet_triton.kernels.bit_linear import op as bit_module
+from bitnet_triton.kernels.ternary_linear import op as ternary_module
 from bitnet_triton.testing import randn, random_codes
 
 PACKED = TernaryWeight.from_codes(torch.ones(8, 6, dtype=torch.int8), 1.0)
@@ -67,7 +68,7 @@ def test_a_shape_that_a_forced_backend_cannot_do_is_an_error_with_the_reason():
         bit_linear(X[:, :1], W[:, :1])
 
 
-def spy(monkeypatch, name, calls):
+def spy(monkeypatch, module, name, calls):
     original = getattr(module, name)
     monkeypatch.setattr(module, name, lambda *args: calls.append(name) or original(*args))
 
@@ -75,8 +76,8 @@ def spy(monkeypatch, name, calls):
 @pytest.mark.parametrize("wanted", ["x", "weight", "bias", "x weight bias"])
 def test_only_the_gradients_that_are_asked_for_are_computed(wanted, monkeypatch):
     calls = []
-    for name in ("_bit_linear_bwd_dx", "_bit_linear_bwd_dweight", "_bias_gradient"):
-        spy(monkeypatch, name, calls)
+    for name in ("_bit_linear_bwd_dx", "_bit_linear_bwd_dweight", "bias_gradient"):
+        spy(monkeypatch, bit_module, name, calls)
     tensors = {"x": randn(3, 6), "weight": randn(8, 6), "bias": randn(8)}
     for name in wanted.split():
         tensors[name].requires_grad_()
@@ -84,7 +85,7 @@ def test_only_the_gradients_that_are_asked_for_are_computed(wanted, monkeypatch)
     names = {
         "_bit_linear_bwd_dx": "x",
         "_bit_linear_bwd_dweight": "weight",
-        "_bias_gradient": "bias",
+        "bias_gradient": "bias",
     }
     assert [names[c] for c in calls] == wanted.split()
     assert [n for n, t in tensors.items() if t.grad is not None] == wanted.split()
@@ -92,7 +93,7 @@ def test_only_the_gradients_that_are_asked_for_are_computed(wanted, monkeypatch)
 
 def test_a_packed_weight_needs_no_gradient_of_a_frozen_input(monkeypatch):
     calls = []
-    spy(monkeypatch, "_ternary_linear_bwd", calls)
+    spy(monkeypatch, ternary_module, "_ternary_linear_bwd", calls)
     bias = randn(8).requires_grad_()
     ternary_linear(randn(3, 6), PACKED, bias).sum().backward()
     assert calls == []
@@ -111,14 +112,15 @@ def test_no_gradient_is_recorded_where_nothing_requires_one():
 def test_the_backward_takes_the_backend_that_was_forced_in_the_forward(monkeypatch):
     """On a GPU the backward runs in another thread, which does not see the block."""
     chosen = []
-    select = module.select
+    select = bit_module.select
 
     def recording_select(op, implementations, *args):
         run = select(op, implementations, *args)
         chosen.append((op, next(b for b, i in implementations.items() if i.run is run)))
         return run
 
-    monkeypatch.setattr(module, "select", recording_select)
+    for module in (bit_module, ternary_module):
+        monkeypatch.setattr(module, "select", recording_select)
     x, weight = X.clone().requires_grad_(), W.clone().requires_grad_()
     with use_backend("reference"):
         y = bit_linear(x, weight) + ternary_linear(x, PACKED)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bitnet_triton.kernels.common.checks import check_dtype, check_matrix, check_tensor
+from bitnet_triton.kernels.common.linear import FLOATS
 from bitnet_triton.kernels.quantize.compiled import (
     compiled_quantize_activations,
     compiled_weight_stats,
@@ -19,7 +20,6 @@ from bitnet_triton.kernels.quantize.reference import (
 from bitnet_triton.runtime import Implementation, register_op, select
 from bitnet_triton.runtime.autotune import largest_size
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 LEVELS = ("ternary", "binary")
 
 

@@ -1,5 +1,5 @@
 from bitnet_triton.kernels.ternary_linear.merged import MergedTernaryWeight
-from bitnet_triton.kernels.ternary_linear.op import bit_linear, ternary_linear
+from bitnet_triton.kernels.ternary_linear.op import ternary_linear
 from bitnet_triton.kernels.ternary_linear.quantized import ternary_linear_quantized
 
-__all__ = ["MergedTernaryWeight", "bit_linear", "ternary_linear", "ternary_linear_quantized"]
+__all__ = ["MergedTernaryWeight", "ternary_linear", "ternary_linear_quantized"]

@@ -11,10 +11,7 @@ import torch
 from torch import Tensor
 
 from bitnet_triton.kernels.packing import CODES_PER_BYTE
-from bitnet_triton.kernels.quantize.compiled import (
-    compiled_quantize_activations,
-    compiled_weight_codes,
-)
+from bitnet_triton.kernels.quantize.compiled import compiled_quantize_activations
 from bitnet_triton.runtime import compile_by_kind
 
 # One row sums |a| * (w + 1) * 4**3 <= 128 * 2 * 64 in int32 before it scales down
@@ -55,14 +52,6 @@ def _scaled(
 
 
 _scale_sums = compile_by_kind(_scaled)
-
-
-@compile_by_kind
-def _scale_products(
-    acc: Tensor, a_scale: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    y = acc.float() * (a_scale * scale)
-    return (y if bias is None else y + bias).to(dtype)
 
 
 def unpack_unsigned(packed: Tensor) -> Tensor:
@@ -106,28 +95,3 @@ def compiled_ternary_linear_bwd(dy: Tensor, packed: Tensor, scale: Tensor) -> Te
     dtype = _product_dtype(dy.dtype)
     codes = (unpack_unsigned(packed) - 1).to(dtype)
     return _scale_to(torch.mm(dy.to(dtype), codes), scale, dy.dtype)
-
-
-def compiled_bit_linear_fwd(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stats: Tensor, binary: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Map x [M, K] and master weight [N, K] to y [M, N], int8 codes [M, K] and their scale."""
-    a, a_scale = compiled_quantize_activations(x)
-    acc = torch._int_mm(a, compiled_weight_codes(weight, stats, binary).t())
-    return _scale_products(acc, a_scale, stats[:1], bias, x.dtype), a, a_scale
-
-
-def compiled_bit_linear_bwd_dx(dy: Tensor, weight: Tensor, stats: Tensor, binary: bool) -> Tensor:
-    """Map dy [M, N] and master weight [N, K] to dx [M, K] in the dtype of dy."""
-    dtype = _product_dtype(dy.dtype)
-    codes = compiled_weight_codes(weight, stats, binary).to(dtype)
-    return _scale_to(torch.mm(dy.to(dtype), codes), stats[:1], dy.dtype)
-
-
-def compiled_bit_linear_bwd_dweight(
-    dy: Tensor, a: Tensor, a_scale: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """Map dy [M, N], codes a [M, K] and their scale to dweight [N, K] in ``dtype``."""
-    product_dtype = _product_dtype(dy.dtype)
-    x = _scale_to(a, a_scale, product_dtype)
-    return torch.mm(dy.to(product_dtype).t(), x).to(dtype)

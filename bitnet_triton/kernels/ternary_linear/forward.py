@@ -1,8 +1,8 @@
-"""Triton forward of the ternary linear, packed and trainable.
+"""Triton forward of the packed ternary linear.
 
 One program owns a tile of the output and walks along K. It multiplies weights by activations
 transposed, W x a^T, so that the weights, which are made in registers, are the left operand: tensor
-cores read that one from registers. Packed: one tile of bytes holds four planes of rows, so a
+cores read that one from registers. One tile of bytes holds four planes of rows, so a
 program keeps four accumulators and never shuffles bits between lanes. It multiplies by codes + 1,
 which are what the bits say, and takes the surplus off at the end: sum a w = sum a (w + 1) - sum a.
 A packed matrix may hold the bytes of several matrices below one another (``merged.py``).
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitnet_triton.kernels.common.tiles import part_of_tile, weight_codes
+from bitnet_triton.kernels.common.tiles import part_of_tile
 from bitnet_triton.kernels.ternary_linear.merged import count_tiles, part_ends
 from bitnet_triton.runtime import launch
 from bitnet_triton.runtime.autotune import tiles
@@ -112,44 +112,6 @@ def _ternary_linear_fwd_kernel(
     )  # fmt: skip
 
 
-@triton.jit
-def _bit_linear_fwd_kernel(
-    # tensors: a [M, K] int8; a_scale [M]; weight [N, K]; stats [2]; bias [N]; y [M, N]
-    a_ptr, a_scale_ptr, weight_ptr, stats_ptr, bias_ptr, y_ptr,
-    # sizes
-    M, N, K,
-    # compile-time
-    HAS_BIAS: tl.constexpr, BINARY: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    # int64: token * N and row * K overflow int32 from 2**31 elements on
-    tokens = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    ks = tl.arange(0, BLOCK_K)
-    is_token = tokens < M
-    is_row = rows < N
-    scale = tl.load(stats_ptr)
-    mean = tl.load(stats_ptr + 1)
-
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
-    for k in range(0, K, BLOCK_K):
-        in_k = k + ks < K
-        weight = tl.load(
-            weight_ptr + rows[:, None] * K + (k + ks)[None, :],
-            mask=is_row[:, None] & in_k[None, :], other=0.0,
-        )  # [BLOCK_N, BLOCK_K]  # fmt: skip
-        a = tl.load(
-            a_ptr + tokens[None, :] * K + (k + ks)[:, None],
-            mask=is_token[None, :] & in_k[:, None], other=0,
-        )  # [BLOCK_K, BLOCK_M]  # fmt: skip
-        codes = weight_codes(weight, scale, mean, BINARY)
-        acc = tl.dot(codes, a, acc, out_dtype=tl.int32)  # [BLOCK_N, BLOCK_M]
-
-    scales = tl.load(a_scale_ptr + tokens, mask=is_token, other=0.0) * scale
-    in_tile = is_row[:, None] & is_token[None, :]
-    _store_plane(acc, y_ptr, bias_ptr, y_ptr, scales, tokens, rows, 0, in_tile, N, HAS_BIAS, False)
-
-
 def launch_ternary_linear_fwd(
     a: Tensor, a_scale: Tensor, a_sum: Tensor, packed: Tensor, scale: Tensor,
     bias: Tensor | None, residual: Tensor | None, rows: Sequence[int], dtype: torch.dtype,
@@ -170,24 +132,5 @@ def launch_ternary_linear_fwd(
         **config,
         # a fused multiply-add would skip the rounding before the residual
         enable_fp_fusion=residual is None,
-    )  # fmt: skip
-    return y
-
-
-def launch_bit_linear_fwd(
-    a: Tensor, a_scale: Tensor, weight: Tensor, stats: Tensor, bias: Tensor | None, binary: bool,
-    dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """Map int8 a [M, K], a_scale [M, 1] and master weight [N, K] to y [M, N] in ``dtype``."""
-    (M, K), N = a.shape, weight.shape[0]
-    y = torch.empty((M, N), dtype=dtype, device=a.device)
-    config = tiles("bit_linear_fwd", M, a.device)
-    grid = (triton.cdiv(N, config["BLOCK_N"]), triton.cdiv(M, config["BLOCK_M"]))
-    launch(_bit_linear_fwd_kernel, grid)(
-        a, a_scale, weight, stats, bias if bias is not None else stats, y,
-        M, N, K,
-        HAS_BIAS=bias is not None,
-        BINARY=binary,
-        **config,
     )  # fmt: skip
     return y

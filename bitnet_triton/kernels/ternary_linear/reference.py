@@ -9,10 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitnet_triton.kernels.quantize.reference import (
-    quantize_activations_reference,
-    quantize_weight_reference,
-)
+from bitnet_triton.kernels.quantize.reference import quantize_activations_reference
 
 
 def _straight_through(value: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
@@ -26,16 +23,4 @@ def ternary_linear_reference(
     """Multiply quantised ``x`` [M, K] by ``codes`` [N, K] * ``scale``; differentiable in ``x``."""
     x_codes, x_scale = quantize_activations_reference(x)
     y = torch.einsum("mk,nk->mn", _straight_through(x, x_codes, x_scale), codes * scale)
-    return y if bias is None else y + bias
-
-
-def bit_linear_reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, levels: str = "ternary"
-) -> Tensor:
-    """Multiply ``x`` [M, K] by ``weight`` [N, K], both quantised on the way, straight-through."""
-    x_codes, x_scale = quantize_activations_reference(x)
-    w_codes, w_scale = quantize_weight_reference(weight, levels=levels)
-    x_q = _straight_through(x, x_codes, x_scale)
-    w_q = _straight_through(weight, w_codes, w_scale)
-    y = torch.einsum("mk,nk->mn", x_q, w_q)
     return y if bias is None else y + bias

@@ -1,0 +1,3 @@
+from bitnet_triton.kernels.bit_linear.op import bit_linear
+
+__all__ = ["bit_linear"]
