@@ -26,9 +26,9 @@ def register_op(
     """Register ``launcher`` as ``torch.ops.bitnet_triton.<name>`` and return what ops call.
 
     The returned callable goes straight to the launcher in eager mode (a custom op costs some
-    7 microseconds a call on a CPU) and to the registered op while something traces. Either way the
-    launcher runs without autograd and without autocast: it is mathematics on tensors in the dtypes
-    that it was given.
+    7 microseconds a call on a CPU) and to the registered op while something traces or watches: a
+    FLOP counter, selective checkpointing. Either way the launcher runs without autograd and without
+    autocast: it is mathematics on tensors in the dtypes that it was given.
 
     Args:
         name: name of the op inside the namespace.
@@ -57,8 +57,13 @@ def register_op(
 
     @functools.wraps(launcher)
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or type(args[0]) not in _PLAIN_TENSORS:
+        if torch.compiler.is_compiling() or type(args[0]) not in _PLAIN_TENSORS or _is_watched():
             return op(*args)
         return plain(*args)
 
     return call
+
+
+def _is_watched() -> bool:
+    """Tell whether a dispatch mode wants to see every op."""
+    return torch._C._len_torch_dispatch_stack() > 0

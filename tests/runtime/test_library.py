@@ -54,3 +54,19 @@ def test_tracers_see_one_op_and_do_not_run_the_launcher():
     graph = make_fx(lambda x: double(x, 3), tracing_mode="fake")(torch.randn(3))
     assert any("test_double" in str(node.target) for node in graph.graph.nodes)
     assert seen == []
+
+
+def test_a_dispatch_mode_sees_the_op():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            watched.append(func)
+            return func(*args, **(kwargs or {}))
+
+    watched, x = [], torch.randn(3)
+    with Watch():
+        y = double(x, 3)
+    assert torch.equal(y, x * 6)
+    assert watched[0] is torch.ops.bitnet_triton.test_double.default
+    assert len(seen) == 1
