@@ -110,7 +110,7 @@ _CPU: dict[str, dict[int, Tiles]] = {
         _ANY: {"BLOCK_M": 512, "BLOCK_N": 256, "BLOCK_K": 256, "WEIGHT_LEFT": False},
     },
     "bit_linear_bwd_dweight": {
-        _ANY: {"BLOCK_M": 256, "BLOCK_N": 128, "BLOCK_K": 256, "FROM_CODES": False},
+        _ANY: {"BLOCK_M": 256, "BLOCK_N": 64, "BLOCK_K": 512, "FROM_CODES": False},
     },
     "bit_linear_bwd_dequantize": {
         _ANY: {"BLOCK_M": 64, "BLOCK_K": 64},

@@ -80,8 +80,8 @@ def _bit_linear_bwd_dweight_kernel(
     FROM_CODES: tl.constexpr,
 ):  # fmt: skip
     # int64: row * K overflows int32 from 2**31 elements on
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    ks = tl.program_id(1).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    ks = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    rows = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_row = rows < N
     in_k = ks < K
     dtype = dy_ptr.dtype.element_ty
@@ -156,7 +156,8 @@ def launch_bit_linear_bwd_dweight(
     config = fitted_tiles("bit_linear_bwd_dweight", dy.device, M=M, N=N, K=K)
     from_codes = bool(config.pop("FROM_CODES", True))
     x = a if from_codes else _dequantize_transposed(a, a_scale, dy.dtype).t()
-    grid = (triton.cdiv(N, config["BLOCK_N"]), triton.cdiv(K, config["BLOCK_K"]))
+    # neighbours along K read the same part of dy, the larger of the two
+    grid = (triton.cdiv(K, config["BLOCK_K"]), triton.cdiv(N, config["BLOCK_N"]))
     launch(_bit_linear_bwd_dweight_kernel, grid)(
         dy, x, a_scale, dweight,
         *x.stride(),
