@@ -16,6 +16,7 @@ from bitnet_triton.triton_cpu.errors import (
 )
 from bitnet_triton.triton_cpu.interface import (
     Report,
+    capture,
     install,
     launch,
     objection,
@@ -31,6 +32,7 @@ __all__ = [
     "Report",
     "ToolchainError",
     "UnsupportedOperation",
+    "capture",
     "install",
     "launch",
     "objection",

@@ -15,6 +15,7 @@ from triton.backends.driver import DriverBase
 
 from bitnet_triton.triton_cpu import compat
 from bitnet_triton.triton_cpu.compiler import BACKEND, TARGET
+from bitnet_triton.triton_cpu.graph import paused
 from bitnet_triton.triton_cpu.launcher import Entry, Launcher
 
 # Triton keeps what it compiled by device: a number that no GPU has
@@ -32,12 +33,13 @@ def benchmark(
         call: runs the kernel once.
         quantiles: which to return; None for the median alone.
     """
-    call()
     times: list[float] = []
-    while len(times) < _FEWEST or (sum(times) < _SECONDS * 1e3 and len(times) < _MOST):
-        start = time.perf_counter()
+    with paused():
         call()
-        times.append((time.perf_counter() - start) * 1e3)
+        while len(times) < _FEWEST or (sum(times) < _SECONDS * 1e3 and len(times) < _MOST):
+            start = time.perf_counter()
+            call()
+            times.append((time.perf_counter() - start) * 1e3)
     if quantiles is None:
         return statistics.median(times)
     times.sort()

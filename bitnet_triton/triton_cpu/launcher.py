@@ -14,6 +14,7 @@ import triton
 from bitnet_triton.triton_cpu import build
 from bitnet_triton.triton_cpu.arguments import Packer
 from bitnet_triton.triton_cpu.compiler import TARGET, options_of
+from bitnet_triton.triton_cpu.graph import recording
 
 _LARGEST = 2**31 - 1
 
@@ -21,7 +22,7 @@ _LARGEST = 2**31 - 1
 class Entry:
     """The entry point of a loaded kernel."""
 
-    __slots__ = ("message", "run")
+    __slots__ = ("address", "message", "replay", "run")
 
     def __init__(self, binary: bytes) -> None:
         library = build.load(binary)
@@ -29,6 +30,13 @@ class Entry:
         self.run = library.tcpu_launch
         self.message = library.tcpu_message
         self.message.restype = ctypes.c_char_p
+        self.replay = library.tcpu_replay
+        self.replay.restype = ctypes.c_long
+        self.address = ctypes.cast(self.run, ctypes.c_void_p).value
+
+    def failure(self, name: str) -> str:
+        """Return what the last launch of this thread said when it failed."""
+        return f"kernel {name}: {(self.message() or b'').decode(errors='replace')}"
 
 
 class Launcher:
@@ -86,8 +94,11 @@ class Launcher:
             nx, ny, nz = map(operator.index, (nx, ny, nz))
             failed = entry.run(nx, ny, nz, torch.get_num_threads(), packed)
         if failed:
-            text = entry.message() or b""
-            raise AssertionError(f"kernel {self.name}: {text.decode(errors='replace')}")
+            raise AssertionError(entry.failure(self.name))
+        graph = recording.get()
+        if graph is not None:
+            grid = operator.index(nx), operator.index(ny), operator.index(nz)
+            graph.add(entry, self.name, grid, packed, arguments)
 
     def _compile_cautious(self) -> Entry:
         """Compile the kernel for arguments that share memory."""

@@ -132,9 +132,11 @@ struct Arena {
 };
 static thread_local Arena thread_arena;
 
-template <long ARENA, class F> static int run_grid(int nx, int ny, int nz, int threads, F program) {
+// WAIT: programs may wait for earlier ones, so that a thread may not take many in a row.
+template <long ARENA, bool WAIT, class F>
+static int run_grid(int nx, int ny, int nz, int threads, F program) {
   const long total = long(nx) * ny * nz;
-  const long chunk = total > 64L * threads ? total / (16L * threads) : 1;
+  const long chunk = !WAIT && total > 64L * threads ? total / (16L * threads) : 1;
   Failure failure = {0, ""};
 #pragma omp parallel num_threads(threads) if (threads > 1 && total > 1)
   {
@@ -152,6 +154,16 @@ template <long ARENA, class F> static int run_grid(int nx, int ny, int nz, int t
   return failure.happened;
 }
 
+// A launch that was recorded
+struct Step { int (*run)(int, int, int, int, const void*); int grid[3]; const void* arguments; };
+
 }  // namespace tcpu
+
+// Returns the number of the launch that failed, counted from 1; 0 if none did
+extern "C" __attribute__((used)) long tcpu_replay(const tcpu::Step* steps, int count, int threads) {
+  for (int i = 0; i < count; ++i)
+    if (steps[i].run(steps[i].grid[0], steps[i].grid[1], steps[i].grid[2], threads, steps[i].arguments)) return i + 1;
+  return 0;
+}
 
 extern "C" __attribute__((used)) const char* tcpu_message() { return tcpu::last_message; }
