@@ -25,6 +25,12 @@ _GPU: dict[str, dict[int, Tiles]] = {
         8192: {"BLOCK_K": 8192, "num_warps": 8},
         32768: {"BLOCK_K": 32768, "num_warps": 16},
     },
+    "weight_sums_fwd": {  # the number of elements
+        _ANY: {"BLOCK": 4096, "BLOCKS": 8, "num_warps": 8},
+    },
+    "weight_stats_fwd": {  # the number of programs of the kernel before it
+        _ANY: {"BLOCK": 1024, "num_warps": 4},
+    },
     "rms_norm_fwd": {  # the length of a row, here and below
         1024: {"BLOCK_D": 1024, "num_warps": 4},
         4096: {"BLOCK_D": 4096, "num_warps": 8},
@@ -62,6 +68,15 @@ _GPU: dict[str, dict[int, Tiles]] = {
     "flash_attention_fwd": {  # the size of a head, here and below
         _ANY: {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
     },
+    "flash_attention_bwd_delta": {
+        _ANY: {"BLOCK_M": 32, "num_warps": 4},
+    },
+    "flash_attention_bwd_dq": {
+        _ANY: {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
+    },
+    "flash_attention_bwd_dkdv": {
+        _ANY: {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
+    },
 }
 
 _CPU: dict[str, dict[int, Tiles]] = {
@@ -70,6 +85,12 @@ _CPU: dict[str, dict[int, Tiles]] = {
         4096: {"BLOCK_K": 4096},
         8192: {"BLOCK_K": 8192},
         32768: {"BLOCK_K": 32768},
+    },
+    "weight_sums_fwd": {
+        _ANY: {"BLOCK": 1024, "BLOCKS": 64},
+    },
+    "weight_stats_fwd": {
+        _ANY: {"BLOCK": 1024},
     },
     "rms_norm_fwd": {
         1024: {"BLOCK_D": 1024},
@@ -116,6 +137,15 @@ _CPU: dict[str, dict[int, Tiles]] = {
         _ANY: {"BLOCK_M": 64, "BLOCK_K": 64},
     },
     "flash_attention_fwd": {  # the size of a head, here and below
+        _ANY: {"BLOCK_M": 128, "BLOCK_N": 128},
+    },
+    "flash_attention_bwd_delta": {
+        _ANY: {"BLOCK_M": 64},
+    },
+    "flash_attention_bwd_dq": {
+        _ANY: {"BLOCK_M": 128, "BLOCK_N": 128},
+    },
+    "flash_attention_bwd_dkdv": {
         _ANY: {"BLOCK_M": 128, "BLOCK_N": 128},
     },
 }

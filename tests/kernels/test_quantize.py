@@ -160,6 +160,25 @@ def test_a_weight_equal_to_the_mean_is_minus_one(device):
     assert torch.equal(compiled_weight_codes(weight, weight_stats(weight), True), codes.char())
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (257, 1023)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_statistics_match_float64(shape, dtype, device, backend):
+    weight = (randn(*shape, device=device) * 0.02 + 0.01).to(dtype)
+    with use_backend(backend):
+        stats = weight_stats(weight)
+    scale, mean = weight.double().abs().mean(), weight.double().mean()
+    assert stats.dtype == torch.float32
+    assert stats.double().tolist() == pytest.approx([scale.item(), mean.item()], rel=1e-6)
+
+
+def test_a_weight_of_zeros_has_the_smallest_scale_and_nan_stays_nan(device, backend):
+    weight = torch.zeros(5, 9, device=device)
+    with use_backend(backend):
+        assert weight_stats(weight).tolist() == [pytest.approx(1e-5), 0.0]
+        weight[4, 8] = torch.nan
+        assert weight_stats(weight).isnan().all()
+
+
 def test_the_statistics_of_a_large_weight_are_accurate(device, backend):
     # a float32 sum without pairs or lanes is off by 0.5 % here
     weight = randn(2048, 4096, device=device) + 0.1

@@ -12,7 +12,6 @@ from bitnet_triton.kernels.quantize.compiled import (
     compiled_weight_stats,
 )
 from bitnet_triton.kernels.quantize.reference import (
-    SMALLEST_SCALE,
     quantize_activations_reference,
     weight_codes_reference,
     weight_stats_reference,
@@ -87,10 +86,10 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes.view(x.shape), scale.view(*x.shape[:-1], 1)
 
 
-def _eager_stats(weight: Tensor) -> Tensor:
-    # not vector_norm: on a CPU its sum is off by half a percent at 4096 x 4096
-    scale = weight.abs().mean(dtype=torch.float32).clamp_min(SMALLEST_SCALE)
-    return torch.stack([scale, weight.mean(dtype=torch.float32)])
+def _triton_stats(weight: Tensor) -> Tensor:
+    from bitnet_triton.kernels.quantize.forward import launch_weight_stats
+
+    return launch_weight_stats(weight)
 
 
 def _reference_stats(weight: Tensor) -> Tensor:
@@ -98,7 +97,7 @@ def _reference_stats(weight: Tensor) -> Tensor:
 
 
 WEIGHT_STATS = {
-    "triton": Implementation(_eager_stats),  # a plain reduction: nothing that a kernel would add
+    "triton": Implementation(_triton_stats),
     "compile": Implementation(compiled_weight_stats),
     "reference": Implementation(_reference_stats),
 }
