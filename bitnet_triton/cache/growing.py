@@ -1,0 +1,94 @@
+"""A cache layer that grows in place, with memory to spare: a step copies its own tokens only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+_FEWEST = 256  # tokens that are added to the memory at least
+
+
+class GrowingLayer(DynamicLayer):
+    """transformers' ``DynamicLayer`` without its copy of the whole cache in every step.
+
+    ``keys`` and ``values`` [B Hk T D] are the first T tokens of ``key_store`` and ``value_store``
+    [B Hk capacity D]. New tokens are written behind them; when the memory is full, it grows by a
+    quarter. What else a layer can do (crop, reorder, repeat) replaces ``keys`` and ``values`` as in
+    the base class; memory is found for the result at the next update. With gradients it
+    concatenates, as the base class does, because graphs may still need the shorter tensors.
+    """
+
+    key_store: Tensor | None = None
+    value_store: Tensor | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append keys and values [B Hk T D]; return all of them."""
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, new = self.get_seq_length(), key_states.shape[-2]
+        if start == 0:
+            self._start_empty(key_states, value_states)
+        self.reserve(new)
+        assert self.key_store is not None
+        assert self.value_store is not None
+        self.key_store[:, :, start : start + new].copy_(key_states)
+        self.value_store[:, :, start : start + new].copy_(value_states)
+        self.advance(new)
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys, self.values
+
+    def reserve(self, new: int) -> None:
+        """Make room for ``new`` tokens behind those that the layer holds.
+
+        Until then, or until the layer is changed by something else than ``update``, the stores
+        stay where they are in memory.
+        """
+        assert self.keys is not None
+        assert self.values is not None
+        self.key_store = _with_room(self.keys, self.key_store, new)
+        self.value_store = _with_room(self.values, self.value_store, new)
+
+    def advance(self, new: int) -> None:
+        """Count ``new`` tokens as held, which somebody has written into the stores."""
+        assert self.keys is not None
+        assert self.key_store is not None
+        assert self.value_store is not None
+        length = self.keys.shape[-2] + new
+        self.keys = self.key_store[:, :, :length]
+        self.values = self.value_store[:, :, :length]
+
+    def reset(self) -> None:
+        """Forget all tokens, and give the memory back."""
+        super().reset()
+        self.key_store = self.value_store = None
+
+    def _start_empty(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Give ``keys`` and ``values`` of no tokens their other sizes."""
+        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+
+
+def _with_room(held: Tensor, store: Tensor | None, new: int) -> Tensor:
+    """Return a store that begins with ``held`` and has room for ``new`` tokens behind it."""
+    B, Hk, length, D = held.shape
+    if store is not None and _begins_with(store, held) and length + new <= store.shape[-2]:
+        return store
+    capacity = length + max(new, length // 4, _FEWEST)
+    larger = held.new_empty((B, Hk, capacity, D))
+    larger[:, :, :length].copy_(held)
+    return larger
+
+
+def _begins_with(store: Tensor, held: Tensor) -> bool:
+    """Tell whether ``held`` is the first tokens of ``store``, in its memory."""
+    (B, Hk, length, D), (*others, capacity, depth) = held.shape, store.shape
+    if others != [B, Hk] or depth != D or length > capacity:
+        return False
+    return held.stride() == store.stride() and held.data_ptr() == store.data_ptr()
