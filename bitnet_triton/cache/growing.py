@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 
 _FEWEST = 256  # tokens that are added to the memory at least
 
@@ -23,6 +23,8 @@ class GrowingLayer(DynamicLayer):
 
     key_store: Tensor | None = None
     value_store: Tensor | None = None
+    # the views that the last update made: as long as they are held, the stores begin with them
+    _views: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -53,6 +55,11 @@ class GrowingLayer(DynamicLayer):
         """
         assert self.keys is not None
         assert self.values is not None
+        keys, values = self._views
+        if self.keys is keys and self.values is values:
+            assert self.key_store is not None
+            if keys.shape[-2] + new <= self.key_store.shape[-2]:
+                return
         self.key_store = _with_room(self.keys, self.key_store, new)
         self.value_store = _with_room(self.values, self.value_store, new)
 
@@ -62,17 +69,26 @@ class GrowingLayer(DynamicLayer):
         assert self.key_store is not None
         assert self.value_store is not None
         length = self.keys.shape[-2] + new
-        self.keys = self.key_store[:, :, :length]
-        self.values = self.value_store[:, :, :length]
+        self.keys = self.key_store.narrow(2, 0, length)
+        self.values = self.value_store.narrow(2, 0, length)
+        self._views = self.keys, self.values
 
     def reset(self) -> None:
         """Forget all tokens, and give the memory back."""
         super().reset()
         self.key_store = self.value_store = None
+        self._views = None, None
 
     def _start_empty(self, key_states: Tensor, value_states: Tensor) -> None:
         """Give ``keys`` and ``values`` of no tokens their other sizes."""
         self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+
+
+def grow_in_place(cache: Cache) -> None:
+    """Turn the plain layers of a cache of transformers into ones that grow in place."""
+    for layer in cache.layers:
+        if type(layer) is DynamicLayer:
+            layer.__class__ = GrowingLayer  # which only adds: what it holds stays
 
 
 def _with_room(held: Tensor, store: Tensor | None, new: int) -> Tensor:

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from bitnet_triton.cache import GrowingLayer
+from bitnet_triton.cache import GrowingLayer, grow_in_place
 
 B, HK, D = 2, 3, 8
 
@@ -149,3 +149,14 @@ def test_is_a_layer_of_transformers_cache():
     assert cache.get_seq_length() == 3
     cache.crop(-1)
     assert cache.get_seq_length(1) == 2
+
+
+def test_plain_layers_of_a_cache_are_turned_and_keep_what_they_hold():
+    sliding = DynamicSlidingWindowLayer(8)
+    cache = Cache(layers=[DynamicLayer(), sliding])
+    other = DynamicLayer()
+    append((cache.layers[0], other), 5)
+    grow_in_place(cache)
+    assert [type(layer) for layer in cache.layers] == [GrowingLayer, DynamicSlidingWindowLayer]
+    append((cache.layers[0], other), 2)
+    same(cache.layers[0], other)
