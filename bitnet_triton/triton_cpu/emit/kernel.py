@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bitnet_triton.triton_cpu.emit import (  # noqa: F401  (they register what they emit)
+    atomics,
     calls,
     control,
     dot,
@@ -89,12 +90,16 @@ def _unit(emitter: Emitter, kernel: Op) -> str:
         "char* const arena",
         *programs,
     ]
+    sorts = any("_row<" in line for line in emitter.lines)
+    waits = any(line.lstrip().startswith("Poll ") for line in emitter.lines)
+    grid = f"run_grid<{emitter.arena}, {'true' if waits else 'false'}>"
     return "\n".join(
         [
             '#include "tcpu.h"',
             '#include "lanes.h"',
             '#include "program.h"',
-            *(['#include "sort.h"'] if any("_row<" in line for line in emitter.lines) else []),
+            *(['#include "sort.h"'] if sorts else []),
+            *(['#include "poll.h"'] if waits else []),
             "using namespace tcpu;",
             f"struct Arguments {{ {fields} }};",
             f"static void program({', '.join(parameters)}) {{",
@@ -103,9 +108,10 @@ def _unit(emitter: Emitter, kernel: Op) -> str:
             'extern "C" int tcpu_launch(int nx, int ny, int nz, int threads, const void* raw) {',
             "  const Arguments& a = *(const Arguments*)raw; (void)a;",
             "  auto run = [&](char* arena, int x, int y, int z) {",
+            *(["    const Running running;"] if waits else []),
             f"    program({passed}{', ' if passed else ''}arena, x, y, z, nx, ny, nz);",
             "  };",
-            f"  return run_grid<{emitter.arena}>(nx, ny, nz, threads, run);",
+            f"  return {grid}(nx, ny, nz, threads, run);",
             "}",
             "",
         ]

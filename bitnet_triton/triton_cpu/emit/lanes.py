@@ -144,7 +144,9 @@ def _group(emitter: Emitter, op: Op) -> list[VectorProduct]:
     return group
 
 
-_BARRIERS = frozenset({"tt.atomic_rmw", "tt.atomic_cas", "tt.call"})
+_BARRIERS = frozenset(
+    {"tt.atomic_rmw", "tt.atomic_cas", "tt.atomic_load", "tt.atomic_poll", "tt.call"}
+)
 
 
 def _belongs(emitter: Emitter, product: VectorProduct, group: list[VectorProduct]) -> bool:

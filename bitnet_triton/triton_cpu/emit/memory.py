@@ -1,4 +1,4 @@
-"""Loads of scalars, stores and atomics."""
+"""Loads of scalars, stores, and which program this is."""
 
 from __future__ import annotations
 
@@ -8,14 +8,8 @@ from bitnet_triton.triton_cpu.emit.emitter import Emitter, handles
 from bitnet_triton.triton_cpu.emit.nest import Nest
 from bitnet_triton.triton_cpu.emit.order import finish_loads
 from bitnet_triton.triton_cpu.emit.strides import stride
-from bitnet_triton.triton_cpu.emit.values import Buffer, Index, Scalar, row_major
+from bitnet_triton.triton_cpu.emit.values import Index, Scalar
 from bitnet_triton.triton_cpu.ir import Op, Value
-
-# tt.atomic_rmw's operation, an enumeration of MLIR
-_ATOMICS = {
-    1: "a_and", 2: "a_or", 3: "a_xor", 4: "a_add", 5: "a_fadd", 6: "a_max", 7: "a_min",
-    8: "a_umax", 9: "a_umin", 10: "a_xchg",
-}  # fmt: skip
 
 
 @handles("tt.load")
@@ -70,40 +64,6 @@ def _store_order(emitter: Emitter, target: Value) -> tuple[int, ...] | None:
         return None
     last = steps.index(1)
     return (*(dim for dim in range(rank) if dim != last), last)
-
-
-@handles("tt.atomic_rmw", "tt.atomic_cas")
-def _atomic(emitter: Emitter, op: Op) -> None:
-    emitter.settle(op)
-    function = "a_cas"
-    if op.name == "tt.atomic_rmw":
-        function = _ATOMICS[op.integer("atomic_rmw_op")]
-    arguments = 3 if function == "a_cas" else 2
-    result = op.results[0]
-    if not result.is_block:
-        operands = [emitter.scalar(operand) for operand in op.operands]
-        emitter.define(result, _call(function, operands, arguments, c_type(result.type)))
-        return
-    finish_loads(emitter, op)
-    name = emitter.array(result.type.size, c_type(result.type), "old") if result.uses else None
-
-    def body(nest: Nest, index: Index) -> None:
-        operands = [emitter.element(operand, index, nest) for operand in op.operands]
-        call = _call(function, operands, arguments, c_type(result.type))
-        place = row_major(result.type.shape or (), index)
-        nest.statement(f"{name}[{place}] = {call};" if name else f"(void)({call});")
-
-    # Lanes may hit the same address: one after the other
-    emitter.loops(result.type.shape or (), body, independent=False)
-    if name:
-        emitter.held[result] = Buffer(name, emitter.block)
-
-
-def _call(function: str, operands: list[str], arguments: int, c_elem: str) -> str:
-    call = f"{function}({', '.join(operands[:arguments])})"
-    if len(operands) == arguments or operands[arguments] == "true":
-        return call
-    return f"{operands[arguments]} ? {call} : {c_elem}(0)"
 
 
 @handles("tt.get_program_id")

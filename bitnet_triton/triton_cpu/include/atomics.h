@@ -1,8 +1,16 @@
-// Atomic read-modify-write: every function returns the value that was there before. Acquire-release.
+// Atomic access to memory. What changes it returns the value that was there before. Every order of
+// memory that a kernel asks for is served by the strongest that the operation has.
 #pragma once
 #include "types.h"
 
 namespace tcpu {
+
+template <class T> TCPU_INLINE T a_load(const T* p) {
+  return bitcast<T>(__atomic_load_n((const bits_of<T>*)p, __ATOMIC_ACQUIRE));
+}
+template <class T> TCPU_INLINE void a_store(T* p, T v) {
+  __atomic_store_n((bits_of<T>*)p, bitcast<bits_of<T>>(v), __ATOMIC_RELEASE);
+}
 
 // Floats travel as integers of their size: compare-and-swap must compare bits (NaN, -0).
 template <class T, class F> TCPU_INLINE T a_update(T* p, F next) {
