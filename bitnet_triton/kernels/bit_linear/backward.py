@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitnet_triton.kernels.common.tiles import weight_codes
+from bitnet_triton.kernels.bit_linear.tiles import weight_codes
 from bitnet_triton.runtime import launch
 from bitnet_triton.runtime.autotune import fitted_tiles, tiles
 
@@ -55,7 +55,7 @@ def _bit_linear_bwd_dx_kernel(
             dy_ptr + tokens[:, None] * N + rows[None, :],
             mask=is_token[:, None] & is_row[None, :], other=0.0,
         )  # [BLOCK_M, BLOCK_N]  # fmt: skip
-        codes = weight_codes(weight, scale, mean, BINARY).to(dtype)
+        codes = weight_codes(weight, scale, mean, BINARY, dtype)
         if WEIGHT_LEFT:
             acc = tl.dot(tl.trans(codes), tl.trans(dy), acc, input_precision="ieee")
         else:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitnet_triton.kernels.common.tiles import weight_codes
+from bitnet_triton.kernels.bit_linear.tiles import weight_codes
 from bitnet_triton.runtime import launch
 from bitnet_triton.runtime.autotune import fitted_tiles
 
@@ -52,7 +52,7 @@ def _bit_linear_fwd_kernel(
             a_ptr + tokens[:, None] * K + (k + ks)[None, :],
             mask=is_token[:, None] & in_k[None, :], other=0,
         )  # [BLOCK_M, BLOCK_K]  # fmt: skip
-        codes = weight_codes(weight, scale, mean, BINARY)
+        codes = weight_codes(weight, scale, mean, BINARY, tl.int8)
         if WEIGHT_LEFT:
             acc = tl.dot(codes, tl.trans(a), acc, out_dtype=tl.int32)  # [BLOCK_N, BLOCK_M]
         else:

@@ -33,21 +33,6 @@ def store_quantized_row(
 
 
 @triton.jit
-def weight_codes(weight, scale, mean, BINARY: tl.constexpr) -> tl.tensor:
-    """Quantise a tile of master weights to int8 codes.
-
-    Ternary: round(w / scale) clipped to -1..1, written as two comparisons, which need no division
-    and send the tie at scale / 2 to zero, as rounding to even does. Binary: the sign of w - mean.
-    """
-    w = weight.to(tl.float32)
-    if BINARY:
-        return tl.where(w > mean, 1, -1).to(tl.int8)
-    else:
-        half = 0.5 * scale
-        return (w > half).to(tl.int8) - (w < -half).to(tl.int8)
-
-
-@triton.jit
 def part_of_tile(tile, R, end0, end1, PARTS: tl.constexpr, BLOCK_R: tl.constexpr) -> tuple:
     """Find a tile in a packed matrix of R byte rows that holds up to three matrices, its parts.
 
