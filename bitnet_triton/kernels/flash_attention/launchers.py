@@ -15,7 +15,41 @@ from bitnet_triton.kernels.flash_attention.reference import (
 )
 from bitnet_triton.runtime import Implementation
 
+# a program holds whole heads of a tile of rows
+LARGEST_HEAD = 256
+
 Gradients = tuple[Tensor, Tensor, Tensor]
+
+
+def _triton_fwd(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    # Triton is imported on first use, here and below: that takes longer than this package
+    from bitnet_triton.kernels.flash_attention.launch import launch_forward
+
+    q, k, v = _inner_contiguous(q, k, v)
+    return launch_forward(q, k, v, call)
+
+
+def _triton_bwd(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    call: Call,
+) -> Gradients:  # fmt: skip
+    from bitnet_triton.kernels.flash_attention.launch import launch_backward
+
+    dlse = None if dlse is None else dlse.contiguous()
+    q, k, v = _inner_contiguous(q, k, v)
+    out, lse = out.contiguous(), lse.contiguous()
+    return launch_backward(dout.contiguous(), dlse, q, k, v, out, lse, call)
+
+
+def _inner_contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple([t if t.stride(-1) == 1 else t.contiguous() for t in tensors])
+
+
+def _triton_objection(q: Tensor, v: Tensor, call: Call) -> str | None:
+    if call.mask.selects:
+        return "the selection of scores (top_k, threshold) has no kernel"
+    widest = max(q.shape[-1], v.shape[-1])
+    return None if widest <= LARGEST_HEAD else f"heads have at most {LARGEST_HEAD} values"
 
 
 def _sequences(call: Call) -> Iterator[tuple[slice, slice, dict[str, Any]]]:
@@ -67,5 +101,11 @@ def _reference_bwd(
     return dq, dk, dv
 
 
-ATTENTION_FWD = {"reference": Implementation(_reference_fwd)}
-ATTENTION_BWD = {"reference": Implementation(_reference_bwd)}
+ATTENTION_FWD = {
+    "triton": Implementation(_triton_fwd, _triton_objection),
+    "reference": Implementation(_reference_fwd),
+}
+ATTENTION_BWD = {
+    "triton": Implementation(_triton_bwd, _triton_objection),
+    "reference": Implementation(_reference_bwd),
+}

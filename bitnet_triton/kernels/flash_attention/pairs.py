@@ -88,7 +88,9 @@ def _global_rows(tokens: Tensor, lengths: Lengths, p: Tensor) -> tuple[Tensor, T
     tokens = tokens.view(-1, lengths.Tk)
     left = lengths.leftpad_k
     index = p[:, 0, :, 0] + (0 if left is None else left.to(p.device)[:, None])
-    rows = tokens.expand(index.shape[0], -1).gather(1, index.clamp(0, lengths.Tk - 1))
+    B = max(tokens.shape[0], index.shape[0])
+    tokens, index = tokens.expand(B, -1), index.expand(B, -1)
+    rows = tokens.gather(1, index.clamp(0, lengths.Tk - 1))
     return tokens[:, None, None, :], (rows & (index >= 0))[:, None, :, None]
 
 

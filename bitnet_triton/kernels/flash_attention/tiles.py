@@ -1,0 +1,297 @@
+"""Pieces of the attention kernels: where a tile lies, and which keys a row sees.
+
+A launch covers one band of the mask (``bands.py``). Positions p and j count from the first valid
+key; query i stands at p = i + offset. In a class of positions that are equal modulo ``step``, R and
+s number the rows and the keys: p = c + step R and j = c + step s with the same 0 <= c < step. Row R
+sees one interval of s.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+# how a launch numbers the keys, as in bands.py
+CLASS = tl.constexpr(0)
+BEFORE = tl.constexpr(1)
+AFTER = tl.constexpr(2)
+
+# columns of the table of lengths
+ROWS = tl.constexpr(1)
+KEYS = tl.constexpr(3)
+
+
+@triton.jit
+def floor_div(a, b) -> tl.tensor:
+    """Divide, rounding down; b is positive."""
+    return tl.where(a >= 0, a // b, -((b - 1 - a) // b))
+
+
+@triton.jit
+def ceil_div(a, b) -> tl.tensor:
+    """Divide, rounding up; b is positive."""
+    return floor_div(a + b - 1, b)
+
+
+@triton.jit
+def list_range(starts_ptr, b) -> tuple:
+    """Return where the tokens of a sequence start in their list, and how many they are."""
+    start = tl.load(starts_ptr + b)
+    return start, tl.load(starts_ptr + b + 1) - start
+
+
+@triton.jit
+def _count_tiles(
+    lengths_ptr, starts_ptr, b, T, step, COLUMN: tl.constexpr, BLOCK: tl.constexpr
+) -> tl.tensor:
+    if starts_ptr is not None:
+        _, n = list_range(starts_ptr, b)
+        return tl.cdiv(n, BLOCK)
+    else:
+        if lengths_ptr is not None:
+            T = tl.load(lengths_ptr + 4 * b + COLUMN)
+        return step * tl.cdiv(tl.cdiv(T, step), BLOCK)
+
+
+@triton.jit
+def find_tile(
+    lengths_ptr, starts_ptr, B, T, step, COLUMN: tl.constexpr, BLOCK: tl.constexpr
+) -> tuple:
+    """Return the sequence of this program, its tile in it, and the tiles that the sequence has.
+
+    Tiles are those of a list where ``starts_ptr`` is given, else those of all classes. Those of B
+    packed sequences stand behind one another in one dimension of the grid; a program behind the
+    last one gets a tile that its sequence does not have. B is None where nothing is packed.
+    """
+    tile = tl.program_id(0)
+    if B is None:
+        b = tl.program_id(2)
+        tiles = _count_tiles(lengths_ptr, starts_ptr, b, T, step, COLUMN, BLOCK)
+    else:
+        b = tile * 0
+        first = tile * 0
+        passed = tile * 0
+        tiles = tile * 0
+        for i in range(B):
+            n = _count_tiles(lengths_ptr, starts_ptr, i, T, step, COLUMN, BLOCK)
+            is_here = (tile >= passed) & (tile < passed + n)
+            b = tl.where(is_here, i, b)
+            first = tl.where(is_here, passed, first)
+            tiles = tl.where(is_here, n, tiles)
+            passed += n
+        tile = tile - first
+    return b, tile, tiles
+
+
+@triton.jit
+def sequence_lengths(lengths_ptr, b, Tq, Tk) -> tuple:
+    """Return the first and the number of the valid rows of queries, and those of keys."""
+    if lengths_ptr is None:
+        return 0, Tq, 0, Tk
+    else:
+        at = lengths_ptr + 4 * b
+        return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+
+
+@triton.jit
+def row_class(i0, offset, step, DILATED: tl.constexpr) -> tuple:
+    """Return the remainder c of the class of row i0, and the R of that row."""
+    if DILATED:
+        R = floor_div(i0 + offset, step)
+        return i0 + offset - step * R, R
+    else:
+        return 0, offset
+
+
+@triton.jit
+def find_rows(
+    rows_ptr, starts_ptr, b, tile, n_rows, offset, step,
+    DILATED: tl.constexpr, BLOCK: tl.constexpr,
+) -> tuple:  # fmt: skip
+    """Return the rows i of a tile, their numbers R, the remainder c of their class, which of them
+    exist, and the R of the first and of the last one.
+    """  # noqa: D205 - six values take two lines
+    lanes = tl.arange(0, BLOCK)
+    if starts_ptr is not None:
+        start, n = list_range(starts_ptr, b)
+        at = start + tile * BLOCK
+        is_row = tile * BLOCK + lanes < n
+        i = tl.load(rows_ptr + at + lanes, mask=is_row, other=0)
+        first = tl.load(rows_ptr + at) + offset
+        last = tl.load(rows_ptr + tl.minimum(at + BLOCK, start + n) - 1) + offset
+        return i, i + offset, 0, is_row, first, last
+    else:
+        per_class = tl.cdiv(tl.cdiv(n_rows, step), BLOCK)
+        i0 = tile // per_class if DILATED else 0
+        r0 = (tile % per_class if DILATED else tile) * BLOCK
+        c, R0 = row_class(i0, offset, step, DILATED)
+        n = tl.cdiv(n_rows - i0, step) if DILATED else n_rows
+        r = r0 + lanes
+        i = i0 + step * r if DILATED else r
+        return i, R0 + r, c, r < n, R0 + r0, R0 + tl.minimum(r0 + BLOCK, n) - 1
+
+
+@triton.jit
+def summaries_before(x, block, summary) -> tl.tensor:
+    """Count the summary keys in front of position x."""
+    x = tl.maximum(x, 0)
+    return (x // block) * summary + tl.maximum(x % block - (block - summary), 0)
+
+
+@triton.jit
+def row_bounds(R, c, step, left, right, n, block, summary, sinks, KIND: tl.constexpr) -> tuple:
+    """Return the first of the n keys that rows see and the one behind the last; both grow with R.
+
+    block is None without blocks, sinks without sinks.
+    """
+    if KIND == CLASS:
+        low = tl.maximum(R - left, 0)
+        high = tl.minimum(R + right + 1, n)
+        if block is not None:
+            start = floor_div(c + step * R, block) * block - c
+            low = tl.maximum(low, ceil_div(start, step))
+            high = tl.minimum(high, ceil_div(start + block, step))
+        if sinks is not None:
+            low = tl.maximum(low, ceil_div(sinks - c, step))
+    else:
+        low = summaries_before(R - left, block, summary)
+        high = tl.minimum(summaries_before(R + right + 1, block, summary), n)
+        own = floor_div(R, block) * summary
+        if KIND == BEFORE:
+            high = tl.minimum(high, own)
+        else:
+            low = tl.maximum(low, own + summary)
+        if sinks is not None:
+            low = tl.maximum(low, summaries_before(sinks, block, summary))
+    return low, high
+
+
+@triton.jit
+def key_positions(
+    s, c, step, block, summary, KIND: tl.constexpr, DILATED: tl.constexpr
+) -> tl.tensor:
+    """Return the positions of keys by their numbers."""
+    if KIND != CLASS:
+        return (s // summary) * block + block - summary + s % summary
+    elif DILATED:
+        return c + step * s
+    else:
+        return s
+
+
+@triton.jit
+def count_keys(
+    n_keys, c, step, block, summary, KIND: tl.constexpr, DILATED: tl.constexpr
+) -> tl.tensor:
+    """Return how many of the first ``n_keys`` keys have a number."""
+    if KIND != CLASS:
+        return summaries_before(n_keys, block, summary)
+    elif DILATED:
+        return ceil_div(n_keys - c, step)
+    else:
+        return n_keys
+
+
+@triton.jit
+def split_tiles(low0, low1, high0, high1, BLOCK: tl.constexpr) -> tuple:
+    """Count the tiles of keys that cross the left edge, that every row sees whole, and the rest.
+
+    low0 and high0 are the bounds of the first row, low1 and high1 those of the last one; tiles
+    start at low0.
+    """
+    tiles = tl.maximum(tl.cdiv(high1 - low0, BLOCK), 0)
+    left = tl.minimum(tl.cdiv(low1 - low0, BLOCK), tiles)
+    whole = tl.maximum(high0 - low0 - left * BLOCK, 0) // BLOCK
+    whole = tl.minimum(whole, tiles - left)
+    return left, whole, tiles - left - whole
+
+
+@triton.jit
+def load_rows(ptr, rows, stride, is_row, D: tl.constexpr, BLOCK_D: tl.constexpr) -> tl.tensor:
+    """Load [rows, BLOCK_D], zeros from D on and where ``is_row`` is False; None: all exist."""
+    dims = tl.arange(0, BLOCK_D)
+    # int64: row * stride overflows int32 from 2**31 elements on
+    at = ptr + rows.to(tl.int64)[:, None] * stride + dims[None, :]
+    if is_row is None:
+        if D == BLOCK_D:
+            return tl.load(at)
+        else:
+            return tl.load(at, mask=(dims < D)[None, :], other=0.0)
+    elif D == BLOCK_D:
+        return tl.load(at, mask=is_row[:, None], other=0.0)
+    else:
+        return tl.load(at, mask=is_row[:, None] & (dims < D)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(ptr, rows, stride, values, is_row, D: tl.constexpr, BLOCK_D: tl.constexpr) -> None:
+    """Store [rows, BLOCK_D], up to D, where ``is_row``."""
+    dims = tl.arange(0, BLOCK_D)
+    at = ptr + rows.to(tl.int64)[:, None] * stride + dims[None, :]
+    mask = is_row[:, None] & (dims < D)[None, :]
+    tl.store(at, values.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def score_tile(q, k, scale_log2, softcap_log2) -> tuple:
+    """Return scores in base 2 [M, N], and the slope of their cap.
+
+    With a cap c, ``scale_log2`` is scale / c and ``softcap_log2`` is c log2(e), else None.
+    """
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # [M, N]
+    if softcap_log2 is None:
+        return scores, 1.0
+    else:
+        capped = libdevice.tanh(scores)
+        return capped * softcap_log2, 1.0 - capped * capped
+
+
+@triton.jit
+def visible_tile(
+    s, low, high, p, j, dilation, flags_ptr, is_key, KIND: tl.constexpr, DILATED: tl.constexpr
+) -> tl.tensor:
+    """Return which pairs [M, N] are visible; flagged keys are somebody else's."""
+    visible = (s[None, :] >= low[:, None]) & (s[None, :] < high[:, None])
+    if KIND != CLASS and DILATED:
+        visible = visible & ((p[:, None] - j[None, :]) % dilation == 0)
+    if flags_ptr is not None:
+        flags = tl.load(flags_ptr + j, mask=is_key, other=1)
+        visible = visible & (flags == 0)[None, :]
+    return visible
+
+
+@triton.jit
+def count_up_to(list_ptr, start, n, last, BLOCK: tl.constexpr) -> tl.tensor:
+    """Count the tokens of a sorted list that stand at position ``last`` or before."""
+    count = n * 0
+    for t in range(0, n, BLOCK):
+        at = t + tl.arange(0, BLOCK)
+        token = tl.load(list_ptr + start + at, mask=at < n, other=0)
+        count += tl.sum(((at < n) & (token <= last)).to(tl.int32), axis=0)
+    return count
+
+
+@triton.jit
+def column_bounds(
+    s, j, c, step, left, right, block, KIND: tl.constexpr, LISTED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+) -> tuple:  # fmt: skip
+    """Return the first row R that sees keys and the one behind the last; both grow with s.
+
+    ``row_bounds`` the other way round; listed keys are seen by every row, save for causality.
+    """
+    if LISTED:
+        return j if CAUSAL else j * 0 - (1 << 30), j * 0 + (1 << 30)
+    elif KIND == CLASS:
+        low = s - right
+        high = s + left + 1
+        if block is not None:
+            start = floor_div(j, block) * block - c
+            low = tl.maximum(low, ceil_div(start, step))
+            high = tl.minimum(high, ceil_div(start + block, step))
+        return low, high
+    elif KIND == BEFORE:
+        return tl.maximum(j - right, (j // block + 1) * block), j + left + 1
+    else:
+        return j - right, tl.minimum(j + left + 1, j // block * block)
