@@ -243,3 +243,28 @@ def test_the_last_program_sees_what_the_others_stored(run, check):
     x, y = torch.randint(-99, 99, (64, 128)).float(), torch.zeros(1)
     run(split_sum_kernel, (64,))(x, torch.zeros(64), torch.zeros(1).int(), y, PARTS=64, BLOCK=128)
     check(y, x.sum()[None])
+
+
+@triton.jit
+def volatile_kernel(flag_ptr, x_ptr, y_ptr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    if tl.program_id(0) == 0:
+        while tl.load(flag_ptr, volatile=True) == 0:
+            pass
+        while tl.min(tl.load(flag_ptr + i, volatile=True)) == 0:
+            pass
+        tl.store(y_ptr + i, tl.load(x_ptr + i))
+    else:
+        tl.store(x_ptr + i, i)
+        tl.atomic_xchg(flag_ptr + i, 1)
+
+
+@pytest.mark.ops("load")
+@pytest.mark.no_interpreter("it runs one program after another")
+def test_volatile_loads_see_what_another_program_writes(run, check):
+    flag, x, y = torch.zeros(3, 16).int()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    run(volatile_kernel, (2,))(flag, x, y, BLOCK=16)
+    torch.set_num_threads(threads)
+    check(y, torch.arange(16))

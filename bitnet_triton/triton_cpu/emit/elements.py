@@ -48,7 +48,7 @@ def _transpose(emitter: Emitter, op: Op, value: Value, index: Index, nest: Nest)
 def _load(emitter: Emitter, op: Op, value: Value, index: Index, nest: Nest) -> str:
     address = emitter.element(op.operands[0], index, nest)
     c_elem = c_type(value.type)
-    read = load_expression(address, value)
+    read = load_expression(address, op)
     if len(op.operands) == 1:
         return nest.bind(c_elem, read, hint=value.name)
     mask = emitter.element(op.operands[1], index, nest)
@@ -62,11 +62,14 @@ def _load(emitter: Emitter, op: Op, value: Value, index: Index, nest: Nest) -> s
     return nest.bind(c_elem, f"{mask} ? {read} : {other}", hint=value.name)
 
 
-def load_expression(address: str, value: Value) -> str:
-    """Return the C++ expression that reads ``value`` at ``address``."""
-    if value.type.elem == "i1":
-        return f"(*(const uint8_t*)({address}) != 0)"
-    return f"*(const {c_type(value.type)}*)({address})"
+def load_expression(address: str, load: Op) -> str:
+    """Return the C++ expression of what ``load`` reads at ``address``."""
+    type_ = load.results[0].type
+    c_elem = "uint8_t" if type_.elem == "i1" else c_type(type_)
+    code = f"*(const {c_elem}*)({address})"
+    if load.flag("isVolatile"):  # a loop that waits for another program reads every time
+        code = f"a_load(({c_elem}*)({address}))"
+    return f"({code} != 0)" if type_.elem == "i1" else code
 
 
 def array_element(value: Value, name: str, place: str) -> str:

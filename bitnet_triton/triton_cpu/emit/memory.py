@@ -21,7 +21,7 @@ def _load(emitter: Emitter, op: Op) -> None:
             emitter.materialise(result)
         return
     operands = [emitter.scalar(operand) for operand in op.operands]
-    code = load_expression(operands[0], result)
+    code = load_expression(operands[0], op)
     if len(operands) > 1:
         other = operands[2] if len(operands) > 2 else f"{c_type(result.type)}(0)"
         code = f"{operands[1]} ? {code} : {other}"
