@@ -64,9 +64,9 @@ class Value:
 
     type: Type
     name: str
-    op: Op | None = None
-    block: Block | None = None
-    uses: list[Op] = field(default_factory=list)
+    op: Op | None = field(default=None, repr=False)
+    block: Block | None = field(default=None, repr=False)
+    uses: list[Op] = field(default_factory=list, repr=False)
 
     @property
     def is_block(self) -> bool:
@@ -82,10 +82,10 @@ class Op:
     operands: list[Value]
     results: list[Value]
     attributes: dict[str, str]
-    regions: list[list[Block]]
+    regions: list[list[Block]] = field(repr=False)
     successors: list[str]
     location: str
-    block: Block | None = None
+    block: Block | None = field(default=None, repr=False)
     index: int = 0
 
     def integer(self, attribute: str, default: int = 0) -> int:
@@ -115,8 +115,8 @@ class Block:
 
     args: list[Value]
     label: str = ""
-    ops: list[Op] = field(default_factory=list)
-    parent: Op | None = None
+    ops: list[Op] = field(default_factory=list, repr=False)
+    parent: Op | None = field(default=None, repr=False)
 
     def append(self, op: Op) -> None:
         """Add ``op`` at the end."""
