@@ -51,7 +51,7 @@ REFERENCE = {
     "Compiler hints": "assume debug_barrier max_constancy max_contiguous multiple_of",
     "Debugging": "static_print static_assert device_print device_assert",
     "Public beside the reference": (
-        "atomic_load atomic_store atomic_poll expect_zero"
+        "atomic_load atomic_poll atomic_store expect_zero"
         " add sub mul squeeze unsqueeze item reduce_or map_elementwise bitonic_merge condition"
         " to_tensor philox philox_impl rand4x randn4x pair_uniform_to_normal uint_to_uniform_float"
     ),
@@ -77,14 +77,14 @@ NOT_OPERATIONS = {
 REMARKS = {
     "advance": "removed in Triton 3.9, with `make_block_ptr`",
     "atomic_load": "new in Triton 3.9",
-    "atomic_poll": "new in Triton 3.9",
+    "atomic_poll": "new in Triton 3.9; without a limit, an error once nobody is left to wait for",
     "atomic_store": "new in Triton 3.9",
     "expect_zero": "new in Triton 3.8",
     "atomic_add": "every `sem` and `scope` is served by the strongest",
     "debug_barrier": "nothing to wait for: one thread runs a program",
     "device_assert": "with `debug=True`; raises once the grid has run",
     "dot": "sizes from 1 on; float32 products are exact to float32, whatever `input_precision`",
-    "load": "cache hints are read and change nothing",
+    "load": "cache hints are read and change nothing; volatile loads are atomic",
     "make_block_ptr": "removed in Triton 3.9",
     "max": "NaN is passed over, as on a GPU",
     "min": "NaN is passed over, as on a GPU",
