@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ def register_op(
     fake: Callable[..., Any],
     *,
     function: type[torch.autograd.Function] | None = None,
+    mutates_args: Sequence[str] = (),
 ) -> Callable[..., Any]:
     """Register ``launcher`` as ``torch.ops.bitnet_triton.<name>`` and return what ops call.
 
@@ -33,10 +35,15 @@ def register_op(
     Args:
         name: name of the op inside the namespace.
         launcher: typed function of tensors (the first argument is one) and scalars that returns
-            new tensors.
+            new tensors, and writes to none but those of ``mutates_args``.
         fake: same signature, returns empty tensors of the right shapes.
         function: its ``setup_context`` and ``backward`` become the autograd rule of the op.
+        mutates_args: names of the tensors that the launcher writes to. Autograd and tracers are
+            told of it; such an op has no autograd rule.
     """
+    assert function is None or not mutates_args
+    names = list(inspect.signature(launcher).parameters)
+    mutated = [names.index(name) for name in mutates_args]
 
     @functools.wraps(launcher)
     def plain(*args: Any) -> Any:
@@ -49,8 +56,10 @@ def register_op(
                 return launcher(*args)
         return launcher(*args)
 
-    schema = torch.library.infer_schema(launcher, mutates_args=())
-    op = torch.library.custom_op(f"{NAMESPACE}::{name}", plain, mutates_args=(), schema=schema)
+    schema = torch.library.infer_schema(launcher, mutates_args=mutates_args)
+    op = torch.library.custom_op(
+        f"{NAMESPACE}::{name}", plain, mutates_args=mutates_args, schema=schema
+    )
     op.register_fake(fake)
     if function is not None:
         op.register_autograd(function.backward, setup_context=function.setup_context)
@@ -59,6 +68,9 @@ def register_op(
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling() or type(args[0]) not in _PLAIN_TENSORS or _is_watched():
             return op(*args)
+        # as the dispatcher does: a backward that saved the tensor then notices the change
+        for place in mutated:
+            torch.autograd.graph.increment_version(args[place])
         return plain(*args)
 
     return call

@@ -70,3 +70,37 @@ def test_a_dispatch_mode_sees_the_op():
     assert torch.equal(y, x * 6)
     assert watched[0] is torch.ops.bitnet_triton.test_double.default
     assert len(seen) == 1
+
+
+def _add(x: Tensor, total: Tensor) -> Tensor:
+    total += x
+    return x * 2
+
+
+add = register_op("test_add", _add, lambda x, total: x.new_empty(x.shape), mutates_args=("total",))
+
+
+def test_a_change_is_made_once_however_the_op_is_called():
+    x, totals = torch.randn(3), torch.zeros(3, 3)
+    compiled = torch.compile(
+        lambda x, total: add(x + 0, total), fullgraph=True, backend="aot_eager"
+    )
+    for call, total in zip((add, torch.ops.bitnet_triton.test_add, compiled), totals):
+        assert torch.equal(call(x, total), x * 2)
+    assert torch.equal(totals, x.expand(3, 3))
+
+
+def test_autograd_is_told_of_a_change():
+    for call in (add, torch.ops.bitnet_triton.test_add):
+        total = torch.randn(3)
+        product = (torch.ones(3, requires_grad=True) * total).sum()
+        call(torch.randn(3), total)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.backward()
+
+
+def test_a_tensor_of_inference_mode_may_be_changed():
+    with torch.inference_mode():
+        total = torch.zeros(3)
+        add(torch.ones(3), total)
+    assert torch.equal(total, torch.ones(3))
