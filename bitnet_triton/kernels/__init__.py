@@ -11,6 +11,8 @@ from bitnet_triton.kernels.quantize import quantize_activations, quantize_weight
 from bitnet_triton.kernels.quantize.op import ACTIVATIONS_FWD, WEIGHT_STATS
 from bitnet_triton.kernels.rms_norm import relu2_mul_norm_quantize, rms_norm, rms_norm_quantize
 from bitnet_triton.kernels.rms_norm.op import NORM_FWD, NORM_QUANTIZE_FWD, RELU2_FWD
+from bitnet_triton.kernels.rotary import apply_rotary, rotary_and_store
+from bitnet_triton.kernels.rotary.op import ROTARY, ROTARY_AND_STORE
 from bitnet_triton.kernels.ternary_linear import (
     MergedTernaryWeight,
     ternary_linear,
@@ -29,6 +31,8 @@ IMPLEMENTATIONS = {
     "rms_norm": NORM_FWD,
     "rms_norm_quantize": NORM_QUANTIZE_FWD,
     "relu2_mul_norm_quantize": RELU2_FWD,
+    "rotary": ROTARY,
+    "rotary_and_store": ROTARY_AND_STORE,
     "ternary_linear": TERNARY_FWD,
     "ternary_linear_quantized": QUANTIZED_FWD,
     "ternary_linear_bwd": TERNARY_BWD,
@@ -45,6 +49,7 @@ __all__ = [
     "Mask",
     "MergedTernaryWeight",
     "TernaryWeight",
+    "apply_rotary",
     "bit_linear",
     "dense_linear",
     "flash_attention",
@@ -54,6 +59,7 @@ __all__ = [
     "relu2_mul_norm_quantize",
     "rms_norm",
     "rms_norm_quantize",
+    "rotary_and_store",
     "ternary_linear",
     "ternary_linear_quantized",
 ]

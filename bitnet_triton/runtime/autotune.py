@@ -65,6 +65,14 @@ _GPU: dict[str, dict[int, Tiles]] = {
     "bit_linear_bwd_dweight": {
         _ANY: {"BLOCK_N": 64, "BLOCK_K": 32, "BLOCK_M": 32, "num_warps": 4, "num_stages": 2},
     },
+    "rotary": {  # the size of a head
+        128: {"BLOCK_H": 32, "num_warps": 4},
+        _ANY: {"BLOCK_H": 8, "num_warps": 4},
+    },
+    "rotary_and_store": {
+        128: {"BLOCK_H": 32, "num_warps": 4},
+        _ANY: {"BLOCK_H": 8, "num_warps": 4},
+    },
     "flash_attention_fwd": {  # the size of a head, here and below
         _ANY: {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
     },
@@ -142,6 +150,8 @@ _CPU: dict[str, dict[int, Tiles]] = {
     "flash_attention_bwd_delta": {
         _ANY: {"BLOCK_M": 64},
     },
+    "rotary": {_ANY: {"BLOCK_H": 1}},
+    "rotary_and_store": {_ANY: {"BLOCK_H": 1}},
     "flash_attention_bwd_dq": {
         _ANY: {"BLOCK_M": 128, "BLOCK_N": 128},
     },

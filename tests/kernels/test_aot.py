@@ -26,6 +26,8 @@ from bitnet_triton.kernels.rms_norm.forward import (
     launch_rms_norm,
     launch_rms_norm_quantize,
 )
+from bitnet_triton.kernels.rotary.decode import launch_rotary_and_store
+from bitnet_triton.kernels.rotary.forward import launch_rotary
 from bitnet_triton.kernels.ternary_linear.backward import launch_ternary_linear_bwd
 from bitnet_triton.kernels.ternary_linear.decode import launch_ternary_linear_fwd_row
 from bitnet_triton.kernels.ternary_linear.forward import launch_ternary_linear_fwd
@@ -75,6 +77,17 @@ def launch_fused(M, dtype, N=N, K=K):
         launch(*quantized, packed, meta(parts), None, None, rows, dtype)
 
 
+def launch_rotated(D, dtype, B=2, T=3, H=20, Hk=5):
+    """Start the kernels of rotary embeddings."""
+    rows, table = meta(1, T, D, dtype=dtype), meta(9, D, dtype=dtype)
+    qkv, cache = meta(B, T, H + 2 * Hk, D, dtype=dtype), meta(B, 9, Hk, D, dtype=dtype)
+    slots = meta(B, dtype=torch.int32)
+    for backward in (False, True):
+        launch_rotary(qkv[:, :, :H], rows, rows, backward)
+    launch_rotary_and_store(qkv, table, table, cache, cache, slots, slots)
+    launch_rotary_and_store(qkv, rows, rows, cache, cache, slots, None)
+
+
 def launch_trained(M, dtype, weight_dtype, binary, N=N, K=K):
     """Start the kernels of bit_linear, forward and backward."""
     a, a_scale, stats = meta(M, K, dtype=I8), meta(M, 1), meta(2)
@@ -98,6 +111,8 @@ def record_all():
             for width in (640, 6912, 16384):
                 launch_fused(1, dtype, K=width)
             launch_trained(2048, dtype, dtype, binary=False)
+            for head in (128, 256):
+                launch_rotated(head, dtype)
         launch_packed(2048, BF16, None)
         launch_trained(2048, BF16, F32, binary=False)  # autocast
         launch_trained(2048, BF16, BF16, binary=True)
@@ -187,7 +202,8 @@ def test_sizes_of_one_compile():
             launch_packed(M, F32, meta(4), N=4, K=1)
         launch_trained(1, F32, F32, binary=False, N=1, K=1)
         launch_fused(1, F32, N=12, K=1)
-    assert len(launches) == 16
+        launch_rotated(2, F32, B=1, T=1, H=1, Hk=1)
+    assert len(launches) == 20
     for launch in launches:
         assert compile_for(launch, TARGETS["sm_80"]).spills == 0
 

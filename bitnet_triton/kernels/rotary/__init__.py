@@ -1,0 +1,3 @@
+from bitnet_triton.kernels.rotary.op import apply_rotary, rotary_and_store
+
+__all__ = ["apply_rotary", "rotary_and_store"]
