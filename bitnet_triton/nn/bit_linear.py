@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bitnet_triton.kernels import TernaryWeight, bit_linear, quantize_weight, ternary_linear
+from bitnet_triton.kernels.flops import register_flop_formulas
 from bitnet_triton.kernels.packing import CODES_PER_BYTE
 
 
@@ -38,6 +39,7 @@ class BitLinear(nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        register_flop_formulas()
         self.levels = levels
         self.rms_norm = rms_norm
 
@@ -104,6 +106,7 @@ class PackedBitLinear(nn.Module):
             raise ValueError(
                 f"`out_features`: expected a multiple of {CODES_PER_BYTE}, got {out_features}"
             )
+        register_flop_formulas()
         self.in_features = in_features
         self.out_features = out_features
         self.scale_divides = scale_divides
