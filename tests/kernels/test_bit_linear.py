@@ -1,0 +1,153 @@
+"""bit_linear where its kernels have edges: tiles that hang over, rows without spread, mixed dtypes.
+
+What it shares with ternary_linear (dtypes, backends, autocast) stands in test_ternary_linear.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bitnet_triton import use_backend
+from bitnet_triton.kernels import bit_linear, quantize_activations
+from bitnet_triton.kernels.bit_linear.backward import launch_bit_linear_bwd_dweight
+from bitnet_triton.kernels.bit_linear.reference import bit_linear_reference
+from bitnet_triton.runtime.autotune import fitted_tiles, tiles
+from bitnet_triton.testing import assert_close, randn, random_codes
+
+LEVELS = ["ternary", "binary"]
+F32, BF16 = torch.float32, torch.bfloat16
+# activations, master weights
+MIXES = [(F32, F32), (BF16, BF16), (BF16, F32)]
+# M, N, K: one of everything; whole tiles of a CPU and a bit; odd in each dimension
+SHAPES = [(1, 1, 1), (130, 66, 290), (257, 129, 65)]
+KERNELS = ["bit_linear_fwd", "bit_linear_bwd_dx", "bit_linear_bwd_dweight"]
+
+
+def rows_with_edges(M, K):
+    """Activations that quantise to themselves; the second row is zero, the third all equal."""
+    x = torch.randint(-126, 127, (M, K)).double()
+    x[:, torch.randint(K, ()).item()] = 127
+    x[1:2] = 0
+    x[2:3] = -127
+    return x / 32
+
+
+def masters(N, K, levels):
+    """Master weights away from every threshold of their quantiser, binary ones with mean 0.02."""
+    codes = random_codes(N, K).double()
+    if levels == "binary":
+        codes = codes.abs() * 2 - 1
+        codes.view(-1)[: N * K // 2] = -1
+        codes.view(-1)[N * K // 2 : N * K // 2 * 2] = 1
+        codes = codes.view(-1)[torch.randperm(N * K)].view(N, K)
+    noise = torch.rand(N, K, dtype=torch.float64) - 0.5
+    return 0.05 * (codes + 0.3 * noise) + (0.02 if levels == "binary" else 0.0)
+
+
+def run(op, x, weight, bias, dy):
+    leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+    y = op(*leaves)
+    gradients = torch.autograd.grad(y, leaves, dy.to(y.dtype))
+    return dict(zip(("y", "dx", "dweight", "dbias"), (y.detach(), *gradients)))
+
+
+@pytest.mark.parametrize(("x_dtype", "weight_dtype"), MIXES, ids=str)
+@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.backends("triton")
+def test_output_and_gradients_match_float64(shape, levels, x_dtype, weight_dtype, device, backend):
+    M, N, K = shape
+    x = rows_with_edges(M, K).to(x_dtype)
+    weight, bias = masters(N, K, levels).to(weight_dtype), randn(N, dtype=weight_dtype)
+    dy = randn(M, N, dtype=x_dtype)
+
+    def op(*args):
+        with use_backend(backend):
+            return bit_linear(*args, levels=levels)
+
+    def reference(*args):
+        return bit_linear_reference(*args, levels=levels)
+
+    ours = run(op, *(t.to(device) for t in (x, weight, bias, dy)))
+    exact = run(reference, x.double(), weight.double(), bias.double(), dy.double())
+    eager = run(reference, x.to(x_dtype), weight.to(x_dtype), bias.to(x_dtype), dy)
+    for name, value in exact.items():
+        if ours[name].dtype == x_dtype:
+            assert_close(name, ours[name], value, eager=eager[name])
+        else:  # a float32 sum of products of bfloat16 operands: no better than they are
+            worst = 2 * (eager[name].double() - value).abs().max().item()
+            assert_close(name, ours[name], value, rms=8e-3, worst=worst)
+    assert ours["dweight"].dtype == weight_dtype
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+def test_rows_that_are_zero_or_all_equal_give_what_they_should(levels, device, backend):
+    """A zero row adds nothing to dweight, whatever its dy; a row of c is quantised to c exactly."""
+    x = torch.stack([torch.zeros(40), torch.full((40,), 0.3), torch.full((40,), -7.0)])
+    weight, dy = masters(8, 40, levels).float(), randn(3, 8)
+    x, weight, dy = (t.to(device).requires_grad_() for t in (x, weight, dy))
+    with use_backend(backend):
+        y = bit_linear(x, weight, levels=levels)
+        dx, dweight = torch.autograd.grad(y, (x, weight), dy)
+    assert y[0].eq(0).all()
+    assert dx[0].ne(0).any()
+    assert_close("dweight", dweight, dy.double().t() @ x.double())
+
+
+def test_tokens_add_up_in_the_weight_gradient(device, backend):
+    x, weight, dy = randn(37, 48, device=device), randn(24, 48, device=device), randn(37, 24)
+    dy = dy.to(device)
+    parts = []
+    with use_backend(backend):
+        for part in (slice(None), slice(0, 5), slice(5, 37)):
+            leaf = weight.detach().requires_grad_()
+            bit_linear(x[part], leaf).backward(dy[part])
+            parts.append(leaf.grad)
+    assert_close("dweight", parts[1] + parts[2], parts[0].double(), worst=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_dweight_equals_the_product_of_what_the_codes_stand_for(dtype, device):
+    x, dy = randn(300, 77, dtype=dtype, device=device), randn(300, 51, dtype=dtype, device=device)
+    codes, scale = quantize_activations(x)
+    dweight = launch_bit_linear_bwd_dweight(dy, codes, scale, dtype)
+    dequantised = (codes * scale).to(dtype)
+    exact = dy.double().t() @ (codes.double() * scale.double())
+    assert_close("dweight", dweight, exact, eager=(dy.float().t() @ dequantised.float()).to(dtype))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    "size", [(1, 1, 1), (70, 136, 131), (2048, 6912, 2560), (4096, 384, 1024)], ids=str
+)
+def test_tiles_for_a_cpu_waste_an_eighth_at_most(kernel, size):
+    M, N, K = size
+    fitted = fitted_tiles(kernel, torch.device("cpu"), M=M, N=N, K=K)
+    largest = tiles(kernel, M, torch.device("cpu"))
+    for name, extent in (("BLOCK_M", M), ("BLOCK_N", N), ("BLOCK_K", K)):
+        block = fitted[name]
+        wasted = -extent % block
+        assert block == 16 or wasted <= extent / 8
+        # no smaller than that asks for
+        assert block == largest[name] or -extent % (2 * block) > extent / 8
+
+
+def test_tiles_for_a_gpu_are_those_that_were_compiled_ahead_of_time():
+    cuda = torch.device("cuda")
+    for kernel in KERNELS:
+        assert fitted_tiles(kernel, cuda, M=3, N=5, K=7) == tiles(kernel, 3, cuda)
+
+
+@pytest.mark.parametrize("frozen", ["weight", "x"])
+def test_what_is_frozen_saves_nothing_for_the_backward(frozen, device):
+    x, weight = randn(64, 48, device=device), randn(24, 48, device=device)
+    (x if frozen == "weight" else weight).requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        bit_linear(x, weight)
+    kept = {(tuple(t.shape), t.dtype) for t in saved}
+    if frozen == "weight":
+        assert kept == {((24, 48), F32), ((2,), F32)}
+    else:
+        assert kept == {((64, 48), torch.int8), ((64, 1), F32)}
