@@ -59,15 +59,22 @@ def program(tmp_path):
         "PYTHONFAULTHANDLER": "1",
     }
     write_compiler(compiler, log)
+    started = []
 
     def start(**more):
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, file], env=environment | more, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True, start_new_session=True,
         )  # fmt: skip
+        started.append(process)
+        return process
 
     start.compiler, start.log = compiler, log
-    return start
+    yield start
+    for process in started:
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
 
 
 def write_compiler(path, log, before=""):
@@ -82,7 +89,7 @@ def finished(process):
     try:
         output, _ = process.communicate(timeout=120)
     except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGABRT)  # faulthandler says where it is
+        os.killpg(process.pid, signal.SIGABRT)  # faulthandler says where it is
         pytest.fail(f"the process hangs:\n{process.communicate()[0]}")
     return process.returncode, output.strip()
 
