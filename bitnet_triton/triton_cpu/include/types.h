@@ -15,7 +15,7 @@ namespace tcpu {
 template <class D, class S> TCPU_INLINE D bitcast(S s) {
   static_assert(sizeof(D) == sizeof(S), "bitcast between different sizes");
   D d;
-  memcpy(&d, &s, sizeof(D));
+  memcpy((void*)&d, (const void*)&s, sizeof(D));
   return d;
 }
 
