@@ -85,6 +85,12 @@ _GPU: dict[str, dict[int, Tiles]] = {
     "flash_attention_bwd_dkdv": {
         _ANY: {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
     },
+    "flash_attention_decode": {
+        _ANY: {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+    },
+    "flash_attention_decode_merge": {
+        _ANY: {"num_warps": 4},
+    },
 }
 
 _CPU: dict[str, dict[int, Tiles]] = {
@@ -144,19 +150,25 @@ _CPU: dict[str, dict[int, Tiles]] = {
     "bit_linear_bwd_dequantize": {
         _ANY: {"BLOCK_M": 64, "BLOCK_K": 64},
     },
+    "rotary": {_ANY: {"BLOCK_H": 1}},
+    "rotary_and_store": {_ANY: {"BLOCK_H": 1}},
     "flash_attention_fwd": {  # the size of a head, here and below
         _ANY: {"BLOCK_M": 128, "BLOCK_N": 128},
     },
     "flash_attention_bwd_delta": {
         _ANY: {"BLOCK_M": 64},
     },
-    "rotary": {_ANY: {"BLOCK_H": 1}},
-    "rotary_and_store": {_ANY: {"BLOCK_H": 1}},
     "flash_attention_bwd_dq": {
         _ANY: {"BLOCK_M": 128, "BLOCK_N": 128},
     },
     "flash_attention_bwd_dkdv": {
         _ANY: {"BLOCK_M": 128, "BLOCK_N": 128},
+    },
+    "flash_attention_decode": {
+        _ANY: {"BLOCK_N": 128},
+    },
+    "flash_attention_decode_merge": {
+        _ANY: {},
     },
 }
 

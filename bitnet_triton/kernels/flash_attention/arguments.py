@@ -39,6 +39,11 @@ class Call:
     seqused_q: Tensor | None
     seqused_k: Tensor | None
 
+    @property
+    def decodes(self) -> bool:
+        """Whether its lengths are among those that the decode kernel takes."""
+        return self.cu_seqlens_q is None and self.seqused_q is None
+
     @classmethod
     def build(
         cls,

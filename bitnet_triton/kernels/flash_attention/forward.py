@@ -7,6 +7,8 @@ never loaded.
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 
@@ -30,7 +32,7 @@ _LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _accumulate(acc, top, total, scores, v) -> tuple:
+def accumulate(acc, top, total, scores, v) -> tuple:
     """Add a tile of keys to the running softmax (arXiv:1805.02867)."""
     new_top = tl.maximum(top, tl.max(scores, 1))
     # a row that has seen no key keeps a finite pivot: -inf - -inf is NaN
@@ -117,7 +119,7 @@ def _flash_attention_fwd_kernel(
         k = load_rows(k_ptr, j, k_stride_t, None, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
         v = load_rows(v_ptr, j, v_stride_t, None, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
         scores, _ = score_tile(q, k, scale_log2, softcap_log2)  # [BLOCK_M, BLOCK_N]
-        acc, top, total = _accumulate(acc, top, total, scores, v)
+        acc, top, total = accumulate(acc, top, total, scores, v)
 
     for t in range(edges + more):
         s = low0 + tl.where(t < edges, t, t + whole) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -126,7 +128,7 @@ def _flash_attention_fwd_kernel(
         v = load_rows(v_ptr, j, v_stride_t, s < n, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
         scores, _ = score_tile(q, k, scale_log2, softcap_log2)  # [BLOCK_M, BLOCK_N]
         visible = visible_tile(s, low, high, p, j, dilation, key_flags_ptr, s < n, KIND, DILATED)
-        acc, top, total = _accumulate(acc, top, total, tl.where(visible, scores, float("-inf")), v)
+        acc, top, total = accumulate(acc, top, total, tl.where(visible, scores, float("-inf")), v)
 
     listed = 0
     if keys_ptr is not None:
@@ -143,7 +145,7 @@ def _flash_attention_fwd_kernel(
             visible = (at < listed)[None, :]
             if CAUSAL:
                 visible = visible & (j[None, :] <= p[:, None])
-            acc, top, total = _accumulate(
+            acc, top, total = accumulate(
                 acc, top, total, tl.where(visible, scores, float("-inf")), v
             )
 
@@ -155,3 +157,10 @@ def _flash_attention_fwd_kernel(
     if visited_ptr is not None:
         program = (b * H + head) * tl.num_programs(0) + tl.program_id(0)
         tl.store(visited_ptr + program, edges + whole + more + tl.cdiv(listed, BLOCK_E))
+
+
+def score_factors(scale: float, softcap: float | None) -> tuple[float, float | None]:
+    """Return ``scale_log2`` and ``softcap_log2`` as ``score_tile`` takes them."""
+    if softcap is None:
+        return scale * math.log2(math.e), None
+    return scale / softcap, softcap * math.log2(math.e)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -23,7 +22,10 @@ from bitnet_triton.kernels.flash_attention.bands import (
     heads_table,
     plan_call,
 )
-from bitnet_triton.kernels.flash_attention.forward import _flash_attention_fwd_kernel
+from bitnet_triton.kernels.flash_attention.forward import (
+    _flash_attention_fwd_kernel,
+    score_factors,
+)
 from bitnet_triton.kernels.flash_attention.merge import merge_attention
 from bitnet_triton.runtime import launch
 from bitnet_triton.runtime.autotune import tiles
@@ -32,13 +34,6 @@ from bitnet_triton.runtime.autotune import tiles
 def strides(t: Tensor) -> tuple[int, int, int]:
     """Return the strides of sequences (0 where packed), rows and heads."""
     return (0, *t.stride()[:2]) if t.ndim == 3 else t.stride()[:3]  # type: ignore[return-value]
-
-
-def factors(call: Call) -> tuple[float, float | None]:
-    """Return what the kernels multiply with: see ``score_tile``."""
-    if call.softcap is None:
-        return call.scale * math.log2(math.e), None
-    return call.scale / call.softcap, call.softcap * math.log2(math.e)
 
 
 def grid_tiles(t: Tensor, block: int, step: int, batch: int) -> int:
@@ -53,7 +48,7 @@ def common(q: Tensor, k: Tensor, v: Tensor, call: Call, plan: Plan, band: Band) 
     """Return the keyword arguments that all kernels take."""
     H, Hk = q.shape[-2], k.shape[-2]
     packed = plan.packed
-    scale_log2, softcap_log2 = factors(call)
+    scale_log2, softcap_log2 = score_factors(call.scale, call.softcap)
     return {
         "B": plan.lengths.shape[0] if packed and plan.lengths is not None else None,
         "Tq": q.shape[-3], "Tk": k.shape[-3],

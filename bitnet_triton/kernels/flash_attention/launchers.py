@@ -23,9 +23,15 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 
 def _triton_fwd(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     # Triton is imported on first use, here and below: that takes longer than this package
+    from bitnet_triton.kernels.flash_attention.decode import decode_objection, launch_decode
     from bitnet_triton.kernels.flash_attention.launch import launch_forward
 
     q, k, v = _inner_contiguous(q, k, v)
+    if call.decodes and decode_objection(q, k, call.mask) is None:
+        return launch_decode(
+            q, k, v, mask=call.mask, scale=call.scale, softcap=call.softcap,
+            leftpad_k=call.leftpad_k, seqused_k=call.seqused_k,
+        )  # fmt: skip
     return launch_forward(q, k, v, call)
 
 
