@@ -15,12 +15,14 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from bitnet_triton.kernels.flash_attention.arguments import Call
-from bitnet_triton.kernels.flash_attention.mask import Mask
+if TYPE_CHECKING:
+    from bitnet_triton.kernels.flash_attention.arguments import Call
+    from bitnet_triton.kernels.flash_attention.mask import Mask
 
 CLASS, BEFORE, AFTER = 0, 1, 2  # how keys are numbered; the same in tiles.py
 OPEN = 2**30  # an interval without an end
@@ -50,13 +52,7 @@ class Band:
         """Whether any head skips keys."""
         return any(step > 1 or dilation > 1 for step, _, _, dilation in self.heads)
 
-    @property
-    def largest_step(self) -> int:
-        """The most classes of any head."""
-        return max(step for step, _, _, _ in self.heads)
 
-
-# what rows that see everything see
 def dense_band(causal: bool) -> Band:
     """Return the band of rows that see every key, save for causality."""
     return Band(((1, OPEN, 0 if causal else OPEN, 1),))

@@ -36,12 +36,13 @@ def strides(t: Tensor) -> tuple[int, int, int]:
     return (0, *t.stride()[:2]) if t.ndim == 3 else t.stride()[:3]  # type: ignore[return-value]
 
 
-def grid_tiles(t: Tensor, block: int, step: int, batch: int) -> int:
+def grid_tiles(t: Tensor, block: int, band: Band, batch: int) -> int:
     """Return the programs that all tiles of rows of ``t`` need, without asking for lengths."""
+    steps = {step for step, *_ in band.heads}
     if t.ndim == 4:
-        return step * triton.cdiv(triton.cdiv(t.shape[1], step), block)
+        return max(step * triton.cdiv(triton.cdiv(t.shape[1], step), block) for step in steps)
     # each class of each sequence may end in a tile of its own
-    return triton.cdiv(t.shape[0], block) + batch * step
+    return triton.cdiv(t.shape[0], block) + batch * max(steps)
 
 
 def common(q: Tensor, k: Tensor, v: Tensor, call: Call, plan: Plan, band: Band) -> dict[str, Any]:
@@ -90,10 +91,9 @@ def _launch_band(
     H, D = q.shape[-2:]
     out, lse = results if results is not None else _results(q, v, plan, dtype)
     dense = results is not None
-    step = band.largest_step
     config = tiles("flash_attention_fwd", max(D, v.shape[-1]), q.device)
     batch = plan.lengths.shape[0] if plan.lengths is not None else q.shape[0]
-    programs = grid_tiles(q, config["BLOCK_M"], step, batch)
+    programs = grid_tiles(q, config["BLOCK_M"], band, batch)
     grid = (programs, H, 1 if plan.packed else batch)
     if visited is not None:
         visited.append(torch.zeros(batch * H * programs, dtype=torch.int32, device=q.device))
@@ -173,7 +173,7 @@ def _launch_dq(
     if plan.rows is not None:
         passes.append((dense_band(call.mask.causal), False, True))
     for band, accumulate, dense in passes:
-        programs = grid_tiles(q, config["BLOCK_M"], band.largest_step, batch)
+        programs = grid_tiles(q, config["BLOCK_M"], band, batch)
         keys = plan.keys if band is plan.bands[0] else None
         launch(_flash_attention_bwd_dq_kernel, (programs, H, 1 if plan.packed else batch))(
             q, k, v, dout, lse, delta, dq,
@@ -208,7 +208,7 @@ def _launch_dkdv(
     config = tiles("flash_attention_bwd_dkdv", max(D, v.shape[-1]), q.device)
     batch = plan.lengths.shape[0] if plan.lengths is not None else q.shape[0]
     for number, (band, keys, rows) in enumerate(passes):
-        programs = grid_tiles(k, config["BLOCK_N"], band.largest_step, batch)
+        programs = grid_tiles(k, config["BLOCK_N"], band, batch)
         whole = keys is None and rows is None
         launch(_flash_attention_bwd_dkdv_kernel, (programs, Hk, 1 if plan.packed else batch))(
             q, k, v, dout, lse, delta, dk, dv,

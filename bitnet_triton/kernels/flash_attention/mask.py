@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bitnet_triton.kernels.flash_attention.pairs import Lengths, visible_pairs
 from bitnet_triton.kernels.flash_attention.picture import draw_mask, plot_mask
+from bitnet_triton.kernels.flash_attention.work import Work, count_work
 
 PATTERNS = ("local", "strided", "fixed")
 
@@ -195,6 +196,24 @@ class Mask:
     def visible_among(self, lengths: Lengths, device: torch.device | str | None = None) -> Tensor:
         """Return the same as ``visible``, for lengths that stand together."""
         return visible_pairs(self, lengths, device)
+
+    def work(
+        self, Tq: int, Tk: int | None = None, *, heads: int = 1, block_m: int = 128,
+        block_n: int = 128,
+    ) -> Work:  # fmt: skip
+        """Count the tiles of keys that the forward kernel loads, and those of dense attention.
+
+        Args:
+            Tq: number of queries.
+            Tk: number of keys. Default: ``Tq``.
+            heads: number of query heads.
+            block_m: queries of a tile.
+            block_n: keys of a tile.
+
+        Raises:
+            TypeError: a field is a tensor, whose values the count would depend on.
+        """
+        return count_work(self, Tq, Tq if Tk is None else Tk, heads, block_m, block_n)
 
     def explain(self, Tq: int, Tk: int | None = None, *, head: int = 0, width: int = 64) -> str:
         """Draw the mask as text: a row a query, a full block where it sees a key.
