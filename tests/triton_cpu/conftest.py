@@ -38,8 +38,8 @@ def release(package):
     return tuple(map(int, importlib.metadata.version(package).split(".")[:2]))
 
 
-# The interpreter of Triton 3.6 calls what NumPy 2.5 removed
-INTERPRETER_WORKS = release("triton") >= (3, 7) or release("numpy") < (2, 5)
+# The interpreter of Triton 3.6 takes arrays of one element for numbers, NumPy 2.4 no longer does
+INTERPRETER_WORKS = release("triton") >= (3, 7) or release("numpy") < (2, 4)
 
 
 def pytest_configure(config):
