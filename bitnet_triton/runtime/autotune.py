@@ -36,6 +36,11 @@ _GPU: dict[str, dict[int, Tiles]] = {
         4096: {"BLOCK_D": 4096, "num_warps": 8},
         16384: {"BLOCK_D": 16384, "num_warps": 16},
     },
+    "rms_norm_bwd": {
+        1024: {"BLOCK_D": 1024, "num_warps": 4},
+        4096: {"BLOCK_D": 4096, "num_warps": 8},
+        16384: {"BLOCK_D": 16384, "num_warps": 16},
+    },
     "rms_norm_quantize_fwd": {
         1024: {"BLOCK_D": 1024, "num_warps": 4},
         4096: {"BLOCK_D": 4096, "num_warps": 8},
@@ -64,6 +69,22 @@ _GPU: dict[str, dict[int, Tiles]] = {
     },
     "bit_linear_bwd_dweight": {
         _ANY: {"BLOCK_N": 64, "BLOCK_K": 32, "BLOCK_M": 32, "num_warps": 4, "num_stages": 2},
+    },
+    "split_activations_fwd": {  # the length of a row
+        4096: {"BLOCK_K": 4096, "num_warps": 4},
+        8192: {"BLOCK_K": 8192, "num_warps": 8},
+        32768: {"BLOCK_K": 32768, "num_warps": 16},
+    },
+    "int8_linear_fwd": {
+        8: {"BLOCK_M": 8, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3},
+        _ANY: {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+    },
+    "int8_linear_topk_fwd": {
+        8: {"BLOCK_M": 8, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3},
+        _ANY: {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+    },
+    "merge_best": {  # the number of candidates
+        _ANY: {"BLOCK_C": 1024, "num_warps": 4},
     },
     "rotary": {  # the size of a head
         128: {"BLOCK_H": 32, "num_warps": 4},
@@ -111,6 +132,11 @@ _CPU: dict[str, dict[int, Tiles]] = {
         4096: {"BLOCK_D": 4096},
         16384: {"BLOCK_D": 16384},
     },
+    "rms_norm_bwd": {
+        1024: {"BLOCK_D": 1024},
+        4096: {"BLOCK_D": 4096},
+        16384: {"BLOCK_D": 16384},
+    },
     "rms_norm_quantize_fwd": {
         1024: {"BLOCK_D": 1024},
         4096: {"BLOCK_D": 4096},
@@ -150,6 +176,23 @@ _CPU: dict[str, dict[int, Tiles]] = {
     "bit_linear_bwd_dequantize": {
         _ANY: {"BLOCK_M": 64, "BLOCK_K": 64},
     },
+    "split_activations_fwd": {
+        1024: {"BLOCK_K": 1024},
+        4096: {"BLOCK_K": 4096},
+        8192: {"BLOCK_K": 8192},
+        32768: {"BLOCK_K": 32768},
+    },
+    "int8_linear_fwd": {
+        1: {"BLOCK_M": 1, "BLOCK_N": 64, "BLOCK_K": 8192},
+        2: {"BLOCK_M": 2, "BLOCK_N": 64, "BLOCK_K": 8192},
+        _ANY: {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 256},
+    },
+    "int8_linear_topk_fwd": {
+        1: {"BLOCK_M": 1, "BLOCK_N": 64, "BLOCK_K": 8192},
+        2: {"BLOCK_M": 2, "BLOCK_N": 64, "BLOCK_K": 8192},
+        _ANY: {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 256},
+    },
+    "merge_best": {_ANY: {"BLOCK_C": 1024}},
     "rotary": {_ANY: {"BLOCK_H": 1}},
     "rotary_and_store": {_ANY: {"BLOCK_H": 1}},
     "flash_attention_fwd": {  # the size of a head, here and below

@@ -21,6 +21,7 @@ from bitnet_triton.kernels.quantize.forward import (
     launch_quantize_with_sums,
     launch_weight_stats,
 )
+from bitnet_triton.kernels.rms_norm.backward import launch_rms_norm_bwd
 from bitnet_triton.kernels.rms_norm.forward import (
     launch_relu2_mul_norm_quantize,
     launch_rms_norm,
@@ -67,6 +68,7 @@ def launch_fused(M, dtype, N=N, K=K):
     """Start the kernels of a fused layer."""
     x, weight, gate_up = meta(M, K, dtype=dtype), meta(K, dtype=dtype), meta(M, 2 * K, dtype=dtype)
     launch_rms_norm(x, weight, 1e-5)
+    launch_rms_norm_bwd(x, x, weight, 1e-5, True)
     quantized = launch_rms_norm_quantize(x, weight, 1e-5)
     launch_relu2_mul_norm_quantize(gate_up, weight, 1e-5)
     packed, residual = meta(N // 4, K, dtype=U8), meta(M, N, dtype=dtype)
@@ -203,7 +205,7 @@ def test_sizes_of_one_compile():
         launch_trained(1, F32, F32, binary=False, N=1, K=1)
         launch_fused(1, F32, N=12, K=1)
         launch_rotated(2, F32, B=1, T=1, H=1, Hk=1)
-    assert len(launches) == 20
+    assert len(launches) == 21
     for launch in launches:
         assert compile_for(launch, TARGETS["sm_80"]).spills == 0
 

@@ -130,11 +130,78 @@ def test_keeps_leading_dimensions_and_takes_strided_and_empty_input(device, back
     assert relu2_mul_norm_quantize(torch.randn(0, 32, device=device), weight)[0].shape == (0, 16)
 
 
-def test_results_do_not_require_gradients(device):
+def gradients(norm, x, weight, dy):
+    leaves = [t.detach().requires_grad_() for t in (x, weight)]
+    y = norm(*leaves)
+    dx, dweight = torch.autograd.grad(y, leaves, dy.to(y.dtype))
+    return {"y": y.detach(), "dx": dx, "dweight": dweight}
+
+
+# the last one has more rows than programs, and a program with fewer than the others
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 64), (5, 100), (3, 1025), (1030, 33)], ids=str)
+def test_gradients_match_float64(shape, dtype, device, backend):
+    x, weight = inputs(shape, dtype, device)
+    dy = torch.randn(shape, device=device).to(dtype)
+
+    def reference(x, weight):
+        return rms_norm_reference(x, weight, eps=EPS)
+
+    exact = gradients(reference, *(t.double() for t in (x, weight, dy)))
+    eager = gradients(reference, x, weight, dy)
+    for name, value in gradients(rms_norm, x, weight, dy).items():
+        assert_close(name, value, exact[name], eager=eager[name])
+
+
+def test_a_wider_weight_widens_the_result_as_in_transformers(device, backend):
+    """Under autocast activations are narrow and weights are not."""
+    x, weight = inputs((7, 256), torch.bfloat16, device)
+    weight = weight.float() + 0.001
+    norm = BitNetRMSNorm(256, EPS).to(device)
+    norm.weight.data = weight
+    dy = torch.randn(7, 256, device=device)
+    ours = gradients(lambda x, w: rms_norm(x, w, eps=EPS), x, weight, dy)
+    theirs = gradients(
+        lambda x, w: torch.func.functional_call(norm, {"weight": w}, x), x, weight, dy
+    )
+    assert ours["y"].dtype == ours["dweight"].dtype == torch.float32
+    assert (ours["y"] != theirs["y"]).float().mean() < 0.01
+    torch.testing.assert_close(ours["dweight"], theirs["dweight"], rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(ours["dx"], theirs["dx"], rtol=2e-2, atol=2e-2)
+
+
+def test_gradients_of_strided_rows_and_of_none(device, backend):
+    weight = torch.randn(16, device=device)
+    x, dy = (torch.randn(4, 48, device=device)[:, 8:24] for _ in range(2))
+    strided = gradients(rms_norm, x, weight, dy)
+    for name, value in gradients(rms_norm, x.clone(), weight, dy.clone()).items():
+        assert torch.equal(strided[name], value), name
+    empty = gradients(rms_norm, x[:0], weight, dy[:0])
+    assert empty["dx"].shape == (0, 16)
+    assert not empty["dweight"].any()
+
+
+def test_a_frozen_weight_gets_no_gradient(device):
+    x, weight = inputs((3, 64), torch.float32, device)
+    x.requires_grad_()
+    rms_norm(x, weight).square().sum().backward()
+    assert weight.grad is None
+    assert x.grad.any()
+
+
+def test_the_quantising_norms_are_not_differentiable(device):
     x = torch.randn(2, 16, device=device, requires_grad=True)
     weight = torch.ones(16, device=device, requires_grad=True)
-    assert not rms_norm(x, weight).requires_grad
     assert not rms_norm_quantize(x, weight)[1].requires_grad
+
+
+def test_a_users_compiled_norm_trains_as_in_eager_mode(device):
+    x, weight = inputs((6, 40), torch.float32, device)
+    dy = torch.randn(6, 40, device=device)
+    eager = gradients(rms_norm, x, weight, dy)
+    compiled = gradients(torch.compile(rms_norm, fullgraph=True), x, weight, dy)
+    for name, value in eager.items():
+        assert torch.equal(compiled[name], value), name
 
 
 def test_is_traced_as_one_op():
@@ -161,6 +228,12 @@ def test_the_references_pass_gradcheck():
     assert torch.autograd.gradcheck(lambda x, w: rms_norm_reference(x, w, eps=EPS), (x, weight))
 
 
+def test_the_quantising_norms_take_one_dtype():
+    for op in (rms_norm_quantize, relu2_mul_norm_quantize):
+        with pytest.raises(TypeError, match="expected dtype float32"):
+            op(torch.ones(2, 4).half(), torch.ones(4))
+
+
 @pytest.mark.parametrize("op", [rms_norm, rms_norm_quantize, relu2_mul_norm_quantize])
 @pytest.mark.parametrize(
     ("x", "weight", "eps", "error", "message"),
@@ -168,7 +241,7 @@ def test_the_references_pass_gradcheck():
         ([1.0], torch.ones(4), EPS, TypeError, "`(x|gate_up)`: expected a torch.Tensor, got list"),
         (torch.ones(2, 3), torch.ones(4), EPS, ValueError, r"expected \[... [48]\], got \[2, 3\]"),
         (torch.ones(()), torch.ones(4), EPS, ValueError, r"got \[\]"),
-        (torch.ones(2, 4).half(), torch.ones(4), EPS, TypeError, "expected dtype float32"),
+        (torch.ones(2, 4).int(), torch.ones(4), EPS, TypeError, "expected dtype float32"),
         (torch.ones(2, 4), torch.ones(4).int(), EPS, TypeError, "`weight`: expected dtype"),
         (torch.ones(2, 4), torch.ones(2, 4), EPS, ValueError, r"`weight`: expected \[D\]"),
         (torch.ones(2, 0), torch.ones(0), EPS, ValueError, r"`weight`: .* got \[0\]"),

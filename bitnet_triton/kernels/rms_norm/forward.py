@@ -17,13 +17,13 @@ from bitnet_triton.runtime.autotune import tiles
 
 
 @triton.jit
-def _normalised(x, weight, D, eps) -> tl.tensor:
-    """Normalise x [BLOCK_D], 0 from D on, and scale it; the result has the dtype of ``x``."""
+def _normalised(x, weight, D, eps, dtype: tl.constexpr) -> tl.tensor:
+    """Normalise x [BLOCK_D], 0 from D on, round it to its dtype, and scale it to ``dtype``."""
     wide = x.to(tl.float32)
     mean_square = tl.div_rn(tl.sum(wide * wide, axis=0), D * 1.0)
     rstd = tl.div_rn(1.0, tl.sqrt_rn(mean_square + eps))
     narrow = (wide * rstd).to(x.dtype)
-    return (narrow.to(tl.float32) * weight.to(tl.float32)).to(x.dtype)
+    return (narrow.to(tl.float32) * weight.to(tl.float32)).to(dtype)
 
 
 @triton.jit
@@ -44,7 +44,8 @@ def _rms_norm_fwd_kernel(
 
     x = tl.load(x_ptr + row * x_stride_m + cols, mask=in_row, other=0.0)  # [BLOCK_D]
     weight = tl.load(weight_ptr + cols, mask=in_row, other=0.0)
-    tl.store(y_ptr + row * D + cols, _normalised(x, weight, D, eps), mask=in_row)
+    y = _normalised(x, weight, D, eps, y_ptr.dtype.element_ty)
+    tl.store(y_ptr + row * D + cols, y, mask=in_row)
 
 
 @triton.jit
@@ -65,7 +66,7 @@ def _rms_norm_quantize_fwd_kernel(
 
     x = tl.load(x_ptr + row * x_stride_m + cols, mask=in_row, other=0.0)  # [BLOCK_D]
     weight = tl.load(weight_ptr + cols, mask=in_row, other=0.0)
-    y = _normalised(x, weight, D, eps).to(tl.float32)
+    y = _normalised(x, weight, D, eps, x.dtype).to(tl.float32)
     store_quantized_row(y, codes_ptr, scale_ptr, sums_ptr, row, D, cols, True)
 
 
@@ -94,14 +95,14 @@ def _relu2_mul_norm_quantize_fwd_kernel(
     wide = tl.where(wide < 0, 0.0, wide)
     squared = (wide * wide).to(gate.dtype)
     product = (squared.to(tl.float32) * up.to(tl.float32)).to(gate.dtype)
-    y = _normalised(product, weight, F, eps).to(tl.float32)
+    y = _normalised(product, weight, F, eps, product.dtype).to(tl.float32)
     store_quantized_row(y, codes_ptr, scale_ptr, sums_ptr, row, F, cols, True)
 
 
 def launch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Map x [M, D] to y [M, D] in its dtype."""
+    """Map x [M, D] to y [M, D] in the wider dtype of x and weight."""
     M, D = x.shape
-    y = torch.empty((M, D), dtype=x.dtype, device=x.device)
+    y = torch.empty((M, D), dtype=torch.promote_types(x.dtype, weight.dtype), device=x.device)
     launch(_rms_norm_fwd_kernel, (M,))(
         x, weight, y,
         x.stride(0),

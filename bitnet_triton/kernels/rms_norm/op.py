@@ -1,9 +1,12 @@
-"""The public norms, for inference; none is differentiable."""
+"""The public norms; those that quantise are for inference and not differentiable."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from bitnet_triton.kernels.common.checks import (
     check_device,
@@ -11,13 +14,19 @@ from bitnet_triton.kernels.common.checks import (
     check_shape,
     check_tensor,
 )
-from bitnet_triton.kernels.quantize.op import FLOATS
+from bitnet_triton.kernels.common.linear import FLOATS, wants_gradient
 from bitnet_triton.kernels.rms_norm.reference import (
     relu2_mul_norm_quantize_reference,
     rms_norm_quantize_reference,
     rms_norm_reference,
 )
-from bitnet_triton.runtime import Implementation, register_op, select
+from bitnet_triton.runtime import (
+    Implementation,
+    register_op,
+    remember_backend,
+    remembered_backend,
+    select,
+)
 from bitnet_triton.runtime.autotune import largest_size
 
 Quantized = tuple[Tensor, Tensor, Tensor]
@@ -28,6 +37,14 @@ def _triton_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     from bitnet_triton.kernels.rms_norm.forward import launch_rms_norm
 
     return launch_rms_norm(x, weight, eps)
+
+
+def _triton_norm_bwd(
+    dy: Tensor, x: Tensor, weight: Tensor, eps: float, with_dweight: bool
+) -> tuple[Tensor, Tensor]:
+    from bitnet_triton.kernels.rms_norm.backward import launch_rms_norm_bwd
+
+    return launch_rms_norm_bwd(dy, x, weight, eps, with_dweight)
 
 
 def _triton_norm_quantize(x: Tensor, weight: Tensor, eps: float) -> Quantized:
@@ -43,7 +60,21 @@ def _triton_relu2(gate_up: Tensor, weight: Tensor, eps: float) -> Quantized:
 
 
 def _reference_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return rms_norm_reference(x.float(), weight.float(), eps=eps, dtype=x.dtype).to(x.dtype)
+    one = torch.ones((), device=x.device)
+    normalised = rms_norm_reference(x.float(), one, eps=eps, dtype=x.dtype)
+    return (normalised * weight.float()).to(torch.promote_types(x.dtype, weight.dtype))
+
+
+def _reference_norm_bwd(
+    dy: Tensor, x: Tensor, weight: Tensor, eps: float, with_dweight: bool
+) -> tuple[Tensor, Tensor]:
+    wide, gradient = x.float(), dy.float()
+    rstd = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+    normalised, scaled = wide * rstd, gradient * weight.float()
+    dx = rstd * (scaled - normalised * (scaled * normalised).mean(-1, keepdim=True))
+    rows = x.shape[0] if with_dweight else 0
+    dweight = (gradient * normalised.to(x.dtype).float())[:rows].sum(0)
+    return dx.to(x.dtype), dweight.to(weight.dtype)
 
 
 def _reference_norm_quantize(x: Tensor, weight: Tensor, eps: float) -> Quantized:
@@ -73,6 +104,10 @@ NORM_FWD = {
     "triton": Implementation(_triton_norm, _triton_objection),
     "reference": Implementation(_reference_norm),
 }
+NORM_BWD = {
+    "triton": Implementation(_triton_norm_bwd, _triton_objection),
+    "reference": Implementation(_reference_norm_bwd),
+}
 NORM_QUANTIZE_FWD = {
     "triton": Implementation(_triton_norm_quantize, _triton_objection),
     "reference": Implementation(_reference_norm_quantize),
@@ -90,7 +125,23 @@ def _launch_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _fake_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x.new_empty(x.shape)
+    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
+
+
+def _launch_norm_bwd(
+    dy: Tensor, x: Tensor, weight: Tensor, eps: float, with_dweight: bool
+) -> tuple[Tensor, Tensor]:
+    if x.shape[0] == 0:
+        return torch.empty_like(x), torch.zeros_like(weight)
+    dy = dy if dy.stride(-1) == 1 else dy.contiguous()
+    run = select("rms_norm_bwd", NORM_BWD, x.device, weight)
+    return run(dy, x, weight, eps, with_dweight)
+
+
+def _fake_norm_bwd(
+    dy: Tensor, x: Tensor, weight: Tensor, eps: float, with_dweight: bool
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
 def _launch_norm_quantize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,53 +166,80 @@ def _fake_quantize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tenso
     )
 
 
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return rms_norm_rows(x, weight, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, weight, ctx.eps = inputs
+        ctx.save_for_backward(x, weight)
+        remember_backend(ctx)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple:
+        x, weight = ctx.saved_tensors
+        _, needs_dweight, _ = ctx.needs_input_grad
+        with remembered_backend(ctx):
+            dx, dweight = _rms_norm_bwd(dy, x, weight, ctx.eps, needs_dweight)
+        return dx, dweight if needs_dweight else None, None
+
+
+_rms_norm_bwd = register_op("rms_norm_bwd", _launch_norm_bwd, _fake_norm_bwd)
 # what layers that have checked their arguments call: rows whose last dimension is contiguous
-rms_norm_rows = register_op("rms_norm_fwd", _launch_norm, _fake_norm)
+rms_norm_rows = register_op("rms_norm_fwd", _launch_norm, _fake_norm, function=_RMSNorm)
 rms_norm_quantize_rows = register_op("rms_norm_quantize_fwd", _launch_norm_quantize, _fake_quantize)
 relu2_mul_norm_quantize_rows = register_op(
     "relu2_mul_norm_quantize_fwd", _launch_relu2, _fake_quantize
 )
 
 
-def _rows(name: str, x: Tensor, weight: Tensor, eps: float, widths: int) -> Tensor:
-    """Check the arguments of a norm; return ``x`` without gradients as a matrix of rows."""
+def _rows(
+    name: str, x: Tensor, weight: Tensor, eps: float, widths: int, *, mixed: bool = False
+) -> Tensor:
+    """Check the arguments of a norm; return ``x`` as a matrix of rows."""
     check_tensor("weight", weight)
     check_dtype("weight", weight, *FLOATS)
     check_shape("weight", weight, "D")
     if weight.shape[0] == 0:
         raise ValueError("`weight`: expected [D] with D at least 1, got [0]")
     check_tensor(name, x)
-    check_dtype(name, x, weight.dtype)
+    check_dtype(name, x, *(FLOATS if mixed else (weight.dtype,)))
     width = widths * weight.shape[0]
     if x.ndim == 0 or x.shape[-1] != width:
         raise ValueError(f"`{name}`: expected [... {width}], got {list(x.shape)}")
     check_device(name, x, weight.device)
     if not eps >= 0:
         raise ValueError(f"`eps`: expected 0 or a positive number, got {eps}")
-    rows = x.detach().reshape(-1, width)
+    rows = x.reshape(-1, width)
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
-    """Normalise the last dimension by its root mean square; for inference, not differentiable.
+    """Normalise the last dimension by its root mean square.
 
     ``y = x / sqrt(mean(x**2) + eps) * weight`` (arXiv:1910.07467, eq. 4), rounded as transformers'
     BitNetRMSNorm rounds: the quotient in float32, cast to the dtype of ``x``, times ``weight``.
 
     Args:
         x: [..., D] float16, bfloat16 or float32.
-        weight: [D] in the dtype and on the device of ``x``.
+        weight: [D] float16, bfloat16 or float32, on the device of ``x``.
         eps: added to the mean square, in units of x squared. Default: 1e-5.
 
     Returns:
-        [..., D] in the dtype of ``x``.
+        [..., D] in the wider dtype of ``x`` and ``weight``; differentiable in both. Memory for the
+        backward: ``x`` itself.
 
     Raises:
         TypeError: a tensor has a wrong dtype.
         ValueError: shapes do not fit, a tensor is on another device, or ``eps`` is negative.
         BackendUnavailableError: the forced backend cannot run.
     """
-    return rms_norm_rows(_rows("x", x, weight, eps, 1), weight.detach(), eps).view(x.shape)
+    rows = _rows("x", x, weight, eps, 1, mixed=True)
+    run = _RMSNorm.apply if wants_gradient(x, weight) else rms_norm_rows
+    return run(rows, weight, eps).view(x.shape)
 
 
 def rms_norm_quantize(
@@ -185,7 +263,7 @@ def rms_norm_quantize(
         ValueError: shapes do not fit, a tensor is on another device, or ``eps`` is negative.
         BackendUnavailableError: the forced backend cannot run.
     """
-    rows = _rows("x", x, weight, eps, 1)
+    rows = _rows("x", x, weight, eps, 1).detach()
     return _shaped(x, rms_norm_quantize_rows(rows, weight.detach(), eps))
 
 
@@ -211,7 +289,7 @@ def relu2_mul_norm_quantize(
         ValueError: shapes do not fit, a tensor is on another device, or ``eps`` is negative.
         BackendUnavailableError: the forced backend cannot run.
     """
-    rows = _rows("gate_up", gate_up, weight, eps, 2)
+    rows = _rows("gate_up", gate_up, weight, eps, 2).detach()
     return _shaped(gate_up, relu2_mul_norm_quantize_rows(rows, weight.detach(), eps))
 
 
