@@ -4,25 +4,69 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from bitnet_triton.attention.tokens import Tokens
 
 PHASES = ("prefill", "decode")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AttentionContext:
     """The only inputs of a mode beside q, k and v, so that every mode fits into any layer.
 
     Attributes:
         layer: index of the layer.
-        phase: "prefill" for many query tokens, "decode" for one.
-        mask: bool [B 1 Tq Tk], True where a query may read a key; None: causal, without padding.
         scale: multiplies the scores before the softmax.
+        tokens: where the queries stand, and the padding.
         dropout: probability of dropping a weight, 0 outside of training.
+        softcap: largest magnitude of a score; None: no bound.
+        prompt_len: columns of the prompt, padding included, a number or int32 [B]: queries from
+            there on were generated, those before belong to the prompt. None: all of them do.
+        dense_from: queries from this position on see every key; set where prompt and generated
+            tokens meet in one call.
+        positions: [B Tq] or [1 Tq], where the rotary embedding has put the queries.
+        frequencies: [D / 2], angles of the rotary embedding for each position.
+        global_tokens: bool [B T], columns that see and are seen by everything; None: none.
+        global_heads: q, k and v of the call's tokens by projections of their own, for global
+            queries; None: those of all others.
     """
 
     layer: int
-    phase: str
-    mask: Tensor | None
     scale: float
+    tokens: Tokens = Tokens()  # noqa: RUF009  frozen
     dropout: float = 0.0
+    softcap: float | None = None
+    prompt_len: int | Tensor | None = None
+    dense_from: int | Tensor | None = None
+    positions: Tensor | None = None
+    frequencies: Tensor | None = None
+    global_tokens: Tensor | None = None
+    global_heads: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def phase(self, Tq: int) -> str | None:
+        """Return "prefill" or "decode"; None for a call with tokens of both, or of unknown ones."""
+        offset = self.tokens.offset
+        if self.prompt_len is None:
+            return "prefill"
+        if isinstance(self.prompt_len, Tensor) or isinstance(offset, Tensor):
+            return None  # to look would stop the device
+        if offset >= self.prompt_len:
+            return "decode"
+        return "prefill" if offset + Tq <= self.prompt_len else None
+
+    def first_generated(self) -> int | Tensor:
+        """Return ``prompt_len`` as a position, which padding to the left does not count."""
+        assert self.prompt_len is not None
+        if self.tokens.leftpad is not None:
+            return (self.prompt_len - self.tokens.leftpad).clamp_min(0).int()
+        return self.prompt_len.int() if isinstance(self.prompt_len, Tensor) else self.prompt_len
+
+    def is_generated(self, q: Tensor) -> Tensor:
+        """Return bool [B or 1, Tq]: which queries of q [B Tq H D] were generated."""
+        assert self.prompt_len is not None
+        columns = torch.arange(q.shape[1], device=q.device) + self.tokens.offset
+        if isinstance(self.prompt_len, Tensor):
+            return columns >= self.prompt_len[:, None]
+        return columns[None] >= self.prompt_len

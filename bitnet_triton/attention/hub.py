@@ -1,4 +1,8 @@
-"""The attention plan of a model as an attention function of transformers."""
+"""The modes as an attention function of transformers, with the mask function that goes with it.
+
+``attn_implementation="bitnet_triton"`` runs any model of transformers. One with an
+``AttentionPlan`` follows it; any other one sees what transformers' masks show.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,18 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 
 from bitnet_triton.attention.context import AttentionContext
 from bitnet_triton.attention.full import Full
+from bitnet_triton.attention.hub_mask import describe_mask
+from bitnet_triton.attention.phases import run_plan
 from bitnet_triton.attention.plan import AttentionPlan
+from bitnet_triton.attention.tokens import CAUSAL, Tokens
+from bitnet_triton.kernels import Mask
 
 NAME = "bitnet_triton"
-_FULL = AttentionPlan((Full(),), (Full(),))
+_FULL = Full()
+_OF_PLANS = ("prompt_len", "global_tokens", "global_heads", "frequencies")
 
 
 def attend(
@@ -21,27 +29,58 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tokens | Tensor | None,
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
-    **_: Any,
+    softcap: float | None = None,
+    position_ids: Tensor | None = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend as transformers asks: query [B H Tq D], key and value [B Hk Tk D] -> [B Tq H D].
 
-    The plan is the ``attention_plan`` of ``module``, its attention layer; full attention without.
+    The plan is the ``attention_plan`` of ``module``, its attention layer; a module without one
+    reads what ``attention_mask`` shows. Further arguments that count are those of a model with a
+    plan: ``prompt_len``, ``global_tokens``, ``global_heads`` and ``frequencies``, as in
+    ``AttentionContext``.
+
+    Raises:
+        ValueError: the model has sinks of its own without keys (``s_aux``), or asks for what the
+            mode of the layer cannot do.
     """
-    phase = "decode" if query.shape[2] == 1 else "prefill"
-    layer: int = module.layer_idx  # type: ignore[assignment]
+    if kwargs.get("s_aux") is not None:
+        raise ValueError("`s_aux`: attention 'bitnet_triton' has no sinks without keys")
     context = AttentionContext(
-        layer=layer,
-        phase=phase,
-        mask=attention_mask,
+        layer=getattr(module, "layer_idx", 0),
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        tokens=_tokens(module, attention_mask, query, key, kwargs.get("is_causal")),
         dropout=dropout,
+        softcap=softcap,
+        positions=position_ids,
+        **{name: kwargs.get(name) for name in _OF_PLANS},
     )
-    mode = getattr(module, "attention_plan", _FULL).mode(layer, phase)
-    return mode(*(t.transpose(1, 2) for t in (query, key, value)), context), None
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    plan = getattr(module, "attention_plan", None)
+    if plan is None:
+        return _FULL(q, k, v, context), None
+    return run_plan(plan, q, k, v, context), None
+
+
+def _tokens(
+    module: nn.Module,
+    attention_mask: Tokens | Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    is_causal: bool | None,
+) -> Tokens:
+    if isinstance(attention_mask, Tokens):
+        return attention_mask
+    if attention_mask is not None:
+        return Tokens(matrix=attention_mask)
+    # a model that makes no mask says by a flag what it wants, and holds all keys
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    offset = max(key.shape[2] - query.shape[2], 0)
+    return Tokens(offset=offset, mask=CAUSAL if causal else Mask(causal=False))
 
 
 def set_plan(model: nn.Module, plan: AttentionPlan) -> None:
@@ -53,4 +92,4 @@ def set_plan(model: nn.Module, plan: AttentionPlan) -> None:
 
 AttentionInterface.register(NAME, attend)
 # without a mask function transformers passes no mask at all, and padding is read like text
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionMaskInterface.register(NAME, describe_mask)

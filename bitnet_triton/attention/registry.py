@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from bitnet_triton.attention.checks import check_known
+from bitnet_triton.attention.exact import Threshold, TopK
 from bitnet_triton.attention.full import Full
+from bitnet_triton.attention.longformer import Longformer
+from bitnet_triton.attention.patterns import Fixed, Local, Strided
+from bitnet_triton.attention.sliding import Sliding
+from bitnet_triton.attention.streaming import Streaming
 
-MODES: dict[str, type] = {"full": Full}
-
-
-def _hint(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+MODES: dict[str, type] = {
+    "full": Full,
+    "sliding": Sliding,
+    "longformer": Longformer,
+    "streaming": Streaming,
+    "local": Local,
+    "strided": Strided,
+    "fixed": Fixed,
+    "top-k": TopK,
+    "threshold": Threshold,
+}
 
 
 def parse_mode(value: str | Mapping[str, Any]) -> Any:
@@ -24,8 +34,9 @@ def parse_mode(value: str | Mapping[str, Any]) -> Any:
         value: a mode's name, or a mapping with ``mode`` and the settings of that mode.
 
     Raises:
-        TypeError: ``value`` is neither, or a setting without a default is missing.
-        ValueError: the mode or a setting is unknown.
+        TypeError: ``value`` is neither, a setting without a default is missing, or has a wrong
+            type.
+        ValueError: the mode or a setting is unknown, or a setting is out of range.
     """
     if isinstance(value, str):
         value = {"mode": value}
@@ -33,20 +44,11 @@ def parse_mode(value: str | Mapping[str, Any]) -> Any:
         raise TypeError(f"`attention`: expected a name or a dict, got {type(value).__name__}")
     settings = dict(value)
     name = settings.pop("mode", None)
-    if name not in MODES:
-        known = ", ".join(sorted(MODES))
-        raise ValueError(
-            f"`attention`: expected a mode out of: {known}; got {name!r}{_hint(str(name), MODES)}"
-        )
-    fields = [field.name for field in dataclasses.fields(MODES[name])]
+    check_known("mode", name, MODES)
+    fields = dataclasses.fields(MODES[name])
     for key in settings:
-        if key not in fields:
-            known = ", ".join(fields) or "none"
-            raise ValueError(
-                f"`attention`: mode {name!r} has no setting {key!r} "
-                f"(settings: {known}){_hint(key, fields)}"
-            )
-    try:
-        return MODES[name](**settings)
-    except TypeError as error:  # a setting without a default is missing
-        raise TypeError(f"`attention`: mode {name!r}: {error}") from error
+        check_known(f"setting of mode {name!r}", key, [field.name for field in fields])
+    for field in fields:
+        if field.default is dataclasses.MISSING and field.name not in settings:
+            raise TypeError(f"`attention`: mode {name!r}: the setting {field.name!r} is missing")
+    return MODES[name](**settings)

@@ -1,42 +1,65 @@
-"""Full attention against its formula."""
+"""Full attention against its formula, in all the calls that transformers makes."""
 
 import pytest
 import torch
 
 from bitnet_triton.attention import AttentionContext
 from bitnet_triton.attention.full import Full
-
-
-def formula(q, k, v, is_visible, scale):
-    k, v = (t.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for t in (k, v))
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
-    weights = scores.masked_fill(~is_visible, -torch.inf).softmax(-1)
-    return torch.einsum("bhqk,bkhd->bqhd", weights, v)
+from bitnet_triton.attention.tokens import Tokens
+from bitnet_triton.kernels import Mask
 
 
 @pytest.mark.parametrize("Hk", [1, 2, 4])
 @pytest.mark.parametrize("T", [1, 7])
-def test_without_a_mask_attention_is_causal(T, Hk, device):
-    q = torch.randn(2, T, 4, 16, device=device, dtype=torch.float64)
-    k, v = torch.randn(2, 2, T, Hk, 16, device=device, dtype=torch.float64)
-    y = Full()(q, k, v, AttentionContext(0, "prefill", None, 0.3))
-    is_visible = torch.ones(T, T, dtype=torch.bool, device=device).tril()
-    torch.testing.assert_close(y, formula(q, k, v, is_visible, 0.3))
+def test_a_call_without_padding_is_causal(T, Hk, heads, formula, close):
+    q, k, v = heads(T, Hk=Hk)
+    y = Full()(q, k, v, AttentionContext(0, 0.3))
+    close(y, formula(q, k, v, torch.ones(T, T, dtype=torch.bool).tril(), 0.3))
 
 
-def test_one_token_reads_every_key(device):
-    q = torch.randn(2, 1, 4, 16, device=device, dtype=torch.float64)
-    k, v = torch.randn(2, 2, 9, 2, 16, device=device, dtype=torch.float64)
-    y = Full()(q, k, v, AttentionContext(0, "decode", None, 0.25))
-    torch.testing.assert_close(
-        y, formula(q, k, v, torch.ones(1, 9, dtype=torch.bool, device=device), 0.25)
-    )
+def test_a_step_reads_every_key(heads, formula, close):
+    q, k, v = heads(1, 9)
+    y = Full()(q, k, v, AttentionContext(0, 0.25, Tokens(offset=8)))
+    close(y, formula(q, k, v, torch.ones(1, 9, dtype=torch.bool), 0.25))
 
 
-def test_a_mask_hides_keys(device):
-    q = torch.randn(2, 5, 4, 16, device=device, dtype=torch.float64)
-    k, v = torch.randn(2, 2, 8, 2, 16, device=device, dtype=torch.float64)
-    mask = torch.rand(2, 1, 5, 8, device=device) < 0.5
-    mask[..., 0] = True
-    y = Full()(q, k, v, AttentionContext(0, "prefill", mask, 0.25))
-    torch.testing.assert_close(y, formula(q, k, v, mask, 0.25))
+def test_a_static_cache_counts_in_a_tensor_and_holds_more_than_there_is(heads, formula, close):
+    q, k, v = heads(2, 9)
+    k[:, 6:], v[:, 6:] = torch.nan, torch.nan
+    y = Full()(q, k, v, AttentionContext(0, 0.25, Tokens(offset=torch.tensor(4))))
+    expected = formula(q, k[:, :6], v[:, :6], torch.ones(2, 6, dtype=torch.bool).tril(4), 0.25)
+    close(y, expected)
+
+
+def test_padding_on_either_side_is_not_read(heads, formula, close, visible_pairs):
+    q, k, v = heads(6)
+    tokens = Tokens(leftpad=torch.tensor([2, 0]).int(), used_q=torch.tensor([6, 5]).int())
+    y = Full()(q, k, v, AttentionContext(0, 0.25, tokens))
+    seen = torch.stack([visible_pairs(6, lambda i, j: True, left) for left in (2, 0)])
+    seen[1, 5] = False
+    close(y, formula(q, k, v, seen[:, None], 0.25))
+
+
+def test_a_matrix_is_followed(heads, formula, close):
+    q, k, v = heads(5, 8)
+    matrix = torch.rand(2, 1, 5, 8) < 0.5
+    matrix[..., 0] = True
+    y = Full()(q, k, v, AttentionContext(0, 0.25, Tokens(matrix=matrix)))
+    close(y, formula(q, k, v, matrix, 0.25))
+
+
+def test_dropout_drops_weights_and_still_hides_keys(heads, formula, close, visible_pairs):
+    q, k, v = heads(6)
+    tokens = Tokens(leftpad=torch.tensor([3, 0]).int(), mask=Mask(window=2))
+    v[:, 1:4] = 0  # rows whose result is known whatever is dropped
+    context = AttentionContext(0, 0.25, tokens, dropout=0.5)
+    y = Full()(q, k, v, context)
+    assert torch.equal(y[0, :4], torch.zeros_like(y[0, :4]))
+    without = Full()(q, k, v, AttentionContext(0, 0.25, tokens))
+    assert not torch.allclose(y[1, 4:], without[1, 4:])
+
+
+def test_softcap_without_kernels_is_refused(heads):
+    q, k, v = heads(3)
+    with pytest.raises(ValueError, match="`softcap`: goes neither"):
+        Full()(q, k, v, AttentionContext(0, 0.25, dropout=0.1, softcap=30.0))

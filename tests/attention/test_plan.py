@@ -1,23 +1,19 @@
 """AttentionPlan: plain data in, plain data out, and every refusal."""
 
 import json
-from dataclasses import dataclass
 
 import pytest
 
 from bitnet_triton.attention import MODES, AttentionPlan
+from bitnet_triton.attention.exact import Threshold, TopK
 from bitnet_triton.attention.full import Full
+from bitnet_triton.attention.longformer import Longformer
+from bitnet_triton.attention.masked import Kept
+from bitnet_triton.attention.patterns import Fixed, Local, Strided
+from bitnet_triton.attention.sliding import Sliding
+from bitnet_triton.attention.streaming import Streaming
 
-
-@dataclass(frozen=True)
-class Window:
-    window: int
-    sinks: int = 0
-
-
-@pytest.fixture(autouse=True)
-def _two_modes(monkeypatch):
-    monkeypatch.setitem(MODES, "window", Window)
+WINDOW_4 = {"mode": "sliding", "window": 4, "sinks": 1}
 
 
 @pytest.mark.parametrize(
@@ -25,11 +21,22 @@ def _two_modes(monkeypatch):
     [
         ("full", [Full()], [Full()]),
         ({"mode": "full"}, [Full()], [Full()]),
-        ({"mode": "window", "window": 4, "sinks": 1}, [Window(4, 1)], [Window(4, 1)]),
-        ({"prefill": "full", "decode": {"mode": "window", "window": 8}}, [Full()], [Window(8)]),
+        (WINDOW_4, [Sliding(4, 1)], [Sliding(4, 1)]),
+        ({"mode": "streaming", "window": 4}, [Streaming(4)], [Streaming(4)]),
+        ({"mode": "local", "block": 4}, [Local(4)], [Local(4)]),
+        ({"mode": "strided", "block": 4}, [Strided(4)], [Strided(4)]),
+        ({"mode": "fixed", "block": 4, "summary": 2}, [Fixed(4, 2)], [Fixed(4, 2)]),
+        ({"mode": "top-k", "keys": 4}, [TopK(4)], [TopK(4)]),
+        ({"mode": "threshold", "share": 0.5}, [Threshold(0.5)], [Threshold(0.5)]),
         (
-            {"prefill": ["full", {"mode": "window", "window": 2}], "decode": "full"},
-            [Full(), Window(2)],
+            {"mode": "longformer", "window": [2, 3], "global_tokens": [0], "global_mask": True},
+            [Longformer((2, 3), global_tokens=(0,), global_mask=True)],
+            [Longformer((2, 3), global_tokens=(0,), global_mask=True)],
+        ),
+        ({"prefill": "full", "decode": WINDOW_4}, [Full()], [Sliding(4, 1)]),
+        (
+            {"prefill": ["full", WINDOW_4], "decode": "full"},
+            [Full(), Sliding(4, 1)],
             [Full()],
         ),
     ],
@@ -42,33 +49,97 @@ def test_plain_data_becomes_a_plan_and_comes_back(value, prefill, decode):
     assert AttentionPlan.from_config(data).to_config() == data
 
 
-def test_each_layer_and_phase_has_its_mode():
-    plan = AttentionPlan.from_config(
-        {"prefill": ["full", {"mode": "window", "window": 2}], "decode": "full"}
+def test_the_round_trip_above_has_every_mode():
+    cases = test_plain_data_becomes_a_plan_and_comes_back.pytestmark[0].args[1]
+    assert {type(mode) for _, *plans in cases for plan in plans for mode in plan} == set(
+        MODES.values()
     )
+
+
+def test_each_layer_and_phase_has_its_mode():
+    plan = AttentionPlan.from_config({"prefill": ["full", WINDOW_4], "decode": "full"})
     modes = {(i, p): plan.mode(i, p) for i in range(2) for p in ("prefill", "decode")}
     assert modes == {
         (0, "prefill"): Full(),
-        (1, "prefill"): Window(2),
+        (1, "prefill"): Sliding(4, 1),
         (0, "decode"): Full(),
         (1, "decode"): Full(),
     }
+    assert plan.has_phases
+    assert not AttentionPlan.from_config("full").has_phases
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "kept"),
+    [
+        (Full(), Full(), None),
+        (Sliding(4, 1), Full(), None),
+        (Sliding(4, 1), Sliding(4, 1), Kept(3, 1)),
+        (Sliding(4, 1), Sliding(9), Kept(8, 1)),
+        (Streaming(4, 2), Streaming(4, 2), Kept(3, 2)),
+        (Longformer((4, 2), dilation=(1, 5)), Longformer(2), Kept(5, 0)),
+        (Longformer(4, global_tokens=(0,)), Longformer(4), None),
+        (Longformer(4, global_mask=True), Longformer(4), None),
+        (Local(4), Local(4), None),
+        (TopK(4), TopK(4), None),
+    ],
+)
+def test_a_layer_keeps_what_either_phase_may_see(prefill, decode, kept):
+    assert AttentionPlan((prefill,), (decode,)).kept(0) == kept
 
 
 @pytest.mark.parametrize(
     ("value", "error", "message"),
     [
-        ("ful", ValueError, r"out of: full, window; got 'ful'; did you mean 'full'\?"),
-        ("windw", ValueError, r"got 'windw'; did you mean 'window'\?"),
-        ({"mode": 3}, ValueError, "out of: full, window; got 3"),
-        ({}, ValueError, "out of: full, window; got None"),
         (
-            {"mode": "window", "window": 3, "sink": 2},
+            "ful",
             ValueError,
-            r"no setting 'sink' \(settings: window, sinks\); did you mean 'sinks'",
+            r"expected a mode or a preset out of: full, .*; got 'ful'; did you mean 'full'\?",
         ),
-        ({"mode": "full", "window": 3}, ValueError, r"no setting 'window' \(settings: none\)"),
-        ({"mode": "window"}, TypeError, "`attention`: mode 'window': .*'window'"),
+        ("slding", ValueError, r"got 'slding'; did you mean 'sliding'\?"),
+        ({"mode": 3}, ValueError, "expected a mode out of: full, .*; got 3"),
+        ({}, ValueError, "got None"),
+        (
+            {"mode": "sliding", "window": 3, "sink": 2},
+            ValueError,
+            r"expected a setting of mode 'sliding' out of: window, sinks; got 'sink'; did you mean",
+        ),
+        ({"mode": "full", "window": 3}, ValueError, r"mode 'full' out of: none; got 'window'"),
+        ({"mode": "sliding"}, TypeError, "mode 'sliding': the setting 'window' is missing"),
+        ({"mode": "sliding", "window": 0}, ValueError, "'window': expected at least 1, got 0"),
+        ({"mode": "sliding", "window": "4"}, TypeError, "'window': expected an integer, got str"),
+        ({"mode": "sliding", "window": True}, TypeError, "'window': expected an integer, got bool"),
+        ({"mode": "sliding", "window": 4, "sinks": -1}, ValueError, "'sinks': expected at least 0"),
+        (
+            {"mode": "streaming", "window": 4, "sinks": 0},
+            ValueError,
+            "'sinks': expected at least 1",
+        ),
+        ({"mode": "fixed", "block": 2, "summary": 3}, ValueError, "at most the block of 2, got 3"),
+        ({"mode": "threshold", "share": 0}, ValueError, "'share': expected more than 0, up to 1"),
+        ({"mode": "threshold", "share": "0.5"}, TypeError, "'share': expected a number, got str"),
+        ({"mode": "top-k", "keys": 0}, ValueError, "'keys': expected at least 1"),
+        ({"mode": "local", "block": 0}, ValueError, "'block': expected at least 1"),
+        (
+            {"mode": "longformer", "window": [4, 0]},
+            ValueError,
+            "'window': expected at least 1, got 0",
+        ),
+        (
+            {"mode": "longformer", "window": 4, "global_tokens": 0},
+            TypeError,
+            "'global_tokens': expected a list, got int",
+        ),
+        (
+            {"mode": "longformer", "window": 4, "global_mask": 1},
+            TypeError,
+            "'global_mask': expected true or false, got int",
+        ),
+        (
+            {"mode": "longformer", "window": 4, "global_projections": True},
+            ValueError,
+            "expected 'global_tokens' or 'global_mask'",
+        ),
         ({"prefill": "full"}, ValueError, "expected the phases 'prefill' and 'decode', got"),
         ({"prefill": "full", "decode": "full", "x": 1}, ValueError, "got 'prefill', 'decode', 'x'"),
         ({"prefill": 1, "decode": "full"}, TypeError, "expected a name or a dict, got int"),

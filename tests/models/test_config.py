@@ -109,7 +109,7 @@ def test_yarn_frequencies_are_those_of_the_published_code():
 
 @pytest.mark.parametrize("attention", ["full", {"mode": "full"}])
 def test_a_checkpoint_with_attention_goes_under_our_model_type(
-    attention, checkpoint, tmp_path, token_ids, logits
+    attention, checkpoint, tmp_path, steady_ids, logits, error
 ):
     plain = bt.BitNetForCausalLM.from_pretrained(checkpoint())
     model = bt.BitNetForCausalLM.from_pretrained(checkpoint(), attention=attention)
@@ -124,9 +124,10 @@ def test_a_checkpoint_with_attention_goes_under_our_model_type(
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(again) is bt.BitNetForCausalLM
     assert again.config.attention == model.config.attention
-    ids = token_ids()
+    ids = steady_ids(model)
     assert torch.equal(logits(again, ids), logits(model, ids))
-    assert torch.equal(logits(model, ids), logits(plain, ids))
+    # another attention than that of PyTorch: equal but for rounding
+    assert error(logits(model, ids), logits(plain, ids)) <= 1e-5
 
 
 def python(script, *arguments):
@@ -158,10 +159,10 @@ def test_transformers_alone_refuses_a_checkpoint_with_attention(checkpoint, tmp_
 @pytest.mark.parametrize(
     ("attention", "error", "message"),
     [
-        ("ful", ValueError, r"expected a mode out of: .*full.*got 'ful'; did you mean 'full'\?"),
+        ("ful", ValueError, r"out of: .*full.*got 'ful'; did you mean 'full'\?"),
         ({"mode": "none of it"}, ValueError, "expected a mode out of: "),
         ({"window": 3}, ValueError, "expected a mode out of: .*got None"),
-        ({"mode": "full", "window": 3}, ValueError, "mode 'full' has no setting 'window'"),
+        ({"mode": "full", "window": 3}, ValueError, "setting of mode 'full' out of: none; got"),
         (3, TypeError, "`attention`: expected a name or a dict, got int"),
         ({"prefill": "full"}, ValueError, "the phases 'prefill' and 'decode', got 'prefill'"),
         (

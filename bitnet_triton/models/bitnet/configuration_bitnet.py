@@ -49,12 +49,13 @@ class BitNetConfig(HfBitNetConfig):
             kwargs["quantization_config"] = in_memory(quantization_config)
         super().__post_init__(**kwargs)
         if self.attention is not None:
-            AttentionPlan.from_config(self.attention).check_layers(self.num_hidden_layers)
+            layers = self.num_hidden_layers
+            AttentionPlan.from_config(self.attention, layers).check_layers(layers)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # here and not in __post_init__: from_pretrained sets its keyword arguments afterwards
         if name == "attention" and value is not None:
-            value = AttentionPlan.from_config(value).to_config()
+            value = AttentionPlan.from_config(value, self.num_hidden_layers).to_config()
         super().__setattr__(name, value)
 
     @classmethod

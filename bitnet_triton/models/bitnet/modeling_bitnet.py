@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, cast
 
 import transformers.models.bitnet.modeling_bitnet as hf
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache
 
 from bitnet_triton.attention import AttentionPlan, hub
+from bitnet_triton.attention.streaming import Streaming
 from bitnet_triton.errors import CheckpointError
 from bitnet_triton.models.bitnet.configuration_bitnet import BitNetConfig
+from bitnet_triton.models.bitnet.planned import (
+    check_no_plan_arguments,
+    check_prompt_len,
+    describe_call,
+    prepared_cache,
+    prompt_len_of,
+    replace_dynamic_cache,
+)
 from bitnet_triton.models.checkpoint import check_checkpoint, check_folder, check_suffixes
 from bitnet_triton.models.quantizer import replace_linears
 from bitnet_triton.nn import use_output_head
@@ -28,7 +38,7 @@ def _prepared_plan(config: BitNetConfig) -> AttentionPlan | None:
             f"`attn_implementation`: expected none beside `config.attention`, got {asked!r}"
         )
     config._attn_implementation = hub.NAME
-    plan = AttentionPlan.from_config(config.attention)
+    plan = AttentionPlan.from_config(config.attention, config.num_hidden_layers)
     plan.check_layers(config.num_hidden_layers)  # again: keyword arguments come after its check
     return plan
 
@@ -37,17 +47,21 @@ class _TernaryModel(hf.BitNetPreTrainedModel):
     """What both classes share: our config, our linears, our checks while loading."""
 
     config_class = BitNetConfig
+    attention_plan: AttentionPlan | None = None
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         config = BitNetConfig.from_hf(config)
         plan = _prepared_plan(config)
         super().__init__(config, *args, **kwargs)
         if plan is not None:
-            hub.set_plan(self, plan)
+            self._use_plan(plan)
         if getattr(config, "quantization_config", None) is not None:
             replace_linears(self, config.quantization_config)
         else:
             use_output_head(self)
+
+    def _use_plan(self, plan: AttentionPlan) -> None:
+        raise NotImplementedError
 
     @classmethod
     def from_pretrained(
@@ -115,6 +129,150 @@ class _TernaryModel(hf.BitNetPreTrainedModel):
 class BitNetModel(_TernaryModel, hf.BitNetModel):
     """The BitNet decoder without a language-model head."""
 
+    def _use_plan(self, plan: AttentionPlan) -> None:
+        self.attention_plan = plan
+        hub.set_plan(self, plan)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        prompt_len: int | Tensor | None = None,
+        global_tokens: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Map ids [B T] or embeddings [B T D] to hidden states [B T D].
+
+        Args:
+            input_ids: int64 [B T].
+            attention_mask: [B T], columns in the cache included; 0 for padding.
+            position_ids: int64 [B T] or [1 T].
+            past_key_values: a cache. Default: with ``use_cache`` one that keeps what
+                ``config.attention`` can still see.
+            inputs_embeds: [B T D], instead of ids.
+            use_cache: whether to return a cache. Default: ``config.use_cache``.
+            prompt_len: columns of the prompt, padding included, a number or integers [B]: tokens
+                from there on count as generated. Default: all tokens of the call are a prompt's.
+            global_tokens: bool [B T], columns that see and are seen by everything, for attention
+                "longformer" with ``global_mask``.
+            **kwargs: as for any model of transformers.
+
+        Raises:
+            ValueError: ``prompt_len`` or ``global_tokens`` without ``config.attention``, or of a
+                wrong shape; an argument that the attention mode cannot follow.
+        """
+        x = inputs_embeds if input_ids is None else input_ids
+        past_key_values = prepared_cache(self, past_key_values, use_cache)
+        if self.attention_plan is None:
+            check_no_plan_arguments(prompt_len=prompt_len, global_tokens=global_tokens)
+        elif x is not None:
+            check_prompt_len(prompt_len, x.shape[0])
+            attention_mask, position_ids, more = describe_call(
+                self, x, attention_mask, position_ids, past_key_values
+            )
+            kwargs |= {"prompt_len": prompt_len, "global_tokens": global_tokens, **more}
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
 
 class BitNetForCausalLM(_TernaryModel, hf.BitNetForCausalLM):
     """BitNet with a language-model head: ``from_pretrained``, ``generate``, ``Trainer``."""
+
+    def _use_plan(self, plan: AttentionPlan) -> None:
+        # transformers has built its own decoder: ours is the same with another forward
+        cast("Any", self.model).__class__ = BitNetModel
+        cast("BitNetModel", self.model)._use_plan(plan)
+        self.attention_plan = plan
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        prompt_len: int | Tensor | None = None,
+        global_tokens: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Map ids [B T] to logits [B T vocabulary].
+
+        Args:
+            input_ids: int64 [B T].
+            attention_mask: as for ``BitNetModel``, and so are the arguments not listed here.
+            position_ids: int64 [B T] or [1 T].
+            past_key_values: a cache.
+            inputs_embeds: [B T D].
+            labels: int64 [B T], -100 for tokens without a loss. If ``config.attention`` treats
+                generated tokens otherwise, the first label ends the prompt of its row.
+            use_cache: whether to return a cache.
+            logits_to_keep: how many of the last logits to compute, or which; 0: all.
+            prompt_len: columns of the prompt. Default: by ``labels``.
+            global_tokens: bool [B T].
+            **kwargs: as for any model of transformers.
+        """
+        plan = self.attention_plan
+        if plan is None:
+            check_no_plan_arguments(prompt_len=prompt_len, global_tokens=global_tokens)
+            past_key_values = prepared_cache(self, past_key_values, use_cache)
+        else:
+            if plan.has_phases and prompt_len is None and labels is not None:
+                prompt_len = prompt_len_of(labels, past_key_values)
+            kwargs |= {"prompt_len": prompt_len, "global_tokens": global_tokens}
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Prepare the arguments of a step; ``generate`` calls it."""
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
+        if self.attention_plan is not None and self.attention_plan.uses(Streaming):
+            inputs.pop("position_ids", None)  # they go by what the cache holds
+        return inputs
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        plan, is_given = self.attention_plan, model_kwargs.get("past_key_values") is not None
+        super()._prepare_cache_for_generation(  # type: ignore[misc]
+            generation_config, model_kwargs, *args, **kwargs
+        )
+        if not is_given:
+            replace_dynamic_cache(
+                plan, self.config.num_hidden_layers, model_kwargs, generation_config.is_assistant
+            )
+        if plan is not None and plan.has_phases and model_kwargs.get("prompt_len") is None:
+            # what comes after this call's input is generated, in a second turn too
+            mask = model_kwargs.get("attention_mask")
+            columns = generation_config._mask_length if mask is None else mask.shape[1]
+            model_kwargs["prompt_len"] = columns
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        assistant = kwargs.get("assistant_model")
+        if not isinstance(assistant, (BitNetForCausalLM, type(None))):
+            own = ("prompt_len", "global_tokens")  # another model does not know them
+            model_kwargs = kwargs["model_kwargs"]
+            kwargs["model_kwargs"] = {n: v for n, v in model_kwargs.items() if n not in own}
+        return super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]

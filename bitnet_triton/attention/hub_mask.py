@@ -1,0 +1,138 @@
+"""A mask function of transformers that describes masks in a few numbers, where that can be done.
+
+transformers hands over a function of two indices and a mask of padding. Three such functions are
+known here: causal, causal with a window, and either of them within packed sequences; and one that
+shows everything. Their masks become ``Tokens``. Anything else, and padding with tokens on both
+sides, becomes the matrix that transformers makes for PyTorch's attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import masking_utils as hf
+
+from bitnet_triton.attention.tokens import CAUSAL, Tokens, padding_of
+from bitnet_triton.kernels import Mask
+
+
+def describe_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = hf.causal_mask_function,
+    attention_mask: Tokens | Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> Tokens | Tensor:
+    """Describe a mask; the arguments are those of transformers' mask functions."""
+    if isinstance(attention_mask, Tokens):
+        return attention_mask  # finished before: ``generate`` prepares masks for static caches
+    if isinstance(q_offset, Tensor):
+        q_offset = q_offset.clone()  # a static cache counts in place, before its layers attend
+    tokens = _describe(mask_function, attention_mask, q_length, q_offset, local_size)
+    # a model that forbids the shortcut wants to look into the matrix; a step of one token in a
+    # static cache does not
+    wants_matrix = not allow_is_causal_skip and q_length > 1
+    if tokens is not None and not (wants_matrix and tokens.cu_seqlens is None):
+        return tokens
+    offset = cast("int", q_offset)
+    matrix = hf.sdpa_mask(
+        batch_size, q_length, kv_length, offset, kv_offset, mask_function, attention_mask,
+        local_size, allow_is_causal_skip=False, **kwargs,
+    )  # fmt: skip
+    assert matrix is not None
+    return matrix
+
+
+def _describe(
+    mask_function: Callable,
+    padding: Tensor | None,
+    Tq: int,
+    offset: int | Tensor,
+    window: int | None,
+) -> Tokens | None:
+    mask, cu_seqlens = _known(mask_function, window), None
+    if mask is None and padding is None:
+        mask, cu_seqlens = _packed(mask_function, window)
+    if mask is None:
+        return None
+    left = used_q = None
+    if padding is not None:
+        if _is_compiling() or not isinstance(padding, Tensor):
+            return None  # to look at its values would break the graph
+        columns = int(offset) + Tq
+        described = padding_of(padding[:, :columns], Tq) if padding.shape[1] >= columns else None
+        if described is None:
+            return None
+        left, used_q = described
+    if not mask.causal and (left is not None or used_q is not None):
+        return None  # with queries on both sides of a key, its place cannot be told from the end
+    return Tokens(offset=offset, leftpad=left, used_q=used_q, mask=mask, cu_seqlens=cu_seqlens)
+
+
+def _is_compiling() -> bool:
+    return torch.compiler.is_compiling()
+
+
+def _known(function: Callable, window: int | None) -> Mask | None:
+    if function is hf.causal_mask_function:
+        return CAUSAL
+    if function is hf.bidirectional_mask_function:
+        return Mask(causal=False)
+    if window is not None and _same(function, hf.sliding_window_causal_mask_function(window)):
+        return Mask(window=window)
+    return None
+
+
+def _packed(function: Callable, window: int | None) -> tuple[Mask | None, Tensor | None]:
+    """Return the mask and the starts of packed sequences, if that is what ``function`` says."""
+    if _is_compiling():
+        return None, None
+    parts = _captured(function).get("mask_functions", ())
+    if len(parts) != 2:
+        return None, None
+    ids = _captured(parts[0]).get("packed_sequence_mask")
+    inner = _captured(parts[1]).get("mask_function")
+    positions = _captured(parts[1]).get("position_ids")
+    if ids is None or positions is None or inner is None:
+        return None, None
+    expected = hf.packed_sequence_compatibility_function(inner, positions, ids)
+    mask = _known(inner, window)
+    if mask is None or not _same(function, expected):
+        return None, None
+    return mask, _starts(ids)
+
+
+def _starts(ids: Tensor) -> Tensor:
+    """Return where sequences start in rows of sequence numbers [B T], and the number of tokens."""
+    is_first = torch.ones_like(ids, dtype=torch.bool)
+    is_first[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    starts = is_first.flatten().nonzero().flatten()
+    return torch.cat([starts, starts.new_tensor([ids.numel()])]).int()
+
+
+def _captured(function: Callable) -> dict[str, Any]:
+    """Return what a closure has captured, by name."""
+    code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
+    if code is None or cells is None:
+        return {}
+    return {name: cell.cell_contents for name, cell in zip(code.co_freevars, cells)}
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Tell whether two values are equal, functions by their code and what they have captured."""
+    if isinstance(a, (tuple, list)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(_same, a, b))
+    if not callable(a) or isinstance(a, Tensor):
+        return a is b or (not isinstance(a, Tensor) and type(a) is type(b) and a == b)
+    if getattr(a, "__code__", None) is not getattr(b, "__code__", None):
+        return False
+    one, other = _captured(a), _captured(b)
+    return one.keys() == other.keys() and all(_same(one[name], other[name]) for name in one)

@@ -1,0 +1,181 @@
+"""Longformer: windows by head, dilation, and global tokens (arXiv:2004.05150)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bitnet_triton.attention.checks import check_number
+from bitnet_triton.attention.context import AttentionContext
+from bitnet_triton.attention.masked import Kept, check_served, masked_attention
+from bitnet_triton.kernels import Mask
+
+
+@dataclass(frozen=True)
+class Longformer:
+    """A window for each head, and tokens that see and are seen by everything before or after.
+
+    Attributes:
+        window: keys that each query sees, itself included; one number, or one for each head.
+        dilation: distance between the keys of a window; one number, or one for each head.
+        global_tokens: positions of global tokens in each text.
+        global_mask: whether ``forward`` and ``generate`` may name further ones, as
+            ``global_tokens``, bool [B T].
+        global_projections: whether global queries have projections of their own
+            (``q_proj_global`` and so on) for themselves and for what they read.
+    """
+
+    window: int | tuple[int, ...]
+    dilation: int | tuple[int, ...] = 1
+    global_tokens: tuple[int, ...] = ()
+    global_mask: bool = False
+    global_projections: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("window", 1), ("dilation", 1), ("global_tokens", 0)):
+            value = getattr(self, name)
+            if isinstance(value, list):
+                value = tuple(value)
+                object.__setattr__(self, name, value)
+            if name == "global_tokens" and not isinstance(value, tuple):
+                got = type(value).__name__
+                raise TypeError(f"`attention`: 'global_tokens': expected a list, got {got}")
+            for number in value if isinstance(value, tuple) else (value,):
+                check_number(name, number, least)
+        for name in ("global_mask", "global_projections"):
+            if not isinstance(getattr(self, name), bool):
+                got = type(getattr(self, name)).__name__
+                raise TypeError(f"`attention`: {name!r}: expected true or false, got {got}")
+        if self.global_projections and not (self.global_tokens or self.global_mask):
+            raise ValueError(
+                "`attention`: 'global_projections': expected 'global_tokens' or 'global_mask' "
+                "beside it"
+            )
+
+    @property
+    def kept(self) -> Kept | None:
+        """The longest window without its last key; everything where tokens are global."""
+        if self.global_tokens or self.global_mask:
+            return None
+        pairs = _by_head(self.window, self.dilation)
+        return Kept(max((window - 1) * dilation for window, dilation in pairs))
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
+        """Map q [B Tq H D] and k, v [B Tk Hk D] to [B Tq H D]."""
+        check_served(self, context)
+        if context.global_tokens is not None and not self.global_mask:
+            raise ValueError("`global_tokens`: expected attention 'longformer' with 'global_mask'")
+        tokens = self._tokens(q, k, context)
+        parts = []
+        for heads, window, dilation in self._groups(q.shape[2]):
+            mask = Mask(window=window, dilation=dilation, global_tokens=tokens)
+            part_q, part_k, part_v = (_heads(t, heads, q.shape[2]) for t in (q, k, v))
+            parts.append(masked_attention(part_q, part_k, part_v, mask, context)[0])
+        out = parts[0]
+        if len(parts) > 1:
+            order = torch.tensor([h for heads, *_ in self._groups(q.shape[2]) for h in heads])
+            out = torch.cat(parts, dim=2)[:, :, order.argsort().to(q.device)]
+        if context.global_heads is not None and self.global_projections:
+            out = _with_global_queries(out, tokens, context)
+        return out
+
+    def _groups(self, H: int) -> Iterator[tuple[list[int], int, int | tuple[int, ...]]]:
+        """Yield heads that share a window, with it and with their dilation."""
+        for name in ("window", "dilation"):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != H:
+                raise ValueError(
+                    f"`attention`: {name!r}: expected one number or {H}, one a head, got "
+                    f"{len(value)}"
+                )
+        if not isinstance(self.window, tuple):
+            yield list(range(H)), self.window, self.dilation
+            return
+        for window in sorted(set(self.window)):
+            heads = [h for h in range(H) if self.window[h] == window]
+            steps = self.dilation
+            yield heads, window, steps if isinstance(steps, int) else tuple(steps[h] for h in heads)
+
+    def _tokens(
+        self, q: Tensor, k: Tensor, context: AttentionContext
+    ) -> tuple[int, ...] | Tensor | None:
+        """Return the global tokens as ``Mask`` takes them."""
+        if context.global_tokens is None:
+            return self.global_tokens or None
+        (B, Tq), Tk = q.shape[:2], k.shape[1]
+        if context.tokens.dropped(Tq, Tk):
+            raise ValueError("`past_key_values`: global tokens need a cache that keeps every key")
+        given = context.global_tokens
+        if given.dtype != torch.bool or given.ndim != 2 or given.shape[0] != B:
+            raise ValueError(
+                f"`global_tokens`: expected bool [B T] with B={B}, got {given.dtype} "
+                f"{list(given.shape)}"
+            )
+        given = F.pad(given[:, :Tk], (0, max(Tk - given.shape[1], 0)))
+        if not self.global_tokens:
+            return given
+        column = torch.arange(Tk, device=given.device)
+        left = context.tokens.leftpad
+        position = column[None] if left is None else column - left[:, None]
+        chosen = torch.tensor(self.global_tokens, device=given.device)
+        return given | torch.isin(position, chosen)
+
+
+def _by_head(
+    window: int | tuple[int, ...], dilation: int | tuple[int, ...]
+) -> list[tuple[int, int]]:
+    count = max(len(value) if isinstance(value, tuple) else 1 for value in (window, dilation))
+    windows, dilations = (
+        value if isinstance(value, tuple) else (value,) * count for value in (window, dilation)
+    )
+    return list(zip(windows, dilations))
+
+
+def _heads(x: Tensor, heads: list[int], H: int) -> Tensor:
+    """Return the heads of queries, or of the keys that they read, out of x [B T H or Hk D]."""
+    if len(heads) == H:
+        return x
+    index = torch.tensor(heads, device=x.device)
+    return x[:, :, torch.div(index * x.shape[2], H, rounding_mode="floor")]
+
+
+def _with_global_queries(
+    out: Tensor, tokens: tuple[int, ...] | Tensor | None, context: AttentionContext
+) -> Tensor:
+    """Replace the rows of global queries in out [B T H D] by attention of their own heads.
+
+    They are few: each reads all keys before it, in one product for all of them.
+    """
+    assert context.global_heads is not None
+    q, k, v = context.global_heads  # [B T H D], [B T Hk D]
+    T, left = q.shape[1], context.tokens.leftpad
+    column = torch.arange(T, device=q.device)
+    position = column[None] if left is None else column - left[:, None]
+    if isinstance(tokens, tuple):
+        is_global = torch.isin(position, torch.tensor(tokens, device=q.device))
+        count = min(len(tokens), T)
+    else:
+        assert tokens is not None
+        is_global = tokens[:, :T]
+        count = int(is_global.sum(-1).max())
+    if count == 0:
+        return out
+    # the global columns of each row first, in their order
+    rows = (~is_global).int().argsort(dim=-1, stable=True)[:, :count].expand(q.shape[0], -1)
+    is_query = is_global.expand(q.shape[0], -1).gather(1, rows)
+    is_visible = (column <= rows[..., None]) & (position >= 0)[:, None] & is_query[..., None]
+
+    index = rows[..., None, None].expand(-1, -1, *q.shape[2:])
+    groups = q.gather(1, index).unflatten(2, (k.shape[2], -1)).float()  # [B G Hk H/Hk D]
+    scores = torch.einsum("bihgd,bjhd->bhgij", groups, k.float()) * context.scale
+    if context.softcap is not None:
+        scores = context.softcap * torch.tanh(scores / context.softcap)
+    scores = scores.masked_fill(~is_visible[:, None, None], torch.finfo(scores.dtype).min)
+    attended = torch.einsum("bhgij,bjhd->bihgd", scores.softmax(-1), v.float()).flatten(2, 3)
+    kept = out.gather(1, index)
+    chosen = torch.where(is_query[..., None, None], attended.to(out.dtype), kept)
+    return out.scatter(1, index, chosen)

@@ -1,0 +1,98 @@
+"""Modes that a mask describes, and the attention that runs them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from bitnet_triton.attention.context import AttentionContext
+from bitnet_triton.attention.tokens import CAUSAL
+from bitnet_triton.kernels import Mask, flash_attention
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Which keys a cache has to keep for the tokens to come.
+
+    Attributes:
+        recent: how many of the latest ones.
+        sinks: how many of the first ones.
+    """
+
+    recent: int
+    sinks: int = 0
+
+
+class MaskMode:
+    """A mode that is a mask and nothing else.
+
+    Subclasses are frozen dataclasses of their settings. The masks that transformers makes of
+    padding are followed; a mask that a user passes as a matrix is refused.
+    """
+
+    @property
+    def mask(self) -> Mask:
+        """Which keys a query sees."""
+        raise NotImplementedError
+
+    @property
+    def kept(self) -> Kept | None:
+        """What a cache has to keep; None: everything."""
+        return None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
+        """Map q [B Tq H D] and k, v [B Tk Hk D] to [B Tq H D]."""
+        check_served(self, context)
+        return masked_attention(q, k, v, self.mask, context)[0]
+
+
+def check_served(mode: object, context: AttentionContext) -> None:
+    """Raise ValueError where a call asks for what no mode but full attention has."""
+    name = type(mode).__name__.lower()
+    if context.dropout:
+        raise ValueError(
+            f"`attention_dropout`: expected 0 with attention {name!r}, got {context.dropout}"
+        )
+    if context.tokens.matrix is not None:
+        raise ValueError(
+            f"`attention_mask`: attention {name!r} takes padding on one side of a row, [B T]; "
+            f"got {list(context.tokens.matrix.shape)}, or tokens on both sides of padding"
+        )
+    if context.tokens.mask is not CAUSAL and context.tokens.mask != CAUSAL:
+        raise ValueError(
+            f"`attention`: {name!r} goes with causal layers that have no window of their own"
+        )
+
+
+def masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, context: AttentionContext
+) -> tuple[Tensor, Tensor]:
+    """Attend to what ``mask`` shows of the keys that a layer holds.
+
+    Args:
+        q: [B Tq H D].
+        k: [B Tk Hk D]; the latest keys, or the first and the latest ones.
+        v: [B Tk Hk Dv].
+        mask: in positions, which padding does not count.
+        context: padding and the rest.
+
+    Returns:
+        out [B Tq H Dv] and the logarithm of the sum of exponentials [B H Tq]; with packed sequences
+        the latter is [H, B Tq].
+    """
+    if context.dense_from is not None:
+        mask = replace(mask, dense_from=context.dense_from)
+    settings: Any = {"scale": context.scale, "softcap": context.softcap, "return_lse": True}
+    starts = context.tokens.cu_seqlens
+    if starts is None:
+        settings |= context.tokens.lengths(q, k)
+        return flash_attention(q, k, v, mask=mask, **settings)  # type: ignore[return-value]
+    if k.shape[1] != q.shape[1]:
+        raise ValueError("`position_ids`: packed sequences go without a cache")
+    out, lse = flash_attention(
+        q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1),
+        mask=mask, cu_seqlens_q=starts, cu_seqlens_k=starts, **settings,
+    )  # fmt: skip
+    return out.unflatten(0, q.shape[:2]), lse

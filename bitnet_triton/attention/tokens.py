@@ -1,0 +1,98 @@
+"""Tokens: what a call of a model says about its tokens, in a few numbers instead of a matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from bitnet_triton.kernels import Mask
+
+CAUSAL = Mask()
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """Where the queries of a call stand and which tokens are padding; the same for all layers.
+
+    A column is a place in the whole sequence, padding and tokens in the cache included. Layers may
+    hold fewer keys than there are columns, if they hold the latest ones, or the first and the
+    latest ones.
+
+    Attributes:
+        offset: columns before the first query: those that a cache has seen. A static cache counts
+            them in a tensor.
+        leftpad: int32 [B], the first column that is no padding; None: the first one.
+        used_q: int32 [B], how many queries stand before the padding to the right; None: all.
+        mask: what transformers wants seen: causal or not, with the window of a sliding layer.
+        cu_seqlens: int32 [S + 1], where the sequences start that are packed into the rows, one row
+            after the other; None: one sequence a row.
+        matrix: [B 1 Tq Tk], bool or added to the scores, where nothing else describes the mask.
+    """
+
+    # transformers asks masks for these: four dimensions are what it takes for a finished mask, and
+    # it hands the length on to our own mask function, which has no use for it
+    ndim: ClassVar[int] = 4
+    shape: ClassVar[tuple[int, ...]] = (1, 1, 1, 1)
+
+    offset: int | Tensor = 0
+    leftpad: Tensor | None = None
+    used_q: Tensor | None = None
+    mask: Mask = CAUSAL
+    cu_seqlens: Tensor | None = None
+    matrix: Tensor | None = None
+
+    def contiguous(self) -> Tokens:
+        """Return itself: transformers asks it of the masks that ``generate`` prepares."""
+        return self
+
+    def dropped(self, Tq: int, Tk: int) -> int:
+        """Return how many columns are missing in a layer that holds ``Tk`` keys."""
+        # a cache that counts in a tensor drops nothing
+        return max(self.offset + Tq - Tk, 0) if isinstance(self.offset, int) else 0
+
+    def lengths(self, q: Tensor, k: Tensor) -> dict[str, Tensor | None]:
+        """Return what ``flash_attention`` wants to know of q [B Tq H D] and k [B Tk Hk D]."""
+        (B, Tq), Tk = q.shape[:2], k.shape[1]
+        left, used_k = self.leftpad, self._used_k(B, Tq, Tk, k.device)
+        if left is not None:
+            left = (left - self.dropped(Tq, Tk)).clamp_min(0)
+        return {"leftpad_k": left, "seqused_q": self.used_q, "seqused_k": used_k}
+
+    def _used_k(self, B: int, Tq: int, Tk: int, device: torch.device) -> Tensor | None:
+        length = self.offset + Tq
+        if isinstance(length, Tensor):
+            used = length.to(device=device, dtype=torch.int32).expand(B)
+        elif length >= Tk and self.used_q is None:
+            return None
+        else:
+            used = torch.full((B,), min(length, Tk), dtype=torch.int32, device=device)
+        return (used if self.used_q is None else used - (Tq - self.used_q)).contiguous()
+
+
+def padding_of(attention_mask: Tensor, Tq: int) -> tuple[Tensor | None, Tensor | None] | None:
+    """Describe a mask of padding [B T], whose last columns belong to ``Tq`` queries.
+
+    Looks at the values: synchronises with the device once.
+
+    Returns:
+        ``leftpad`` and ``used_q`` as in ``Tokens``; None where no such numbers describe the mask,
+        because tokens stand on both sides of padding.
+    """
+    T = attention_mask.shape[1]
+    is_token = attention_mask.bool()
+    seen = is_token.cumsum(-1)
+    left = (seen == 0).sum(-1)
+    right = (is_token.flip(-1).cumsum(-1) == 0).sum(-1)
+    # an empty row is padding to the left as a whole
+    right = torch.where(left == T, 0, right)
+    has_hole = (seen[:, -1] != T - left - right) | (right > Tq)
+    flags = torch.stack([has_hole.any(), (left > 0).any(), (right > 0).any()]).tolist()
+    if flags[0]:
+        return None
+    return (
+        left.int() if flags[1] else None,
+        (Tq - right).int() if flags[2] else None,
+    )

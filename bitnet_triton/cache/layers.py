@@ -1,0 +1,247 @@
+"""Cache layers of transformers that hold no more than a window and the first tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+
+class SinkWindowLayer(DynamicLayer):
+    """Keys and values of the first tokens and of the latest ones.
+
+    A text that outgrows them loses what stands between. What is left lies in order and without a
+    gap, so that a mask which counts the first keys from the start and a window from the end fits it
+    as it is. Memory is written in place and moved once in many steps, so it is a quarter larger
+    than what has to be kept.
+
+    Args:
+        recent: how many of the latest tokens to keep: a window has one key more, the query's own.
+        sinks: how many of the first tokens to keep.
+
+    Attributes:
+        columns: tokens seen so far, padding included.
+        leftpad: int32 [B], the first column that is no padding, or None. Whoever passes padded
+            batches sets it before each ``update``: the first tokens are those of each row.
+    """
+
+    is_sliding = True
+    keys: Any  # [B Hk slots D]; None before the first tokens
+    values: Any
+
+    def __init__(self, recent: int, sinks: int = 0) -> None:
+        super().__init__()
+        for name, value in (("recent", recent), ("sinks", sinks)):
+            if value < 0:
+                raise ValueError(f"`{name}`: expected at least 0, got {value}")
+        self.recent, self.sinks = recent, sinks
+        self.slack = max(16, (recent + sinks) // 4)
+        self.columns = 0
+        self.leftpad: Tensor | None = None
+        self.record_past = False
+        self._length = 0  # how many slots are in use
+
+    @property
+    def kept(self) -> int:
+        """How many tokens a step needs."""
+        return self.recent + self.sinks
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Learn dtype and device; memory is allocated for the first tokens."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add tokens [B Hk T D]; return them behind all that is held."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        new = key_states.shape[-2]
+        self.columns += new
+        if self._has_room(new, key_states):
+            end = self._length + new
+            self.keys[..., self._length : end, :] = key_states
+            self.values[..., self._length : end, :] = value_states
+            self._length = end
+            return self._held()
+        keys, values = key_states, value_states
+        if self._length:
+            held_keys, held_values = self._held()
+            keys = torch.cat([held_keys, keys], dim=-2)
+            values = torch.cat([held_values, values], dim=-2)
+        self._store(keys, values, everything=self.record_past)
+        return keys, values
+
+    def _held(self) -> tuple[Tensor, Tensor]:
+        return self.keys[..., : self._length, :], self.values[..., : self._length, :]
+
+    def _has_room(self, new: int, key_states: Tensor) -> bool:
+        if self._length == 0 or self._length + new > self.keys.shape[-2]:
+            return False
+        if key_states.requires_grad or self.keys.requires_grad:
+            return False  # a step before may need what it read
+        # inference mode marks its tensors: nobody else may write to them
+        return torch.is_inference_mode_enabled() or not self.keys.is_inference()
+
+    def _store(self, keys: Tensor, values: Tensor, everything: bool) -> None:
+        """Take over keys and values [B Hk T D]: what is kept of them, in memory of our own."""
+        T = keys.shape[-2]
+        length = T if everything else min(T, self.kept)
+        slots = self._slots(T, length, keys.device)
+        capacity = length + self.slack
+        self.keys, self.values = (_copied(t, slots, length, capacity) for t in (keys, values))
+        self._length = length
+
+    def _slots(self, T: int, length: int, device: torch.device) -> Tensor | None:
+        """Return which of T slots to keep, [length] or [B length]; None: the last ones."""
+        dropped = T - length
+        if dropped == 0 or self.sinks == 0:
+            return None
+        slot = torch.arange(length, device=device)
+        left = 0 if self.leftpad is None else self._held_padding(T)[:, None].clamp_max(dropped)
+        # a row that is shorter than what is kept has its padding dropped first
+        return torch.where(slot < self.sinks, slot + left, slot + dropped)
+
+    def _held_padding(self, T: int) -> Tensor:
+        """Return int [B]: how many of T slots, up to the latest token, are padding to the left."""
+        assert self.leftpad is not None
+        return (self.leftpad.to(self.device) - (self.columns - T)).clamp_min(0)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return how many keys the next ``update`` gives, and how many columns it lacks."""
+        return self._length + query_length, self.columns - self._length
+
+    def get_seq_length(self) -> int:
+        """Return how many tokens were seen, kept or not."""
+        return self.columns
+
+    def get_max_length(self) -> int:
+        """Return how many tokens are kept."""
+        return self.kept
+
+    def activate_past_recording(self) -> None:
+        """Keep everything from now on until the next ``crop``: speculation takes tokens back."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the latest tokens, as many as minus ``tokens_to_remove`` says, or none for 0.
+
+        Raises:
+            ValueError: the number is positive.
+            RuntimeError: tokens that would be visible again are no longer there.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"`tokens_to_remove`: expected at most 0, got {tokens_to_remove}")
+        if not self.is_initialized:
+            return
+        length = self._length + tokens_to_remove
+        has_dropped = self.columns > self._length
+        if length < 0 or (tokens_to_remove and has_dropped and length < self.kept):
+            raise RuntimeError(
+                f"`tokens_to_remove`: {-tokens_to_remove} of the latest tokens cannot be taken "
+                "back, older ones were dropped; call `activate_past_recording` before"
+            )
+        self.columns += tokens_to_remove
+        self._length = length
+        if self.record_past and length > self.kept + self.slack:
+            self._store(*self._held(), everything=False)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.keys = self.values = self.leftpad = None
+        self.is_initialized = False
+        self.columns = self._length = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take the rows ``beam_idx`` [B], for beam search."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        self._change_rows(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Take the rows ``indices``."""
+        self._change_rows(lambda t: t.index_select(0, indices.to(t.device)))
+
+    def _change_rows(self, change: Any) -> None:
+        if self.is_initialized:
+            self.keys, self.values = change(self.keys), change(self.values)
+        if self.leftpad is not None:
+            self.leftpad = change(self.leftpad)
+
+
+class StreamingLayer(SinkWindowLayer):
+    """The same, with rotary positions that stay small however long a text grows.
+
+    Keys arrive rotated. Distances among the latest tokens are all that counts, so from time to time
+    ``rebase`` turns them back together, and the tokens to come go on from there.
+
+    Attributes:
+        shift: int64 [B], columns minus padding minus rotary position, for each row; None: 0.
+    """
+
+    def __init__(self, recent: int, sinks: int) -> None:
+        super().__init__(recent, sinks)
+        self.shift: Tensor | None = None
+        self.columns_at_rebase = 0
+
+    def rebase(self, position: int, frequencies: Tensor) -> None:
+        """Give the next token ``position``, where it would have a later one, and turn keys along.
+
+        Args:
+            position: of the next token; more than ``kept``, so that the first tokens, which keep
+                their positions, have left every window.
+            frequencies: [D / 2], angles of the rotary embedding for each position.
+        """
+        self.columns_at_rebase = self.columns
+        if not self.is_initialized:
+            return
+        keys, values = self._held()
+        B, device = keys.shape[0], keys.device
+        shift = (
+            torch.zeros(B, dtype=torch.long, device=device) if self.shift is None else self.shift
+        )
+        left = 0 if self.leftpad is None else self.leftpad.to(device)
+        excess = (self.columns - left - shift - position).clamp_min(0)  # [B]
+        padding = 0 if self.leftpad is None else self._held_padding(self._length)[:, None]
+        slot = torch.arange(self._length, device=device) - padding
+        steps = torch.where(slot < self.sinks, 0, excess[:, None])
+        self.keys, self.values = turn_back(keys, steps, frequencies), values
+        self.shift = shift + excess
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.shift, self.columns_at_rebase = None, 0
+
+    def _change_rows(self, change: Any) -> None:
+        super()._change_rows(change)
+        if self.shift is not None:
+            self.shift = change(self.shift)
+
+
+def turn_back(keys: Tensor, steps: Tensor, frequencies: Tensor) -> Tensor:
+    """Move keys [B Hk T D] back by ``steps`` [B T] positions of their rotary embedding."""
+    angle = (steps[..., None].float() * frequencies.float())[:, None]  # [B 1 T D / 2]
+    cos, sin = angle.cos(), angle.sin()
+    first, second = keys.float().chunk(2, dim=-1)
+    turned = torch.cat([first * cos + second * sin, second * cos - first * sin], dim=-1)
+    return turned.to(keys.dtype)
+
+
+def _copied(t: Tensor, slots: Tensor | None, length: int, capacity: int) -> Tensor:
+    """Return t [B Hk T D] with the slots that are kept in front, and room for more behind them."""
+    copy = t.new_empty(*t.shape[:-2], capacity, t.shape[-1])
+    if slots is None:
+        kept = t[..., t.shape[-2] - length :, :]
+    elif slots.ndim == 1:
+        kept = t.index_select(-2, slots)
+    else:
+        kept = t.gather(-2, slots[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[-1]))
+    copy[..., :length, :] = kept
+    return copy

@@ -1,0 +1,117 @@
+"""What a model with an attention plan does around transformers' own forward and ``generate``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+
+from bitnet_triton.attention import AttentionPlan
+from bitnet_triton.attention.caches import bound_positions, build_cache, tell_padding
+from bitnet_triton.attention.streaming import Streaming
+from bitnet_triton.attention.tokens import Tokens
+
+
+def describe_call(
+    model: Any,
+    x: Tensor,
+    attention_mask: Any,
+    position_ids: Tensor | None,
+    cache: Cache | None,
+) -> tuple[Any, Tensor | None, dict[str, Any]]:
+    """Describe a call to the attention layers, and to the cache.
+
+    Args:
+        model: the decoder, with ``attention_plan``, ``config`` and ``rotary_emb``.
+        x: ids [B T] or embeddings [B T D].
+        attention_mask: as the model got it.
+        position_ids: as the model got them.
+        cache: the cache of the call, or None.
+
+    Returns:
+        The mask, the positions, and further arguments for the attention layers.
+    """
+    plan, (B, T) = model.attention_plan, x.shape[:2]
+    mask = create_causal_mask(
+        config=model.config,
+        inputs_embeds=torch.empty(B, T, 0, dtype=model.dtype, device=x.device),
+        attention_mask=attention_mask,
+        past_key_values=cache,
+        position_ids=position_ids,
+    )
+    leftpad = mask.leftpad if isinstance(mask, Tokens) else None
+    if cache is not None:
+        tell_padding(cache, leftpad)
+    if not plan.uses(Streaming):
+        return mask, position_ids, {}
+    if position_ids is not None:
+        raise ValueError("`position_ids`: attention 'streaming' counts positions itself")
+    frequencies = model.rotary_emb.inv_freq
+    shift = None if cache is None else bound_positions(cache, frequencies)
+    offset = mask.offset if isinstance(mask, Tokens) else 0
+    position_ids = (torch.arange(T, device=x.device) + offset)[None]
+    for lag in (leftpad, shift):
+        position_ids = position_ids if lag is None else position_ids - lag[:, None]
+    return mask, position_ids.clamp_min(0), {"frequencies": frequencies}
+
+
+def prepared_cache(model: Any, cache: Cache | None, use_cache: bool | None) -> Cache | None:
+    """Return the cache of a call: the one that is given, or a fresh one if one is wanted.
+
+    ``model`` is the one with ``attention_plan``, with or without a head.
+    """
+    if cache is not None:
+        return cache
+    wanted = model.config.use_cache if use_cache is None else use_cache
+    if not wanted or (model.base_model.gradient_checkpointing and model.training):
+        return None
+    return build_cache(model.attention_plan, model.config.num_hidden_layers)
+
+
+def replace_dynamic_cache(
+    plan: AttentionPlan | None, layers: int, model_kwargs: dict[str, Any], is_assistant: bool
+) -> None:
+    """Put a cache of ours where ``generate`` has just made a dynamic one of its own."""
+    made = model_kwargs.get("past_key_values")
+    if type(made) is not DynamicCache:
+        return  # static and quantised caches keep everything, which every mode can use
+    cache = build_cache(plan, layers, offloading=made.offloading)
+    if is_assistant:
+        cache.activate_past_recording()
+    model_kwargs["past_key_values"] = cache
+
+
+def check_no_plan_arguments(**arguments: Any) -> None:
+    """Raise where a model without a plan gets an argument that only a plan can follow."""
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(f"`{name}`: expected a model with `config.attention`")
+
+
+def check_prompt_len(prompt_len: int | Tensor | None, B: int) -> None:
+    """Raise unless ``prompt_len`` is None, a number, or integers [B]."""
+    if prompt_len is None:
+        return
+    if isinstance(prompt_len, Tensor):
+        if prompt_len.is_floating_point() or prompt_len.shape != (B,):
+            raise ValueError(
+                f"`prompt_len`: expected integers [B] with B={B}, got {prompt_len.dtype} "
+                f"{list(prompt_len.shape)}"
+            )
+    elif not isinstance(prompt_len, int) or isinstance(prompt_len, bool):
+        raise TypeError(f"`prompt_len`: expected an integer, got {type(prompt_len).__name__}")
+    elif prompt_len < 0:
+        raise ValueError(f"`prompt_len`: expected at least 0, got {prompt_len}")
+
+
+def prompt_len_of(labels: Tensor, cache: Cache | None) -> Tensor:
+    """Return for each row of labels [B T] how many columns stand before the first answer token.
+
+    Labels are -100 there; a row without an answer is a prompt as a whole.
+    """
+    is_answer = labels != -100
+    first = torch.where(is_answer.any(-1), is_answer.int().argmax(-1), labels.shape[1])
+    return first if cache is None else first + cache.get_seq_length()

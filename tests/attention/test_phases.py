@@ -1,0 +1,87 @@
+"""Prompt and generated tokens in one layer: SWAA's definition (arXiv:2512.10411), and any pair."""
+
+import pytest
+import torch
+
+from bitnet_triton.attention import AttentionContext, AttentionPlan
+from bitnet_triton.attention.full import Full
+from bitnet_triton.attention.phases import run_plan
+from bitnet_triton.attention.sliding import Sliding
+from bitnet_triton.attention.tokens import Tokens
+
+T = 12
+SWAA = AttentionPlan((Sliding(3, sinks=1),), (Full(),))
+# pairs of modes: as one mask, and as two that are run side by side
+PLANS = {
+    "swaa": SWAA,
+    "full, then sliding": AttentionPlan((Full(),), (Sliding(3, sinks=1),)),
+}
+
+
+def swaa_pairs(visible_pairs, prompt_len, left=0):
+    return visible_pairs(T, lambda i, j: i - j < 3 or j < 1 or i >= prompt_len - left, left)
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("prompt_len", [0, 1, 5, T])
+def test_generated_tokens_read_everything(
+    prompt_len, as_tensor, heads, formula, close, visible_pairs
+):
+    q, k, v = heads(T)
+    lefts = torch.tensor([0, 4]).int()
+    given = torch.full((2,), prompt_len) if as_tensor else prompt_len
+    y = run_plan(SWAA, q, k, v, AttentionContext(0, 0.25, Tokens(leftpad=lefts), prompt_len=given))
+    seen = torch.stack([swaa_pairs(visible_pairs, prompt_len, left) for left in (0, 4)])
+    close(y, formula(q, k, v, seen[:, None], 0.25))
+
+
+def test_each_row_has_its_prompt(heads, formula, close, visible_pairs):
+    q, k, v = heads(T)
+    y = run_plan(SWAA, q, k, v, AttentionContext(0, 0.25, prompt_len=torch.tensor([2, 9])))
+    seen = torch.stack([swaa_pairs(visible_pairs, n) for n in (2, 9)])
+    close(y, formula(q, k, v, seen[:, None], 0.25))
+
+
+def test_without_a_length_all_tokens_are_a_prompt(heads, formula, close, visible_pairs):
+    q, k, v = heads(T)
+    y = run_plan(SWAA, q, k, v, AttentionContext(0, 0.25))
+    close(y, formula(q, k, v, swaa_pairs(visible_pairs, T), 0.25))
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("cut", [1, 4, 5, 6, 11])
+def test_a_cut_anywhere_changes_nothing(name, cut, heads):
+    """By phase, not by the number of queries: one token may be a prompt, and five may not."""
+    q, k, v = heads(T)
+    whole = run_plan(PLANS[name], q, k, v, AttentionContext(0, 0.25, prompt_len=5))
+    parts = [
+        run_plan(
+            PLANS[name], q[:, start:end], k[:, :end], v[:, :end],
+            AttentionContext(0, 0.25, Tokens(offset=offset), prompt_len=5),
+        )
+        for start, end, offset in ((0, cut, 0), (cut, T, cut), (T - 1, T, torch.tensor(T - 1)))
+    ]  # fmt: skip
+    torch.testing.assert_close(torch.cat(parts[:2], dim=1), whole)
+    torch.testing.assert_close(parts[2], whole[:, -1:])
+
+
+def test_two_modes_answer_their_own_queries(heads, formula, close, visible_pairs):
+    q, k, v = heads(T)
+    plan = PLANS["full, then sliding"]
+    y = run_plan(plan, q, k, v, AttentionContext(0, 0.25, prompt_len=torch.tensor([4, 7])))
+    seen = [visible_pairs(T, lambda i, j, n=n: i < n or i - j < 3 or j < 1) for n in (4, 7)]
+    close(y, formula(q, k, v, torch.stack(seen)[:, None], 0.25))
+
+
+def test_layers_have_their_own_modes(heads):
+    plan = AttentionPlan((Full(), Sliding(2)), (Full(),))
+    q, k, v = heads(T)
+    for layer, mode in enumerate(plan.prefill):
+        context = AttentionContext(layer, 0.25)
+        assert torch.equal(run_plan(plan, q, k, v, context), mode(q, k, v, context))
+
+
+def test_packed_sequences_with_phases_are_refused(heads):
+    tokens = Tokens(cu_seqlens=torch.tensor([0, 5, 2 * T]).int())
+    with pytest.raises(ValueError, match="`prompt_len`: packed sequences go without"):
+        run_plan(SWAA, *heads(T), AttentionContext(0, 0.25, tokens, prompt_len=3))
