@@ -6,11 +6,13 @@ from bitnet_triton.kernels.dense_linear import dense_linear
 from bitnet_triton.kernels.dense_linear.op import DENSE_FWD
 from bitnet_triton.kernels.flash_attention import Mask, flash_attention, merge_attention
 from bitnet_triton.kernels.flash_attention.launchers import ATTENTION_BWD, ATTENTION_FWD
+from bitnet_triton.kernels.int8_linear import Int8Weight, int8_linear, int8_linear_topk
+from bitnet_triton.kernels.int8_linear.op import INT8_FWD, INT8_TOPK
 from bitnet_triton.kernels.packing import TernaryWeight
 from bitnet_triton.kernels.quantize import quantize_activations, quantize_weight
 from bitnet_triton.kernels.quantize.op import ACTIVATIONS_FWD, WEIGHT_STATS
 from bitnet_triton.kernels.rms_norm import relu2_mul_norm_quantize, rms_norm, rms_norm_quantize
-from bitnet_triton.kernels.rms_norm.op import NORM_FWD, NORM_QUANTIZE_FWD, RELU2_FWD
+from bitnet_triton.kernels.rms_norm.op import NORM_BWD, NORM_FWD, NORM_QUANTIZE_FWD, RELU2_FWD
 from bitnet_triton.kernels.rotary import apply_rotary, rotary_and_store
 from bitnet_triton.kernels.rotary.op import ROTARY, ROTARY_AND_STORE
 from bitnet_triton.kernels.ternary_linear import (
@@ -29,6 +31,7 @@ IMPLEMENTATIONS = {
     "quantize_activations": ACTIVATIONS_FWD,
     "weight_stats": WEIGHT_STATS,
     "rms_norm": NORM_FWD,
+    "rms_norm_bwd": NORM_BWD,
     "rms_norm_quantize": NORM_QUANTIZE_FWD,
     "relu2_mul_norm_quantize": RELU2_FWD,
     "rotary": ROTARY,
@@ -37,6 +40,8 @@ IMPLEMENTATIONS = {
     "ternary_linear_quantized": QUANTIZED_FWD,
     "ternary_linear_bwd": TERNARY_BWD,
     "dense_linear": DENSE_FWD,
+    "int8_linear": INT8_FWD,
+    "int8_linear_topk": INT8_TOPK,
     "bit_linear": BIT_FWD,
     "bit_linear_bwd_dx": BIT_BWD_DX,
     "bit_linear_bwd_dweight": BIT_BWD_DWEIGHT,
@@ -46,6 +51,7 @@ IMPLEMENTATIONS = {
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "Int8Weight",
     "Mask",
     "MergedTernaryWeight",
     "TernaryWeight",
@@ -53,6 +59,8 @@ __all__ = [
     "bit_linear",
     "dense_linear",
     "flash_attention",
+    "int8_linear",
+    "int8_linear_topk",
     "merge_attention",
     "quantize_activations",
     "quantize_weight",
