@@ -1,6 +1,6 @@
 """WHERE an op runs: devices, choice of backend, op registration, kernel launch."""
 
-from bitnet_triton.runtime.launch import launch
+from bitnet_triton.runtime.launch import capture, launch
 from bitnet_triton.runtime.library import register_op
 from bitnet_triton.runtime.select import (
     BACKENDS,
@@ -19,6 +19,7 @@ __all__ = [
     "BACKENDS",
     "Implementation",
     "backend_objection",
+    "capture",
     "compile_by_kind",
     "explain",
     "forced_backend",

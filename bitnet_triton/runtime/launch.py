@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bitnet_triton import triton_cpu
 from bitnet_triton.runtime.select import TRITON_CPU, forced_backend
+
+if TYPE_CHECKING:
+    from bitnet_triton.triton_cpu.graph import Graph
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,11 @@ def _start(kernel: Any, grid: tuple[int, ...], first: Any, *args: Any, **options
     ours = first.is_cpu and not (_may_be_forced() and forced_backend() == TRITON_CPU)
     start = triton_cpu.launch(kernel, grid) if ours else kernel[grid]
     start(first, *args, **options)
+
+
+def capture() -> AbstractContextManager[Graph]:
+    """Record the launches of a with block on CPU tensors as a graph: ``triton_cpu.capture``."""
+    return triton_cpu.capture()
 
 
 # Looked up once: a launch takes microseconds

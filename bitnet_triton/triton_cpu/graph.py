@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
@@ -122,7 +123,7 @@ class _NothingComputed(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run ``func`` if it computes nothing."""
-        if not _is_view(func) and func._opname not in _ALLOCATIONS:
+        if not _is_harmless(func):
             raise RuntimeError(
                 f"`{func}` runs while launches are recorded: a replay would leave it out, because "
                 "only Triton kernels are recorded"
@@ -130,9 +131,14 @@ class _NothingComputed(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _is_view(func: Any) -> bool:
-    """Tell whether the results of an operation are views of its arguments."""
-    results = func._schema.returns
-    return bool(results) and all(
-        result.alias_info is not None and not result.alias_info.is_write for result in results
+@functools.cache
+def _is_harmless(func: Any) -> bool:
+    """Tell whether an operation needs no repetition: it allocates, views, or sees no tensor."""
+    schema = func._schema
+    types = [str(part.type) for part in (*schema.arguments, *schema.returns)]
+    if func._opname in _ALLOCATIONS or not any("Tensor" in name for name in types):
+        return True
+    return bool(schema.returns) and all(
+        result.alias_info is not None and not result.alias_info.is_write
+        for result in schema.returns
     )

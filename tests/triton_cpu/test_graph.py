@@ -84,7 +84,18 @@ def test_what_pytorch_computes_is_refused():
         steps(x * 2, y)
     with pytest.raises(RuntimeError, match=r"`aten.zero_.default`"), triton_cpu.capture():
         x.zero_()
+    with pytest.raises(RuntimeError, match=r"`aten.zeros.default`"), triton_cpu.capture():
+        torch.zeros(3)
+    with pytest.raises(RuntimeError, match=r"dense"), triton_cpu.capture():
+        x[0].item()
     torch.testing.assert_close(steps(x, y), y + 3 * x)  # nothing is refused any more
+
+
+def test_what_computes_no_tensor_is_allowed():
+    with triton_cpu.capture() as graph:
+        dtype = torch.promote_types(torch.bfloat16, torch.float32)
+        torch.empty(3, dtype=dtype).view(3, 1).new_empty(2)
+    assert len(graph) == 0
 
 
 def test_a_capture_inside_of_a_capture_is_refused():
