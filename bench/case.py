@@ -83,7 +83,8 @@ class Provider:
         label: for tables and plots.
         build: takes the inputs of a point; raises ``PeerMissingError`` with the reason where the
             provider cannot exist.
-        tolerance: largest relative RMS error against the reference.
+        tolerance: largest relative RMS error against the reference; None: it computes something
+            that cannot be compared, which ``note`` explains.
         arithmetic: "int8", "bf16" or "fp32": the measured rate that its share refers to.
         note: what it computes otherwise than the others.
         default: runs without being named.
@@ -91,7 +92,7 @@ class Provider:
 
     label: str
     build: Callable[[Any], Work]
-    tolerance: float
+    tolerance: float | None
     arithmetic: str = "bf16"
     note: str = ""
     default: bool = True

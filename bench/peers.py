@@ -20,12 +20,14 @@ class Peer:
         module: what is imported; "" for one that has no Python module.
         compared_in: the cases that run it; empty when none does.
         reason: why none does.
+        distribution: that brings the module; "" for one of the same name.
     """
 
     name: str
     module: str
     compared_in: tuple[str, ...] = ()
     reason: str = ""
+    distribution: str = ""
 
     def state(self) -> str:
         """Return a version, or why the library is skipped."""
@@ -33,7 +35,7 @@ class Peer:
             return f"skipped: {self.reason}"
         if importlib.util.find_spec(self.module) is None:
             return "skipped: not installed"
-        version = importlib.metadata.version(self.module)
+        version = importlib.metadata.version(self.distribution or self.module)
         if not self.compared_in:
             return f"skipped: {version} is installed, but {self.reason}"
         return f"{version}, compared in {', '.join(self.compared_in)}"
@@ -41,6 +43,7 @@ class Peer:
 
 PEERS = (
     Peer("transformers", "transformers", ("ternary_linear", "bit_linear", "model")),
+    Peer("llama.cpp", "llama_cpp", ("model",), distribution="llama-cpp-python"),
     Peer("bitblas", "bitblas", reason="no case runs it yet (int8 x int2 on NVIDIA GPUs)"),
     Peer("gemlite", "gemlite", reason="no case runs it yet (2-bit weights, float activations)"),
     Peer("bitnet.cpp", "", reason="a C++ program without a Python module; has its own benchmark"),

@@ -6,15 +6,19 @@ to the embedding, as published: of the bytes that a step reads here it is more t
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from bench.case import Case, Provider, Settings, Work
+from bench.case import Case, PeerMissingError, Provider, Settings, Work
+from bench.llamacpp import BLOCK, LlamaCpp, missing, write_gguf
 from bench.machine import available_memory_bytes
 from bench.models import DTYPE, SHAPES, RandomModels, Shape, state_bytes
 
@@ -125,6 +129,53 @@ def _build_eager(inputs: Inputs) -> Work:
     return replace(work, call=eager(work.call), output=eager(work.output))
 
 
+@functools.cache
+def _gguf(shape: Shape, head: str) -> tuple[tempfile.TemporaryDirectory, Path]:
+    """Write a model for llama.cpp, once for all points; its folder goes with the process."""
+    folder = tempfile.TemporaryDirectory()
+    path = Path(folder.name) / "model.gguf"
+    write_gguf(path, shape, head=head)
+    return folder, path
+
+
+class _LlamaDecoder:
+    """Greedy decoding in llama.cpp, cut back like ``_Decoder``."""
+
+    def __init__(self, peer: LlamaCpp, context: int) -> None:
+        self.peer, self.context, self.made = peer, context, 0
+        peer.prefill(context)
+
+    def step(self) -> None:
+        if self.made == self.context:
+            self.peer.crop(self.context)
+            self.made = 0
+        self.peer.decode()
+        self.made += 1
+
+
+def _build_llama(head: str) -> Callable[[Inputs], Work]:
+    def build(inputs: Inputs) -> Work:
+        shape = inputs.models.shape
+        reason = missing() or (
+            f"needs rows of whole blocks of {BLOCK}" if shape.hidden % BLOCK else None
+        )
+        if reason:
+            raise PeerMissingError(reason)
+        _, path = _gguf(shape, head)
+        threads = torch.get_num_threads()
+        peer = LlamaCpp(path, threads=threads, context=2 * (inputs.context + inputs.tokens))
+        details = {"layers": shape.layers, "state_bytes": path.stat().st_size}
+        if inputs.phase == "prefill":
+            return Work(
+                lambda: peer.prefill(inputs.tokens), read_bytes=details["state_bytes"],
+                units=inputs.tokens, details=details,
+            )  # fmt: skip
+        per_token = details["state_bytes"] + shape.kv_bytes(inputs.context)
+        return Work(_LlamaDecoder(peer, inputs.context).step, read_bytes=per_token, details=details)
+
+    return build
+
+
 def _reference(inputs: Inputs) -> Tensor:
     work = _build("autobitlinear")(inputs)
     return work.output()
@@ -204,8 +255,16 @@ def case(
                 "hf autobitlinear", _build("autobitlinear"), TOLERANCE, "bf16",
                 "transformers, unpacked to bf16 at load",
             ),
+            "llama_cpp": Provider(
+                "llama.cpp TQ2_0", _build_llama("F16"), None, "int8",
+                "architecture bitnet (SiLU), weights of its own, f16 head; not compared",
+            ),
+            "llama_cpp_q8_head": Provider(
+                "llama.cpp TQ2_0, q8 head", _build_llama("Q8_0"), None, "int8",
+                "the same with a head of 8 bits", default=False,
+            ),
         },
-        baselines=("transformers_packed", "transformers_bf16"),
+        baselines=("llama_cpp", "transformers_packed", "transformers_bf16"),
         flops=flops,
         unit="tokens",
         panels=((), ("phase",)),
