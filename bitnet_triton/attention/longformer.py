@@ -67,8 +67,6 @@ class Longformer:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
         """Map q [B Tq H D] and k, v [B Tk Hk D] to [B Tq H D]."""
         check_served(self, context)
-        if context.global_tokens is not None and not self.global_mask:
-            raise ValueError("`global_tokens`: expected attention 'longformer' with 'global_mask'")
         tokens = self._tokens(q, k, context)
         parts = []
         for heads, window, dilation in self._groups(q.shape[2]):
@@ -104,7 +102,7 @@ class Longformer:
         self, q: Tensor, k: Tensor, context: AttentionContext
     ) -> tuple[int, ...] | Tensor | None:
         """Return the global tokens as ``Mask`` takes them."""
-        if context.global_tokens is None:
+        if context.global_tokens is None or not self.global_mask:
             return self.global_tokens or None
         (B, Tq), Tk = q.shape[:2], k.shape[1]
         if context.tokens.dropped(Tq, Tk):

@@ -93,11 +93,6 @@ def test_gradients_reach_both_kinds_of_heads(heads):
         ({"window": (2, 3)}, {}, "'window': expected one number or 4, one a head, got 2"),
         ({"window": 2, "dilation": (1,)}, {}, "'dilation': expected one number or 4"),
         (
-            {"window": 2},
-            {"global_tokens": torch.ones(2, T, dtype=torch.bool)},
-            "expected attention 'longformer' with 'global_mask'",
-        ),
-        (
             {"window": 2, "global_mask": True},
             {"global_tokens": torch.ones(2, T)},
             r"expected bool \[B T\] with B=2, got torch.float32",

@@ -16,6 +16,7 @@ from bitnet_triton.attention.streaming import Streaming
 from bitnet_triton.errors import CheckpointError
 from bitnet_triton.models.bitnet.configuration_bitnet import BitNetConfig
 from bitnet_triton.models.bitnet.planned import (
+    check_global_tokens,
     check_no_plan_arguments,
     check_prompt_len,
     describe_call,
@@ -171,6 +172,7 @@ class BitNetModel(_TernaryModel, hf.BitNetModel):
             check_no_plan_arguments(prompt_len=prompt_len, global_tokens=global_tokens)
         elif x is not None:
             check_prompt_len(prompt_len, x.shape[0])
+            check_global_tokens(global_tokens, self.attention_plan)
             attention_mask, position_ids, more = describe_call(
                 self, x, attention_mask, position_ids, past_key_values
             )
@@ -271,7 +273,7 @@ class BitNetForCausalLM(_TernaryModel, hf.BitNetForCausalLM):
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         assistant = kwargs.get("assistant_model")
-        if not isinstance(assistant, (BitNetForCausalLM, type(None))):
+        if assistant is not None and getattr(assistant, "attention_plan", None) is None:
             own = ("prompt_len", "global_tokens")  # another model does not know them
             model_kwargs = kwargs["model_kwargs"]
             kwargs["model_kwargs"] = {n: v for n, v in model_kwargs.items() if n not in own}

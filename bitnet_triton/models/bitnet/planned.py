@@ -91,6 +91,13 @@ def check_no_plan_arguments(**arguments: Any) -> None:
             raise ValueError(f"`{name}`: expected a model with `config.attention`")
 
 
+def check_global_tokens(global_tokens: Tensor | None, plan: AttentionPlan) -> None:
+    """Raise where global tokens are named and no layer looks at them."""
+    modes = plan.prefill + plan.decode
+    if global_tokens is not None and not any(getattr(m, "global_mask", False) for m in modes):
+        raise ValueError("`global_tokens`: expected attention 'longformer' with 'global_mask'")
+
+
 def check_prompt_len(prompt_len: int | Tensor | None, B: int) -> None:
     """Raise unless ``prompt_len`` is None, a number, or integers [B]."""
     if prompt_len is None:

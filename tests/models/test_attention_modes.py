@@ -1,0 +1,380 @@
+"""Every attention mode through a whole model: cached, uncached, in chunks, padded, generating."""
+
+import json
+
+import pytest
+import torch
+
+import bitnet_triton as bt
+from bitnet_triton.attention import AttentionPlan, caches
+from bitnet_triton.attention.full import Full
+from bitnet_triton.cache import GrowingLayer, SinkWindowLayer, StreamingLayer
+
+SIZES = {
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 100, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+SLIDING = {"mode": "sliding", "window": 5, "sinks": 2}
+STREAMING = {"mode": "streaming", "window": 5, "sinks": 2}
+MODES = {
+    "full": "full",
+    "sliding": SLIDING,
+    "only itself": {"mode": "sliding", "window": 1},
+    "streaming": STREAMING,
+    "longformer": {"mode": "longformer", "window": [3, 4, 5, 3], "dilation": [1, 2, 1, 1]},
+    "longformer, global": {"mode": "longformer", "window": 4, "global_tokens": [0, 7]},
+    "local": {"mode": "local", "block": 4},
+    "strided": {"mode": "strided", "block": 4},
+    "fixed": {"mode": "fixed", "block": 4},
+    "top-k": {"mode": "top-k", "keys": 3},
+    "threshold": {"mode": "threshold", "share": 0.3},
+    "swaa-untrained": {"preset": "swaa-untrained", "window": 5, "sinks": 2},
+    "swaa-untrained-fast": {"preset": "swaa-untrained-fast", "window": 5, "sinks": 2},
+    "swaa-trained-fast": {"preset": "swaa-trained-fast", "window": 5},
+    "windows in decoding only": {"prefill": "full", "decode": {"mode": "sliding", "window": 4}},
+    "all mixed": {
+        "prefill": ["full", {"mode": "streaming", "window": 4}, {"mode": "sliding", "window": 3}],
+        "decode": {"mode": "streaming", "window": 6},
+    },
+}
+# modes that see everything in 20 tokens, by what they are or by how large they are
+DEGENERATE = {
+    "sliding": {"mode": "sliding", "window": 20},
+    "streaming": {"mode": "streaming", "window": 20},
+    "streaming, sinks": {"mode": "streaming", "window": 12, "sinks": 8},
+    "longformer": {"mode": "longformer", "window": 20},
+    "longformer, global": {"mode": "longformer", "window": 1, "global_tokens": list(range(20))},
+    "local": {"mode": "local", "block": 20},
+    "strided": {"mode": "strided", "block": 1},
+    "fixed": {"mode": "fixed", "block": 4, "summary": 4},
+    "top-k": {"mode": "top-k", "keys": 20},
+    "threshold": {"mode": "threshold", "share": 1e-30},
+    "swaa, wide": {"preset": "swaa-untrained", "window": 20},
+    "swaa, all layers full": {"preset": "swaa", "window": 2, "full_layers": "every-1"},
+    "swaa, short prompt": {"preset": "swaa-untrained-fast", "window": 8, "sinks": 0},
+}
+T, PROMPT = 20, 8
+
+
+@pytest.fixture(scope="module")
+def build():
+    """A function that builds a model with dense weights, always the same ones."""
+
+    def make(attention, **changes):
+        config = bt.BitNetConfig(**SIZES | changes, attention=attention, quantization_config=None)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = bt.BitNetForCausalLM(config)
+            for name, parameter in model.named_parameters():
+                mean, std = (1.0, 0.2) if "norm" in name else (0.0, 0.15)
+                torch.nn.init.normal_(parameter, mean, 1.0 if "embed" in name else std)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture
+def padded():
+    """Ids and mask; the first row begins with padding."""
+    ids = torch.randint(3, 96, (2, T))
+    ids[0, :5] = 0
+    return ids, (ids != 0).long()
+
+
+def run(model, ids, mask=None, chunks=(), **kwargs):
+    """Return logits [B T vocabulary], at once without a cache or in chunks with one."""
+    if not chunks:
+        with torch.no_grad():
+            return model(ids, attention_mask=mask, use_cache=False, **kwargs).logits
+    cache, outs, start = None, [], 0
+    for size in chunks:
+        end = start + size
+        with torch.no_grad():
+            out = model(
+                ids[:, start:end],
+                attention_mask=None if mask is None else mask[:, :end],
+                past_key_values=cache,
+                use_cache=True,
+                **kwargs,
+            )
+        cache, start = out.past_key_values, end
+        outs.append(out.logits)
+    return torch.cat(outs, dim=1)
+
+
+CHUNKS = [[T], [7, 1, 5, 7], [PROMPT, *[1] * (T - PROMPT)], [1] * T]
+
+
+@pytest.mark.parametrize("chunks", CHUNKS, ids=["at once", "chunks", "generating", "by token"])
+@pytest.mark.parametrize("name", MODES)
+def test_a_cache_changes_nothing(name, chunks, build, padded, error):
+    model, (ids, mask) = build(MODES[name]), padded
+    whole = run(model, ids, mask, prompt_len=PROMPT)
+    parts = run(model, ids, mask, chunks, prompt_len=PROMPT)
+    assert error(parts[mask.bool()], whole[mask.bool()]) <= 2e-5
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_padding_does_not_change_other_rows(name, build, padded, error):
+    model, (ids, mask) = build(MODES[name]), padded
+    together = run(model, ids, mask, prompt_len=PROMPT)
+    alone = run(model, ids[:1, 5:], prompt_len=PROMPT - 5)
+    assert error(together[:1, 5:], alone) <= 2e-5
+    assert error(together[1:], run(model, ids[1:], prompt_len=PROMPT)) <= 2e-5
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_padding_on_the_right_changes_nothing(name, build, error):
+    model, ids = build(MODES[name]), torch.randint(3, 96, (2, T))
+    mask = torch.ones_like(ids)
+    mask[0, 13:] = 0
+    together = run(model, ids, mask, prompt_len=PROMPT)
+    assert error(together[:1, :13], run(model, ids[:1, :13], prompt_len=PROMPT)) <= 2e-5
+
+
+@pytest.mark.parametrize("chunks", [(), [PROMPT, *[1] * (T - PROMPT)]], ids=["at once", "by token"])
+@pytest.mark.parametrize("name", DEGENERATE)
+def test_a_mode_that_sees_everything_is_full_attention(name, chunks, build, padded, error):
+    ids, mask = padded
+    got = run(build(DEGENERATE[name]), ids, mask, chunks, prompt_len=PROMPT)
+    expected = run(build("full"), ids, mask, chunks, prompt_len=PROMPT)
+    assert error(got[mask.bool()], expected[mask.bool()]) <= 2e-5
+
+
+@pytest.mark.parametrize("name", [name for name in MODES if name != "full"])
+def test_a_mode_that_does_not_is_not(name, build, padded, error):
+    ids, mask = padded
+    got = run(build(MODES[name]), ids, mask, prompt_len=PROMPT)
+    assert error(got[mask.bool()], run(build("full"), ids, mask)[mask.bool()]) > 1e-2
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_generation_is_one_forward_however_it_is_cached(name, build, padded):
+    model, (ids, mask) = build(MODES[name]), padded
+    kwargs = {
+        "attention_mask": mask[:, :PROMPT], "max_new_tokens": 9, "do_sample": False,
+        "eos_token_id": None,
+    }  # fmt: skip
+    output = model.generate(ids[:, :PROMPT], **kwargs)
+    whole = torch.nn.functional.pad(mask[:, :PROMPT], (0, 9), value=1)
+    best = run(model, output, whole, prompt_len=PROMPT).argmax(-1)
+    assert torch.equal(output[:, PROMPT:], best[:, PROMPT - 1 : -1])
+    for settings in (
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"prefill_chunk_size": 3},
+    ):
+        assert torch.equal(model.generate(ids[:, :PROMPT], **kwargs, **settings), output), settings
+
+
+@pytest.mark.parametrize("name", ["full", "sliding", "streaming", "swaa-trained-fast", "all mixed"])
+def test_beams_take_their_tokens_along(name, build, padded):
+    model, (ids, mask) = build(MODES[name]), padded
+    kwargs = {
+        "attention_mask": mask[:, :PROMPT], "max_new_tokens": 9, "do_sample": False,
+        "num_beams": 3, "eos_token_id": None,
+    }  # fmt: skip
+    cached = model.generate(ids[:, :PROMPT], **kwargs)
+    assert torch.equal(cached, model.generate(ids[:, :PROMPT], use_cache=False, **kwargs))
+
+
+@pytest.mark.parametrize("helper", ["same", "other", "prompt"])
+@pytest.mark.parametrize("name", ["sliding", "streaming", "swaa-untrained", "swaa-trained-fast"])
+def test_speculation_changes_nothing(name, helper, build, token_ids):
+    model, ids = build(MODES[name]), token_ids(1, PROMPT)
+    ids[0, 4:] = ids[0, :4]  # something for the lookup in the prompt to find
+    kwargs = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None}
+    plain = model.generate(ids, **kwargs)
+    if helper == "prompt":
+        assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=3, **kwargs), plain)
+        return
+    # a helper with another window errs now and then: its tokens are taken back
+    attention = MODES[name] if helper == "same" else None
+    assistant = build(attention)
+    assert torch.equal(model.generate(ids, assistant_model=assistant, **kwargs), plain)
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_a_checkpoint_remembers_its_attention(name, build, tmp_path, token_ids):
+    model = build(MODES[name])
+    model.save_pretrained(tmp_path)
+    again = bt.BitNetForCausalLM.from_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())["attention"]
+    assert written == again.config.attention == model.config.attention
+    assert again.attention_plan == AttentionPlan.from_config(MODES[name], 3)
+    ids = token_ids(1, T)
+    assert torch.equal(run(again, ids), run(model, ids))
+
+
+@pytest.mark.parametrize(
+    ("attention", "kinds"),
+    [
+        (None, [GrowingLayer] * 3),
+        ("full", [GrowingLayer] * 3),
+        (SLIDING, [SinkWindowLayer] * 3),
+        (STREAMING, [StreamingLayer] * 3),
+        ({"preset": "swaa-trained-fast"}, [SinkWindowLayer, GrowingLayer, SinkWindowLayer]),
+        ("swaa-untrained", [GrowingLayer] * 3),
+        (MODES["all mixed"], [GrowingLayer, SinkWindowLayer, SinkWindowLayer]),
+        (MODES["longformer, global"], [GrowingLayer] * 3),
+    ],
+)
+def test_layers_hold_what_their_modes_can_see(attention, kinds, build, token_ids):
+    model = build(attention)
+    with torch.no_grad():
+        cache = model(token_ids(1, 4), use_cache=True).past_key_values
+        assert [type(layer) for layer in cache.layers] == kinds
+        output = model.generate(
+            token_ids(1, 4), max_new_tokens=2, return_dict_in_generate=True, do_sample=False
+        )
+    assert [type(layer) for layer in output.past_key_values.layers] == kinds
+
+
+@pytest.mark.parametrize("attention", [SLIDING, STREAMING], ids=["sliding", "streaming"])
+def test_memory_does_not_grow_with_the_text(attention, build, token_ids):
+    model = build(attention)
+    with torch.no_grad():
+        cache = model(token_ids(1, 400), use_cache=True).past_key_values
+        held = []
+        for _ in range(60):
+            model(token_ids(1, 1), past_key_values=cache)
+            held.append(sum(layer.keys.untyped_storage().nbytes() for layer in cache.layers))
+    assert max(held) <= 3 * 2 * 16 * 4 * (7 + 16)  # layers, heads, D, bytes, tokens
+
+
+@pytest.mark.parametrize("attention", [SLIDING, STREAMING], ids=["sliding", "streaming"])
+def test_what_was_evicted_has_no_influence(attention, build, token_ids):
+    model = build(attention, num_hidden_layers=1)  # further layers carry what they saw along
+    ids = token_ids(1, T)
+    expected = run(model, ids, chunks=[T - 1, 1])[:, -1]
+    ids[:, 2 : T - 5] = token_ids(1, T - 7)
+    assert torch.equal(run(model, ids, chunks=[T - 1, 1])[:, -1], expected)
+    ids[:, 1] = (ids[:, 1] - 2) % 90 + 3
+    assert not torch.equal(run(model, ids, chunks=[T - 1, 1])[:, -1], expected)
+
+
+def test_positions_of_a_stream_stay_small(build, token_ids, monkeypatch, error):
+    monkeypatch.setattr(caches, "REBASE_EVERY", 16)
+    model, largest = build(STREAMING), []
+    look = lambda m, args, kwargs: largest.append(int(kwargs["position_ids"].max()))  # noqa: E731
+    model.model.rotary_emb.register_forward_pre_hook(look, with_kwargs=True)
+    ids = torch.randint(3, 96, (2, 150))
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    parts = run(model, ids, mask, [12, *[1] * 138])
+    assert max(largest) < 16 + 7 + 12
+    whole = run(model, ids, mask)
+    assert error(parts[mask.bool()], whole[mask.bool()]) <= 1e-4
+
+
+def test_a_second_turn_is_a_prompt_again(build, token_ids):
+    """By phase: new tokens of a user are windowed, those that were generated are not."""
+    model = build({"preset": "swaa-untrained-fast", "window": 3, "sinks": 1})
+    first = model.generate(
+        token_ids(1, PROMPT), max_new_tokens=6, do_sample=False, eos_token_id=None,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    for new in (1, 4):
+        ids = torch.cat([first.sequences, token_ids(1, new)], dim=1)
+        cache = first.past_key_values
+        length = cache.get_seq_length()
+        second = model.generate(
+            ids, past_key_values=cache, max_new_tokens=3, do_sample=False, eos_token_id=None,
+            output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
+        # the same by hand: turn 1, its answer, turn 2
+        with torch.no_grad():
+            out = model(ids[:, :PROMPT], use_cache=True)
+            out = model(ids[:, PROMPT:length], past_key_values=out.past_key_values, prompt_len=0)
+            out = model(ids[:, length:], past_key_values=out.past_key_values)
+        torch.testing.assert_close(second.logits[0], out.logits[:, -1])
+        cache.crop(length - cache.get_seq_length())
+
+
+def test_labels_say_where_prompts_end(build, token_ids):
+    model, ids = build({"preset": "swaa-untrained", "window": 3, "sinks": 1}), token_ids(3, T)
+    labels = ids.clone()
+    for row, prompt in enumerate((4, 11, T)):
+        labels[row, :prompt] = -100
+    trained = model.train()(ids, labels=labels)
+    assert trained.loss.requires_grad
+    expected = model(ids, prompt_len=torch.tensor([4, 11, T])).logits
+    assert torch.equal(trained.logits, expected)
+    assert not torch.allclose(model(ids).logits[0], expected[0])
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_training_reaches_every_parameter(name, build, token_ids):
+    model, ids = build(MODES[name]).train(), token_ids(2, T)
+    labels = ids.clone()
+    labels[:, :PROMPT] = -100
+    model(ids, labels=labels).loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("attention", [None, SLIDING], ids=["no plan", "plan"])
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"prompt_len": -1}, ValueError, "`prompt_len`: expected at least 0, got -1"),
+        ({"prompt_len": 1.0}, TypeError, "`prompt_len`: expected an integer, got float"),
+        (
+            {"prompt_len": torch.ones(3)},
+            ValueError,
+            r"`prompt_len`: expected integers \[B\] with B=2, got torch.float32 \[3\]",
+        ),
+        (
+            {"global_tokens": torch.ones(2, 4, dtype=torch.bool)},
+            ValueError,
+            "`global_tokens`: expected attention 'longformer' with 'global_mask'",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(arguments, error, message, attention, build, token_ids):
+    model = build(attention)
+    if attention is None:
+        error, message = ValueError, f"`{next(iter(arguments))}`: expected a model with `config.at"
+    with pytest.raises(error, match=message):
+        model(token_ids(2, 4), **arguments)
+
+
+def test_padding_between_tokens_is_refused_but_by_full_attention(build, token_ids):
+    ids, mask = token_ids(2, 6), torch.ones(2, 6, dtype=torch.long)
+    mask[0, 2] = 0
+    with pytest.raises(ValueError, match="'sliding' takes padding on one side of a row"):
+        build(SLIDING)(ids, attention_mask=mask)
+    full, plain = (
+        build(attention)(ids, attention_mask=mask).logits for attention in ("full", None)
+    )
+    torch.testing.assert_close(full[:, 3:], plain[:, 3:])
+
+
+def test_a_stream_counts_positions_itself(build, token_ids):
+    with pytest.raises(ValueError, match="`position_ids`: attention 'streaming' counts"):
+        build(STREAMING)(token_ids(1, 4), position_ids=torch.arange(4)[None])
+
+
+def test_global_tokens_can_be_named_in_a_call(build, padded, error):
+    model = build({"mode": "longformer", "window": 2, "global_mask": True})
+    ids, mask = padded
+    chosen = torch.zeros_like(ids, dtype=torch.bool)
+    chosen[:, 6] = True
+    whole = run(model, ids, mask, global_tokens=chosen)
+    parts = run(model, ids, mask, [PROMPT, 1, 1, 10], global_tokens=chosen)
+    assert error(parts[mask.bool()], whole[mask.bool()]) <= 2e-5
+    assert error(run(model, ids, mask)[mask.bool()], whole[mask.bool()]) > 1e-2
+    by_position = build({"mode": "longformer", "window": 2, "global_tokens": [6]})
+    assert error(run(by_position, ids[1:]), whole[1:]) <= 2e-5
+    output = model.generate(
+        ids[:, :PROMPT], attention_mask=mask[:, :PROMPT], global_tokens=chosen[:, :PROMPT],
+        max_new_tokens=5, do_sample=False, num_beams=2, eos_token_id=None,
+    )  # fmt: skip
+    assert output.shape == (2, PROMPT + 5)
+
+
+def test_each_layer_of_a_plan_is_the_mode_itself(build):
+    model = build({"preset": "swaa-untrained", "window": 5})
+    plans = {id(layer.self_attn.attention_plan) for layer in model.model.layers}
+    assert plans == {id(model.attention_plan)}
+    assert model.attention_plan.mode(1, "prefill") == Full()
