@@ -130,3 +130,28 @@ def test_nothing_beyond_the_end_is_read(fenced):
     triton_cpu.launch(copy_kernel, (1,))(x, out, 100, BLOCK=BLOCK)
     assert torch.equal(out[:100], x)
     assert (out[100:] == 7).all()
+
+
+@triton.jit
+def transposed_product_kernel(
+    a_ptr, w_ptr, out_ptr, N, K,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    rows, ks, tokens = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_M)
+    at = rows[:, None] * K + ks[None, :]
+    w = tl.load(w_ptr + at, mask=(rows < N)[:, None] & (ks < K)[None, :], other=0.0)
+    a = tl.load(a_ptr + tokens[:, None] * K + ks[None, :], mask=(ks < K)[None, :], other=0.0)
+    out = tl.dot(a, tl.trans(w), input_precision="ieee")
+    tl.store(out_ptr + tokens[:, None] * BLOCK_N + rows[None, :], out)
+
+
+@pytest.mark.parametrize("N", [1, 20, 64])
+@pytest.mark.parametrize("K", [1, 60, 100, 128])
+def test_rows_below_a_transposition_end_where_they_did(N, K, fenced):
+    a, w = torch.randn(16, K), fenced(torch.randn(N, K))
+    out = torch.empty(16, 64)
+    triton_cpu.launch(transposed_product_kernel, (1,))(
+        a, w, out, N, K, BLOCK_M=16, BLOCK_N=64, BLOCK_K=128
+    )
+    torch.testing.assert_close(out[:, :N], a @ w.T)
+    assert not out[:, N:].any()

@@ -170,7 +170,7 @@ class Emitter:
             known = nest.assumed.known(value)
             if known is not None:
                 return known
-            nest.masks[value] = None
+            nest.meet_masks({value: {index}})
         op = value.op
         if op is None:
             raise UnsupportedOperation(f"the block argument `{value.name}` has no value")
@@ -220,9 +220,10 @@ class Emitter:
             self._write_nest(*fast, sizes, independent)
             return
         inner = list(names)[-1:]
-        split = (
-            split_loop(self, masks, inner[0], sizes[inner[0]]) if inner and independent else None
-        )
+        split = None
+        if inner and independent:
+            met = {mask: nest.masks[mask] for mask in masks}
+            split = split_loop(self, met, names[inner[0]], sizes[inner[0]])
         with self.braces(f"if ({conditions})"):
             self._write_nest(*fast, sizes, independent)
         if split is not None:
@@ -400,8 +401,13 @@ class Emitter:
             # Find out now, while the operation's line is known, whether C++ can say it
             scalar.expression(op, ["x"] * len(op.operands), wraps=True)
         for result in op.results:
-            if op.name == "tt.broadcast" and is_dear_to_repeat(self, op.operands[0]):
-                self.materialise(op.operands[0])
+            if op.name == "tt.broadcast":
+                # what is repeated, not its repetitions
+                source = op.operands[0]
+                if is_dear_to_repeat(self, source) or should_write_out(self, result):
+                    self.materialise(source)
+                elif must_wait(self, result):
+                    self._pending.append(result)
             elif should_write_out(self, result):
                 self.materialise(result)
             elif must_wait(self, result):

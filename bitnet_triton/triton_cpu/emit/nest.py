@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from bitnet_triton.triton_cpu.emit.split import NOTHING_ASSUMED, Assumption
@@ -38,7 +39,8 @@ class Nest:
         levels: the statements before the first loop, inside the first, inside the second, ...
         depth_of: the level of every name that was bound here.
         elements: expressions of elements that were already computed.
-        masks: conditions met on the way, candidates for a version without them.
+        masks: conditions met on the way, candidates for a version without them, each with the
+            indices at which it is asked for, in its own dimensions.
         assumed: what is taken to be known of conditions.
     """
 
@@ -47,8 +49,13 @@ class Nest:
         self.levels: list[list[str]] = [[] for _ in range(loops + 1)]
         self.depth_of: dict[str, int] = {}
         self.elements: dict[tuple[Value, Index], str] = {}
-        self.masks: dict[Value, None] = {}
+        self.masks: dict[Value, set[Index]] = {}
         self.assumed = assumed
+
+    def meet_masks(self, masks: Mapping[Value, set[Index]]) -> None:
+        """Note conditions, and at which indices they are asked for."""
+        for mask, indices in masks.items():
+            self.masks.setdefault(mask, set()).update(indices)
 
     def level(self, *expressions: str) -> int:
         """Return the outermost level at which all the names in ``expressions`` are known."""

@@ -170,8 +170,9 @@ def _masked_rows(emitter: Emitter, op: Op, nest: Nest, index: Index, axis: int) 
     n = (op.operands[0].type.shape or ())[axis]
     rows = [emitter.fresh("row") for _ in op.operands]
 
+    at = emitter.fresh("i")
+
     def fill(first: str, end: str, assumed: Assumption) -> tuple[Nest, str]:
-        at = emitter.fresh("i")
         inner = Nest(emitter, 1, assumed)
         inner.depth_of[at] = 1
         full = (*index[:axis], at, *index[axis:])
@@ -180,13 +181,14 @@ def _masked_rows(emitter: Emitter, op: Op, nest: Nest, index: Index, axis: int) 
         return inner, _inner_loop(inner, at, n, stores, first, end)
 
     inner, code = fill("0", str(n), nest.assumed)
-    nest.masks.update(inner.masks)
+    nest.meet_masks(inner.masks)
     if not inner.masks:
         return None
     for operand, name in zip(op.operands, rows):
         nest.statement(f"alignas(64) {c_type(operand.type)} {name}[{n}];")
     masks = outermost(emitter, inner.masks)
-    split = split_loop(emitter, masks, axis, n) if masks else None
+    met_at = {mask: inner.masks[mask] for mask in masks}
+    split = split_loop(emitter, met_at, at, n) if masks else None
     if split is not None:
         parts = " ".join(fill(*part)[1] for part in split.parts())
         code = parts if split.is_certain else f"if ({split.condition}) {{ {parts} }} else {code}"
@@ -221,7 +223,7 @@ def _lane_loop(
         olds = _read_back(op, accumulators, lane, inner)
         values = combine(emitter, op.regions[0][0], olds + values, inner)
     stores = [f"{name}[{lane}] = {value};" for name, value in zip(accumulators, values)]
-    nest.masks.update(inner.masks)
+    nest.meet_masks(inner.masks)
     return _inner_loop(inner, lane, lanes, stores)
 
 

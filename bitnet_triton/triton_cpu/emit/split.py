@@ -7,7 +7,8 @@ has nothing to ask, and the second reads no memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,9 @@ from bitnet_triton.triton_cpu.ir import Value
 
 if TYPE_CHECKING:
     from bitnet_triton.triton_cpu.emit.emitter import Emitter
+    from bitnet_triton.triton_cpu.emit.values import Index
 
+_IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
 # Shorter loops are not worth the code
 _LONG_LOOP = 128
 
@@ -75,17 +78,31 @@ class Split:
         yield self.highest, str(self.size), Assumption(denied=masks)
 
 
-def split_loop(emitter: Emitter, masks: list[Value], dim: int, size: int) -> Split | None:
-    """Return where a loop of ``size`` trips along ``dim`` can be split; None if it cannot.
+def _place(indices: set[Index], name: str) -> int | None:
+    """Return the dimension of all ``indices`` that is ``name``, which no other one depends on."""
+    found = set()
+    for index in indices:
+        places = [d for d, at in enumerate(index) if name in _IDENTIFIER.findall(at)]
+        found.add(places[0] if len(places) == 1 and index[places[0]] == name else None)
+    return found.pop() if len(found) == 1 else None
 
-    What the split needs is written at the current place in the program.
+
+def split_loop(
+    emitter: Emitter, masks: Mapping[Value, set[Index]], name: str, size: int
+) -> Split | None:
+    """Return where a loop of ``size`` trips over ``name`` can be split; None if it cannot.
+
+    Conditions come with the indices at which the loop asks for them: below a transposition, or what
+    else moves elements, their dimensions are not those of the loop. What the split needs is written
+    at the current place in the program.
     """
     if size < _LONG_LOOP:
         return None
     conditions: list[str] = []
     ends: dict[Value, str] = {}
-    for mask in masks:
-        found = prefix(emitter, mask, dim)
+    for mask, indices in masks.items():
+        dim = _place(indices, name)
+        found = None if dim is None else prefix(emitter, mask, dim)
         if found is None or not found[1]:
             return None
         conditions += [c for c in found[0] if c != "true"]
