@@ -21,16 +21,23 @@ _PER_ELEMENT = ("arith.", "math.", "tt.fp_to_fp", "tt.bitcast", "tt.extern_eleme
 
 def should_write_out(emitter: Emitter, value: Value) -> bool:
     """Tell whether computing ``value`` in every nest that reads it would be wasteful."""
-    is_index = value.type.pointer or value.type.elem == "i1" or emitter.is_address(value)
-    price, loads = lazy_cost(emitter, value)
-    is_dear = price >= scalar.EXPENSIVE and (loads or not is_index) and value.type.size > 1
-    return is_dear and _read_twice(emitter, value)
+    return value.type.size > 1 and _is_dear(emitter, value) and _read_twice(emitter, value)
 
 
 def must_wait(emitter: Emitter, value: Value) -> bool:
     """Tell whether a deferred value has to be watched: it reads memory, or costs something."""
+    return lazy_cost(emitter, value)[1] or _is_dear(emitter, value)
+
+
+def _is_dear(emitter: Emitter, value: Value) -> bool:
+    """Tell whether ``value`` is better computed once; of an index that is true if it is loaded.
+
+    Compilers compute addresses and masks from the indices of a loop; they could not read them from
+    an array and still see what lies side by side.
+    """
+    is_index = value.type.pointer or value.type.elem == "i1" or emitter.is_address(value)
     price, loads = lazy_cost(emitter, value)
-    return loads or price >= scalar.EXPENSIVE
+    return price >= scalar.EXPENSIVE and (loads or not is_index)
 
 
 def is_dear_to_repeat(emitter: Emitter, value: Value) -> bool:
