@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -18,7 +19,8 @@ class Full(MaskMode):
     """Full attention, causal unless the model says otherwise, by ``flash_attention``.
 
     Two calls that no mask describes run on PyTorch's own attention: those with a matrix for a mask,
-    which a user passed or transformers made of more than padding, and those with dropout.
+    which a user passed or transformers made of more than padding, and those with dropout; in plain
+    PyTorch, if scores are bounded as well.
     """
 
     @property
@@ -30,18 +32,33 @@ class Full(MaskMode):
         """Map q [B Tq H D] and k, v [B Tk Hk D] to [B Tq H D]."""
         if context.tokens.matrix is None and not context.dropout:
             return masked_attention(q, k, v, context.tokens.mask, context)[0]
+        q, k, v, matrix = *(t.transpose(1, 2) for t in (q, k, v)), _matrix(q, k, context)
         if context.softcap is not None:
-            raise ValueError("`softcap`: goes neither with a matrix for a mask nor with dropout")
+            return _capped(q, k, v, matrix, context.softcap, context).transpose(1, 2)
         y = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=_matrix(q, k, context),
+            q,
+            k,
+            v,
+            attn_mask=matrix,
             dropout_p=context.dropout,
             scale=context.scale,
-            enable_gqa=q.shape[2] != k.shape[2],
+            enable_gqa=q.shape[1] != k.shape[1],
         )
         return y.transpose(1, 2)
+
+
+def _capped(
+    q: Tensor, k: Tensor, v: Tensor, matrix: Tensor, softcap: float, context: AttentionContext
+) -> Tensor:
+    """Attend with bounded scores, which PyTorch's function does not have, [B H T D]."""
+    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+    scores = softcap * torch.tanh(q @ k.transpose(2, 3) * (context.scale / softcap))
+    if matrix.dtype == torch.bool:
+        scores = scores.masked_fill(~matrix, torch.finfo(scores.dtype).min)
+    else:
+        scores = scores + matrix
+    weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+    return F.dropout(weights, context.dropout) @ v
 
 
 def _matrix(q: Tensor, k: Tensor, context: AttentionContext) -> Tensor:

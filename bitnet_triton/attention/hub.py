@@ -16,8 +16,7 @@ from bitnet_triton.attention.full import Full
 from bitnet_triton.attention.hub_mask import describe_mask
 from bitnet_triton.attention.phases import run_plan
 from bitnet_triton.attention.plan import AttentionPlan
-from bitnet_triton.attention.tokens import CAUSAL, Tokens
-from bitnet_triton.kernels import Mask
+from bitnet_triton.attention.tokens import Tokens
 
 NAME = "bitnet_triton"
 _FULL = Full()
@@ -80,7 +79,7 @@ def _tokens(
     # a model that makes no mask says by a flag what it wants, and holds all keys
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     offset = max(key.shape[2] - query.shape[2], 0)
-    return Tokens(offset=offset, mask=CAUSAL if causal else Mask(causal=False))
+    return Tokens(offset=offset, causal=causal)
 
 
 def set_plan(model: nn.Module, plan: AttentionPlan) -> None:

@@ -3,7 +3,8 @@
 transformers hands over a function of two indices and a mask of padding. Three such functions are
 known here: causal, causal with a window, and either of them within packed sequences; and one that
 shows everything. Their masks become ``Tokens``. Anything else, and padding with tokens on both
-sides, becomes the matrix that transformers makes for PyTorch's attention.
+sides, becomes the matrix that transformers makes for PyTorch's attention; so does, while a graph is
+traced, what only a look at values or closures can tell.
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ import torch
 from torch import Tensor
 from transformers import masking_utils as hf
 
-from bitnet_triton.attention.tokens import CAUSAL, Tokens, padding_of
-from bitnet_triton.kernels import Mask
+from bitnet_triton.attention.tokens import Tokens, padding_of
 
 
 def describe_mask(
@@ -29,6 +29,7 @@ def describe_mask(
     attention_mask: Tokens | Tensor | None = None,
     local_size: int | None = None,
     allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
     **kwargs: Any,
 ) -> Tokens | Tensor:
     """Describe a mask; the arguments are those of transformers' mask functions."""
@@ -37,11 +38,12 @@ def describe_mask(
     if isinstance(q_offset, Tensor):
         q_offset = q_offset.clone()  # a static cache counts in place, before its layers attend
     tokens = _describe(mask_function, attention_mask, q_length, q_offset, local_size)
-    # a model that forbids the shortcut wants to look into the matrix; a step of one token in a
-    # static cache does not
-    wants_matrix = not allow_is_causal_skip and q_length > 1
-    if tokens is not None and not (wants_matrix and tokens.cu_seqlens is None):
-        return tokens
+    if tokens is not None:
+        may_skip = allow_is_causal_skip if tokens.causal else allow_is_bidirectional_skip
+        # a model that forbids the shortcut wants to look into the matrix; transformers forbids it
+        # for packed sequences and for steps in a static cache as well
+        if may_skip or tokens.cu_seqlens is not None or q_length == 1:
+            return tokens
     offset = cast("int", q_offset)
     matrix = hf.sdpa_mask(
         batch_size, q_length, kv_length, offset, kv_offset, mask_function, attention_mask,
@@ -58,42 +60,41 @@ def _describe(
     offset: int | Tensor,
     window: int | None,
 ) -> Tokens | None:
-    mask, cu_seqlens = _known(mask_function, window), None
-    if mask is None and padding is None:
-        mask, cu_seqlens = _packed(mask_function, window)
-    if mask is None:
+    known, cu_seqlens = _known(mask_function, window), None
+    if known is None and padding is None:
+        known, cu_seqlens = _packed(mask_function, window)
+    if known is None:
         return None
     left = used_q = None
     if padding is not None:
-        if _is_compiling() or not isinstance(padding, Tensor):
+        if torch.compiler.is_compiling():
             return None  # to look at its values would break the graph
         columns = int(offset) + Tq
         described = padding_of(padding[:, :columns], Tq) if padding.shape[1] >= columns else None
         if described is None:
             return None
         left, used_q = described
-    if not mask.causal and (left is not None or used_q is not None):
+    if not known["causal"] and (left is not None or used_q is not None):
         return None  # with queries on both sides of a key, its place cannot be told from the end
-    return Tokens(offset=offset, leftpad=left, used_q=used_q, mask=mask, cu_seqlens=cu_seqlens)
+    return Tokens(offset=offset, leftpad=left, used_q=used_q, cu_seqlens=cu_seqlens, **known)
 
 
-def _is_compiling() -> bool:
-    return torch.compiler.is_compiling()
-
-
-def _known(function: Callable, window: int | None) -> Mask | None:
+def _known(function: Callable, window: int | None) -> dict[str, Any] | None:
+    """Return the fields of ``Tokens`` that say what ``function`` shows."""
     if function is hf.causal_mask_function:
-        return CAUSAL
+        return {"causal": True}
     if function is hf.bidirectional_mask_function:
-        return Mask(causal=False)
-    if window is not None and _same(function, hf.sliding_window_causal_mask_function(window)):
-        return Mask(window=window)
+        return {"causal": False}
+    if window is None or torch.compiler.is_compiling():
+        return None  # closures cannot be looked into while a graph is traced
+    if _same(function, hf.sliding_window_causal_mask_function(window)):
+        return {"causal": True, "window": window}
     return None
 
 
-def _packed(function: Callable, window: int | None) -> tuple[Mask | None, Tensor | None]:
-    """Return the mask and the starts of packed sequences, if that is what ``function`` says."""
-    if _is_compiling():
+def _packed(function: Callable, window: int | None) -> tuple[dict[str, Any] | None, Tensor | None]:
+    """Return the fields and the starts of packed sequences, if that is what ``function`` says."""
+    if torch.compiler.is_compiling():
         return None, None
     parts = _captured(function).get("mask_functions", ())
     if len(parts) != 2:
@@ -104,10 +105,10 @@ def _packed(function: Callable, window: int | None) -> tuple[Mask | None, Tensor
     if ids is None or positions is None or inner is None:
         return None, None
     expected = hf.packed_sequence_compatibility_function(inner, positions, ids)
-    mask = _known(inner, window)
-    if mask is None or not _same(function, expected):
+    known = _known(inner, window)
+    if known is None or not _same(function, expected):
         return None, None
-    return mask, _starts(ids)
+    return known, _starts(ids)
 
 
 def _starts(ids: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor
 
 from bitnet_triton.attention.context import AttentionContext
-from bitnet_triton.attention.tokens import CAUSAL
 from bitnet_triton.kernels import Mask, flash_attention
 
 
@@ -60,7 +59,7 @@ def check_served(mode: object, context: AttentionContext) -> None:
             f"`attention_mask`: attention {name!r} takes padding on one side of a row, [B T]; "
             f"got {list(context.tokens.matrix.shape)}, or tokens on both sides of padding"
         )
-    if context.tokens.mask is not CAUSAL and context.tokens.mask != CAUSAL:
+    if not context.tokens.causal or context.tokens.window is not None:
         raise ValueError(
             f"`attention`: {name!r} goes with causal layers that have no window of their own"
         )

@@ -26,7 +26,8 @@ class Tokens:
             them in a tensor.
         leftpad: int32 [B], the first column that is no padding; None: the first one.
         used_q: int32 [B], how many queries stand before the padding to the right; None: all.
-        mask: what transformers wants seen: causal or not, with the window of a sliding layer.
+        causal: whether a query sees no key behind its own place.
+        window: keys that a query sees in a sliding layer of transformers; None: all.
         cu_seqlens: int32 [S + 1], where the sequences start that are packed into the rows, one row
             after the other; None: one sequence a row.
         matrix: [B 1 Tq Tk], bool or added to the scores, where nothing else describes the mask.
@@ -40,9 +41,17 @@ class Tokens:
     offset: int | Tensor = 0
     leftpad: Tensor | None = None
     used_q: Tensor | None = None
-    mask: Mask = CAUSAL
+    causal: bool = True
+    window: int | None = None
     cu_seqlens: Tensor | None = None
     matrix: Tensor | None = None
+
+    @property
+    def mask(self) -> Mask:
+        """What transformers wants seen, without the padding."""
+        if self.causal and self.window is None:
+            return CAUSAL
+        return Mask(causal=self.causal, window=self.window)
 
     def contiguous(self) -> Tokens:
         """Return itself: transformers asks it of the masks that ``generate`` prepares."""

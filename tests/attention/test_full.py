@@ -6,7 +6,6 @@ import torch
 from bitnet_triton.attention import AttentionContext
 from bitnet_triton.attention.full import Full
 from bitnet_triton.attention.tokens import Tokens
-from bitnet_triton.kernels import Mask
 
 
 @pytest.mark.parametrize("Hk", [1, 2, 4])
@@ -50,7 +49,7 @@ def test_a_matrix_is_followed(heads, formula, close):
 
 def test_dropout_drops_weights_and_still_hides_keys(heads, formula, close, visible_pairs):
     q, k, v = heads(6)
-    tokens = Tokens(leftpad=torch.tensor([3, 0]).int(), mask=Mask(window=2))
+    tokens = Tokens(leftpad=torch.tensor([3, 0]).int(), window=2)
     v[:, 1:4] = 0  # rows whose result is known whatever is dropped
     context = AttentionContext(0, 0.25, tokens, dropout=0.5)
     y = Full()(q, k, v, context)
@@ -59,7 +58,15 @@ def test_dropout_drops_weights_and_still_hides_keys(heads, formula, close, visib
     assert not torch.allclose(y[1, 4:], without[1, 4:])
 
 
-def test_softcap_without_kernels_is_refused(heads):
-    q, k, v = heads(3)
-    with pytest.raises(ValueError, match="`softcap`: goes neither"):
-        Full()(q, k, v, AttentionContext(0, 0.25, dropout=0.1, softcap=30.0))
+@pytest.mark.parametrize("added", [False, True])
+def test_a_matrix_goes_with_bounded_scores(added, heads):
+    q, k, v = heads(5)
+    tokens = Tokens(leftpad=torch.tensor([0, 2]).int())
+    expected = Full()(q, k, v, AttentionContext(0, 0.25, tokens, softcap=2.0))
+    matrix = tokens.mask.visible(5, leftpad_k=tokens.leftpad)
+    if added:
+        matrix = torch.zeros(2, 1, 5, 5).masked_fill(~matrix, -torch.inf)
+        matrix[1, :, :2] = 0  # padding: whatever it sees, nobody reads the result
+    y = Full()(q, k, v, AttentionContext(0, 0.25, Tokens(matrix=matrix), softcap=2.0))
+    torch.testing.assert_close(y[0], expected[0])
+    torch.testing.assert_close(y[1, 2:], expected[1, 2:])

@@ -5,7 +5,6 @@ import torch
 
 from bitnet_triton.attention import AttentionContext, parse_mode
 from bitnet_triton.attention.tokens import Tokens
-from bitnet_triton.kernels import Mask
 
 T = 13
 # mode -> which of the causal pairs it shows
@@ -92,7 +91,7 @@ def test_threshold_keeps_large_weights(heads, formula, close):
     [
         ({"dropout": 0.1}, "`attention_dropout`: expected 0 with attention '.*', got 0.1"),
         ({"tokens": Tokens(matrix=torch.ones(2, 1, T, T))}, "`attention_mask`: attention"),
-        ({"tokens": Tokens(mask=Mask(window=3))}, "goes with causal layers"),
+        ({"tokens": Tokens(window=3)}, "goes with causal layers"),
     ],
 )
 def test_what_only_full_attention_can_do_is_refused(mode, changes, message, heads):
