@@ -62,13 +62,13 @@ _GPU: dict[str, dict[int, Tiles]] = {
         _ANY: {"BLOCK_M": 32, "BLOCK_K": 64, "BLOCK_R": 32, "num_warps": 4, "num_stages": 2},
     },
     "bit_linear_fwd": {
-        _ANY: {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
+        _ANY: {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
     },
     "bit_linear_bwd_dx": {
-        _ANY: {"BLOCK_M": 32, "BLOCK_K": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
+        _ANY: {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
     },
     "bit_linear_bwd_dweight": {
-        _ANY: {"BLOCK_N": 64, "BLOCK_K": 32, "BLOCK_M": 32, "num_warps": 4, "num_stages": 2},
+        _ANY: {"BLOCK_M": 32, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 2},
     },
     "split_activations_fwd": {  # the length of a row
         4096: {"BLOCK_K": 4096, "num_warps": 4},
@@ -183,13 +183,13 @@ _CPU: dict[str, dict[int, Tiles]] = {
         32768: {"BLOCK_K": 32768},
     },
     "int8_linear_fwd": {
-        1: {"BLOCK_M": 1, "BLOCK_N": 64, "BLOCK_K": 8192},
-        2: {"BLOCK_M": 2, "BLOCK_N": 64, "BLOCK_K": 8192},
+        1: {"BLOCK_M": 1, "BLOCK_N": 128, "BLOCK_K": 8192},
+        2: {"BLOCK_M": 2, "BLOCK_N": 128, "BLOCK_K": 8192},
         _ANY: {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 256},
     },
     "int8_linear_topk_fwd": {
-        1: {"BLOCK_M": 1, "BLOCK_N": 64, "BLOCK_K": 8192},
-        2: {"BLOCK_M": 2, "BLOCK_N": 64, "BLOCK_K": 8192},
+        1: {"BLOCK_M": 1, "BLOCK_N": 128, "BLOCK_K": 8192},
+        2: {"BLOCK_M": 2, "BLOCK_N": 128, "BLOCK_K": 8192},
         _ANY: {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 256},
     },
     "merge_best": {_ANY: {"BLOCK_C": 1024}},
