@@ -96,13 +96,19 @@ def _reference_bwd(
 ) -> Gradients:  # fmt: skip
     wide = (q.float(), k.float(), v.float())
     if call.cu_seqlens_q is None:
-        dq, dk, dv = attention_backward_reference(dout.float(), dlse, *wide, **_settings(call))
+        results = (out.float(), lse)
+        dq, dk, dv = attention_backward_reference(
+            dout.float(), dlse, *wide, results, **_settings(call)
+        )
         return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for i, j, settings in _sequences(call):
         parts = (wide[0][None, i], wide[1][None, j], wide[2][None, j])
         part_dlse = None if dlse is None else dlse[None, :, i]
-        grads = attention_backward_reference(dout.float()[None, i], part_dlse, *parts, **settings)
+        results = (out.float()[None, i], lse[None, :, i])
+        grads = attention_backward_reference(
+            dout.float()[None, i], part_dlse, *parts, results, **settings
+        )
         dq[i], dk[j], dv[j] = (grad[0].to(q.dtype) for grad in grads)
     return dq, dk, dv
 

@@ -47,6 +47,7 @@ def attention_backward_reference(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    results: tuple[Tensor, Tensor],
     *,
     mask: Mask,
     scale: float,
@@ -58,8 +59,9 @@ def attention_backward_reference(
     """Return dq, dk, dv by arXiv:2307.08691, algorithm 2, with all keys in one block.
 
     What autograd makes of ``attention_reference``, written out, because a registered op runs where
-    autograd does not record.
+    autograd does not record; ``results`` are out and lse of the forward.
     """
+    out, lse = results
     lengths = Lengths(q.shape[1], k.shape[1], leftpad_k, seqused_q, seqused_k)
     (B, Tk, Hk, D), Dv = k.shape, v.shape[-1]
     k, v = (_repeated(t, q.shape[2], lengths) for t in (k, v))
@@ -69,12 +71,13 @@ def attention_backward_reference(
         capped = torch.tanh(scores / softcap)
         scores, slope = softcap * capped, 1 - capped**2
     visible = select_scores(mask, scores, mask.visible_among(lengths, q.device))
-    weights = scores.masked_fill(~visible, torch.finfo(q.dtype).min).softmax(-1)
-    weights = weights.masked_fill(~visible, 0.0)
+    # a row without a key has no finite lse, and no visible weight
+    finite = lse.masked_fill(lse == float("-inf"), 0.0)[..., None]
+    weights = (scores - finite).masked_fill(~visible, float("-inf")).exp()
 
     dv = torch.einsum("bhij,bihd->bjhd", weights, dout)
     dweights = torch.einsum("bihd,bjhd->bhij", dout, v)
-    delta = (weights * dweights).sum(-1, keepdim=True)
+    delta = torch.einsum("bihd,bihd->bhi", dout, out)[..., None]
     if dlse is not None:
         delta = delta - dlse[..., None]
     dscores = weights * (dweights - delta) * slope * scale

@@ -1,0 +1,66 @@
+"""Attention against its float64 reference, as the tests of several files do it."""
+
+import pytest
+import torch
+
+from bitnet_triton.kernels import flash_attention
+from bitnet_triton.kernels.flash_attention.reference import (
+    attention_backward_reference,
+    attention_reference,
+)
+from bitnet_triton.testing import assert_close
+
+
+def draw(B, Tq, Tk, H, Hk, D, Dv, device):
+    """Return q, k, v, and the gradients of out and lse."""
+    shapes = [(B, Tq, H, D), (B, Tk, Hk, D), (B, Tk, Hk, Dv), (B, Tq, H, Dv), (B, H, Tq)]
+    return [torch.randn(shape, device=device) for shape in shapes]
+
+
+def run(attend, q, k, v, dout, dlse):
+    """Return outputs and gradients; where no key is seen, lse has no gradient and counts as 0."""
+    q, k, v = (t.detach().clone().requires_grad_() for t in (q, k, v))
+    out, lse = attend(q, k, v)
+    seen = torch.isfinite(lse)
+    torch.autograd.backward((out, lse), (dout, dlse.to(lse.dtype).masked_fill(~seen, 0.0)))
+    grads = {"dq": q.grad, "dk": k.grad, "dv": v.grad}
+    return {"out": out, "lse": lse.masked_fill(~seen, 0.0)} | grads, seen
+
+
+def run_steps(settings, q, k, v, dout, dlse):
+    """Return what the algorithm of the paper gives in the dtype of the inputs, without kernels."""
+    out, lse = attention_reference(q, k, v, **settings)
+    seen = torch.isfinite(lse)
+    dlse = dlse.to(lse.dtype).masked_fill(~seen, 0.0)
+    dq, dk, dv = attention_backward_reference(dout, dlse, q, k, v, (out, lse), **settings)
+    lse = lse.masked_fill(~seen, 0.0)
+    return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+
+
+@pytest.fixture
+def compare(device):
+    """Return a function that compares all results of a call with those of the reference."""
+
+    def check(
+        mask, *, B=2, Tq=150, Tk=150, H=4, Hk=2, D=32, Dv=32, dtype=torch.float32, softcap=None,
+        with_lse=True, worst=None, **lengths,
+    ):  # fmt: skip
+        inputs = [t.to(dtype) for t in draw(B, Tq, Tk, H, Hk, D, Dv, device)]
+        inputs[4] *= with_lse
+        settings = {"mask": mask, "scale": D**-0.5, "softcap": softcap, **lengths}
+        ours, seen = run(
+            lambda q, k, v: flash_attention(q, k, v, return_lse=True, **settings), *inputs
+        )
+        eager = run_steps(settings, *inputs)
+        exact, expected_seen = run(
+            lambda q, k, v: attention_reference(q, k, v, **settings),
+            *[t.double() for t in inputs],
+        )
+        assert torch.equal(seen, expected_seen)
+        for name, value in exact.items():
+            # lse is float32 in every dtype
+            rounded = {"eager": eager[name]} if ours[name].dtype == eager[name].dtype else {}
+            limit = {} if worst is None else {"worst": worst}
+            assert_close(name, ours[name], value, **rounded, **limit)
+
+    return check
