@@ -63,6 +63,21 @@ PRESETS = {
 }
 
 
+_THINK = (
+    "The text above is long. Do not answer at once. Think step by step: look for the passages that "
+    "matter, say what each of them tells, and go back over the text several times before deciding."
+)
+
+
+def ask_to_think(prompt: str) -> str:
+    """Return ``prompt`` with a request to reason first.
+
+    What a window hides from a prompt, generated tokens that see everything can look up: with
+    ``full_decode``, the longer a model reasons, the more of a long text it takes in.
+    """
+    return f"{prompt.rstrip()}\n\n{_THINK}\n"
+
+
 def parse_preset(value: Mapping[str, Any], layers: int) -> dict[str, Any]:
     """Turn a mapping with ``preset`` and changed settings into a plan.
 

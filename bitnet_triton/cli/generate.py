@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from bitnet_triton.cli import attention as options
 from bitnet_triton.cli.arguments import parse_dtype
 
 EMBEDDED = "tiny"
@@ -36,6 +37,15 @@ def generate(
     ] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     chat: Annotated[bool, typer.Option(help="Use the tokenizer's chat template.")] = False,
+    attention: options.Attention = None,
+    window: options.Window = None,
+    sinks: options.Sinks = None,
+    block: options.Block = None,
+    full_decode: options.FullDecode = None,
+    full_layers: options.FullLayers = None,
+    think: Annotated[
+        bool, typer.Option("--think", help="Ask for reasoning first: it helps where windows are.")
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 200,
     do_sample: Annotated[
         bool | None,
@@ -64,17 +74,27 @@ def generate(
     - `bitnet-triton generate "class Stack:" --max-new-tokens 100 --seed 1`
 
     - `bitnet-triton generate "Who are you?" --model microsoft/bitnet-b1.58-2B-4T --chat`
+
+    - `bitnet-triton generate --attention sliding --window 1024 --sinks 4`
+
+    - `bitnet-triton generate - --attention swaa-untrained --window 2048 --think < report.txt`
     """
     import torch
 
     from bitnet_triton import use_backend
+    from bitnet_triton.attention.swaa import ask_to_think
 
+    chosen = options.parse_attention(
+        attention, window=window, sinks=sinks, block=block, full_decode=full_decode,
+        full_layers=full_layers,
+    )  # fmt: skip
     if threads:
         torch.set_num_threads(threads)
     text = sys.stdin.read() if prompt == "-" else prompt or DEFAULT_PROMPT
+    text = ask_to_think(text) if think else text
     with use_backend(backend) if backend else nullcontext():
         with console.status(f"Loading {model}"):
-            tokenizer, loaded = load(model, device, dtype)
+            tokenizer, loaded = load(model, device, dtype, chosen)
         inputs = _encode(tokenizer, text, chat).to(loaded.device)
         with console.status("Compiling kernels (once for each machine)"), torch.inference_mode():
             loaded.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
@@ -92,19 +112,25 @@ def generate(
         _write(loaded, tokenizer, inputs, max_new_tokens, sampling, show_prompt=not chat)
 
 
-def load(model: str, device: str | None, dtype: str) -> tuple[Any, Any]:
+def load(
+    model: str, device: str | None, dtype: str, attention: dict[str, Any] | None = None
+) -> tuple[Any, Any]:
     """Return tokenizer and model; refuse a model without ternary layers."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from bitnet_triton import TINY_MODEL, enable, fuse
+    from bitnet_triton import TINY_MODEL, BitNetForCausalLM, enable, fuse
     from bitnet_triton.nn import BitLinear, PackedBitLinear
 
     wanted = dtype if dtype == "auto" else parse_dtype(dtype)
     enable()
     folder = TINY_MODEL if model == EMBEDDED else model
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted, use_safetensors=True).eval()
+    if attention is None:
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted, use_safetensors=True)
+    else:
+        loaded = BitNetForCausalLM.from_pretrained(folder, dtype=wanted, attention=attention)
+    loaded.eval()
     if not any(isinstance(m, (BitLinear, PackedBitLinear)) for m in loaded.modules()):
         raise ValueError(
             f"`--model`: expected a checkpoint with `quant_method: bitnet`, got {model}, a dense "

@@ -50,9 +50,35 @@ def test_reads_the_prompt_from_standard_input():
     assert result.stdout.startswith("x = 1\n")
 
 
+def first_words(*arguments):
+    return generate("def main(", "--no-do-sample", *arguments).stdout
+
+
+def test_attention_is_chosen_by_name_and_settings():
+    full = first_words()
+    assert first_words("--attention", "full") == full
+    assert first_words("--attention", "sliding", "--window", "500") == full
+    narrow = first_words("--attention", "sliding", "--window", "1")
+    assert narrow != full
+    assert first_words("--attention", '{"mode": "sliding", "window": 1}') == narrow
+    everywhere = ["--attention", "swaa", "--window", "1", "--full-layers"]
+    assert first_words(*everywhere, "every-1") == full
+    assert first_words(*everywhere, "0,1", "--windowed-decode") != narrow
+
+
+def test_a_request_to_think_stands_behind_the_text():
+    assert "Think step by step" in generate("x = 1", "--think").stdout.splitlines()[2]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--window", "4"], "`--window`: expected `--attention` beside it"),
+        (["--attention", "slidng"], "did you mean 'sliding'?"),
+        (["--attention", "sliding"], "the setting 'window' is missing"),
+        (["--attention", "full", "--window", "4"], "setting of mode 'full' out of: none; got"),
+        (["--attention", "{"], "`--attention`: expected JSON"),
+        (["--attention", "swaa", "--full-layers", "99"], "expected layers below"),
         (["--backend", "cuda"], "expected one of triton, compile, reference, triton-cpu, got"),
         (["--dtype", "int8"], "expected float32, bfloat16 or float16, got 'int8'"),
         (["--chat"], "expected a tokenizer with a chat template"),

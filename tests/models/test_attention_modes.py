@@ -378,3 +378,14 @@ def test_each_layer_of_a_plan_is_the_mode_itself(build):
     plans = {id(layer.self_attn.attention_plan) for layer in model.model.layers}
     assert plans == {id(model.attention_plan)}
     assert model.attention_plan.mode(1, "prefill") == Full()
+
+
+@pytest.mark.parametrize(
+    "name", ["sliding", "streaming", "longformer, global", "swaa-untrained-fast", "all mixed"]
+)
+def test_no_mode_breaks_a_graph(name, build, token_ids, error):
+    model, ids = build(MODES[name]), token_ids(2, T)
+    expected = run(model, ids, prompt_len=PROMPT)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert error(run(compiled, ids, prompt_len=PROMPT), expected) <= 1e-5
+    torch.compiler.reset()
