@@ -2,8 +2,8 @@
 
 from bitnet_triton.kernels.bit_linear import bit_linear
 from bitnet_triton.kernels.bit_linear.launchers import BIT_BWD_DWEIGHT, BIT_BWD_DX, BIT_FWD
-from bitnet_triton.kernels.dense_linear import dense_linear
-from bitnet_triton.kernels.dense_linear.op import DENSE_FWD
+from bitnet_triton.kernels.dense_linear import dense_linear, dense_linear_topk
+from bitnet_triton.kernels.dense_linear.op import DENSE_FWD, DENSE_TOPK
 from bitnet_triton.kernels.flash_attention import Mask, flash_attention, merge_attention
 from bitnet_triton.kernels.flash_attention.launchers import ATTENTION_BWD, ATTENTION_FWD
 from bitnet_triton.kernels.int8_linear import Int8Weight, int8_linear, int8_linear_topk
@@ -40,6 +40,7 @@ IMPLEMENTATIONS = {
     "ternary_linear_quantized": QUANTIZED_FWD,
     "ternary_linear_bwd": TERNARY_BWD,
     "dense_linear": DENSE_FWD,
+    "dense_linear_topk": DENSE_TOPK,
     "int8_linear": INT8_FWD,
     "int8_linear_topk": INT8_TOPK,
     "bit_linear": BIT_FWD,
@@ -58,6 +59,7 @@ __all__ = [
     "apply_rotary",
     "bit_linear",
     "dense_linear",
+    "dense_linear_topk",
     "flash_attention",
     "int8_linear",
     "int8_linear_topk",

@@ -16,6 +16,11 @@ from bitnet_triton.kernels.bit_linear.backward import (
     launch_bit_linear_bwd_dx,
 )
 from bitnet_triton.kernels.bit_linear.forward import launch_bit_linear_fwd
+from bitnet_triton.kernels.int8_linear.forward import (
+    launch_int8_linear,
+    launch_int8_linear_topk,
+    launch_split_activations,
+)
 from bitnet_triton.kernels.quantize.forward import (
     launch_quantize_activations,
     launch_quantize_with_sums,
@@ -79,6 +84,14 @@ def launch_fused(M, dtype, N=N, K=K):
         launch(*quantized, packed, meta(parts), None, None, rows, dtype)
 
 
+def launch_int8(M, dtype, bias, N=N, K=K):
+    """Start the kernels of int8_linear and of its largest outputs."""
+    x, codes, scale = meta(M, K, dtype=dtype), meta(N, K, dtype=I8), meta(N)
+    launch_int8_linear(x, codes, scale, bias)
+    for k in (1, 16):
+        launch_int8_linear_topk(x, codes, scale, bias, k)
+
+
 def launch_rotated(D, dtype, B=2, T=3, H=20, Hk=5):
     """Start the kernels of rotary embeddings."""
     rows, table = meta(1, T, D, dtype=dtype), meta(9, D, dtype=dtype)
@@ -115,6 +128,10 @@ def record_all():
             launch_trained(2048, dtype, dtype, binary=False)
             for head in (128, 256):
                 launch_rotated(head, dtype)
+            for M in (1, 64):
+                launch_int8(M, dtype, meta(N, dtype=dtype) if M == 1 else None)
+            for length in (2560, 6912, 28672):
+                launch_split_activations(meta(4, length, dtype=dtype))
         launch_packed(2048, BF16, None)
         launch_trained(2048, BF16, F32, binary=False)  # autocast
         launch_trained(2048, BF16, BF16, binary=True)
@@ -149,7 +166,11 @@ def test_compiles_without_spills_for(launch_name, target):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
     "launch_name",
-    [n for n in LAUNCHES if n.startswith(("ternary_linear_fwd_kernel", "bit_linear_fwd_kernel"))],
+    [
+        n
+        for n in LAUNCHES
+        if n.startswith(("ternary_linear_fwd_kernel", "bit_linear_fwd_kernel", "int8_linear"))
+    ],
 )
 def test_integer_products_run_on_int8_matrix_units(launch_name, target):
     instructions = resources(launch_name, target).instructions
@@ -205,7 +226,9 @@ def test_sizes_of_one_compile():
         launch_trained(1, F32, F32, binary=False, N=1, K=1)
         launch_fused(1, F32, N=12, K=1)
         launch_rotated(2, F32, B=1, T=1, H=1, Hk=1)
-    assert len(launches) == 21
+        for M in (1, 64):
+            launch_int8(M, F32, meta(1), N=1, K=1)
+    assert len(launches) == 37
     for launch in launches:
         assert compile_for(launch, TARGETS["sm_80"]).spills == 0
 

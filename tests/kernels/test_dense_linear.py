@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bitnet_triton import BackendUnavailableError, use_backend
-from bitnet_triton.kernels import dense_linear
+from bitnet_triton.kernels import dense_linear, dense_linear_topk
 from bitnet_triton.kernels.dense_linear.op import _triton_objection
 from bitnet_triton.kernels.dense_linear.reference import dense_linear_reference
 from bitnet_triton.testing import assert_close
@@ -46,6 +46,42 @@ def test_is_traced_as_one_op():
     weight, x = torch.randn(32, 16), torch.randn(1, 16)
     compiled = torch.compile(dense_linear, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x, weight), dense_linear(x, weight))
+    compiled = torch.compile(dense_linear_topk, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x, weight, 2)[1], dense_linear_topk(x, weight, 2)[1])
+
+
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("M", [1, 3])
+def test_the_largest_outputs_are_those_of_the_linear(M, dtype, k, device, backend):
+    x, weight = (torch.randn(s, 40, device=device).to(dtype) for s in (M, 390))
+    bias = torch.randn(390, device=device).to(dtype)
+    if backend == "triton" and _triton_objection(x, weight) is not None:
+        pytest.skip("PyTorch multiplies on a GPU")
+    with use_backend(backend):
+        y = dense_linear(x, weight, bias)
+        values, indices = dense_linear_topk(x, weight, k, bias)
+    # by value, then by index: 16-bit outputs have ties
+    order = [sorted(range(390), key=lambda i: (-row[i], i))[:k] for row in y.tolist()]
+    assert indices.tolist() == order
+    assert torch.equal(values, y.gather(1, indices))
+
+
+def test_more_outputs_than_programs_keep_come_from_pytorch():
+    x, weight = torch.randn(2, 16), torch.randn(64, 16)
+    values, indices = dense_linear_topk(x.view(2, 1, 16), weight, 17)
+    expected = (x @ weight.t()).topk(17)
+    assert indices.shape == (2, 1, 17)
+    torch.testing.assert_close(values.flatten(0, 1), expected.values)
+    with use_backend("triton"), pytest.raises(BackendUnavailableError, match="best 16 at most"):
+        dense_linear_topk(x, weight, 17)
+    assert dense_linear_topk(x[:0], weight, 3)[1].shape == (0, 3)
+
+
+@pytest.mark.parametrize("k", [0, 65])
+def test_a_bad_number_of_outputs_is_named(k):
+    with pytest.raises(ValueError, match="`k`: expected an integer from 1 to N=64"):
+        dense_linear_topk(torch.randn(2, 16), torch.randn(64, 16), k)
 
 
 def test_many_rows_are_refused_by_the_forced_kernel():
@@ -67,5 +103,8 @@ def test_many_rows_are_refused_by_the_forced_kernel():
     ],
 )
 def test_bad_arguments_are_named(arguments, error, message):
+    x, weight, *bias = arguments
     with pytest.raises(error, match=message):
-        dense_linear(*arguments)
+        dense_linear(x, weight, *bias)
+    with pytest.raises(error, match=message):
+        dense_linear_topk(x, weight, 1, *bias)

@@ -14,6 +14,8 @@ from bitnet_triton.kernels.common.checks import (
 from bitnet_triton.runtime.device import autocast_dtype
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+# of the outputs of a product that a kernel keeps: it finds one in a round
+MOST_BEST = 16
 
 
 def check_input(x: Tensor, K: int, device: torch.device) -> None:
@@ -58,6 +60,22 @@ def bias_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
 def float_product(a: Tensor, codes: Tensor) -> Tensor:
     """Multiply integer codes a [M, K] by codes [N, K]; float64 holds every sum exactly."""
     return (a.double() @ codes.double().t()).float()
+
+
+def largest_outputs(y: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the k largest of y [M, N], largest first, of equal ones the smaller index first."""
+    if k == 1:
+        # documented to return the first of several maxima, and much faster than a sort
+        indices = y.argmax(-1, keepdim=True)
+        return y.gather(-1, indices), indices
+    values, indices = y.sort(dim=-1, descending=True, stable=True)
+    return values[:, :k].contiguous(), indices[:, :k].contiguous()
+
+
+def check_best(k: int, N: int) -> None:
+    """Raise unless ``k`` of N outputs can be the largest."""
+    if not isinstance(k, int) or not 1 <= k <= N:
+        raise ValueError(f"`k`: expected an integer from 1 to N={N}, got {k}")
 
 
 def int_mm_objection(x: Tensor, N: int) -> str | None:

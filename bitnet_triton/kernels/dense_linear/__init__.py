@@ -1,3 +1,3 @@
-from bitnet_triton.kernels.dense_linear.op import dense_linear
+from bitnet_triton.kernels.dense_linear.op import dense_linear, dense_linear_topk
 
-__all__ = ["dense_linear"]
+__all__ = ["dense_linear", "dense_linear_topk"]

@@ -1,0 +1,1 @@
+"""The largest outputs of a product: found by its programs, merged by one more kernel."""

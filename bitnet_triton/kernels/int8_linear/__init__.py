@@ -1,0 +1,4 @@
+from bitnet_triton.kernels.int8_linear.op import int8_linear, int8_linear_topk
+from bitnet_triton.kernels.int8_linear.weight import Int8Weight
+
+__all__ = ["Int8Weight", "int8_linear", "int8_linear_topk"]
