@@ -32,12 +32,12 @@ class Call:
 
     mask: Mask
     scale: float
-    softcap: float | None
-    cu_seqlens_q: Tensor | None
-    cu_seqlens_k: Tensor | None
-    leftpad_k: Tensor | None
-    seqused_q: Tensor | None
-    seqused_k: Tensor | None
+    softcap: float | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    leftpad_k: Tensor | None = None
+    seqused_q: Tensor | None = None
+    seqused_k: Tensor | None = None
 
     @property
     def decodes(self) -> bool:
