@@ -19,10 +19,13 @@ _HOME = {
     "CheckpointError": "bitnet_triton.errors",
     "Mask": "bitnet_triton.kernels",
     "TINY_MODEL": "bitnet_triton.assets",
+    "add_global_projections": "bitnet_triton.models",
     "disable": "bitnet_triton.models",
     "enable": "bitnet_triton.models",
     "fuse": "bitnet_triton.models",
+    "quantize_head": "bitnet_triton.nn",
     "unfuse": "bitnet_triton.models",
+    "unquantize_head": "bitnet_triton.nn",
     "use_backend": "bitnet_triton.runtime",
     "use_ternary_kernels": "bitnet_triton.models",
 }

@@ -77,9 +77,28 @@ class Longformer:
         if len(parts) > 1:
             order = torch.tensor([h for heads, *_ in self._groups(q.shape[2]) for h in heads])
             out = torch.cat(parts, dim=2)[:, :, order.argsort().to(q.device)]
-        if context.global_heads is not None and self.global_projections:
-            out = _with_global_queries(out, tokens, context)
+        if not self.global_projections:
+            return out
+        if context.tokens.starts_a_text:
+            return _with_global_queries(out, tokens, context)
+        self._check_no_global_queries(q, tokens, context)
         return out
+
+    def _check_no_global_queries(
+        self, q: Tensor, tokens: tuple[int, ...] | Tensor | None, context: AttentionContext
+    ) -> None:
+        """Raise where a global query would have to read what a cache does not hold."""
+        start = int(context.tokens.offset)
+        if isinstance(tokens, Tensor):
+            is_late = bool(tokens[:, start : start + q.shape[1]].any())
+        else:
+            left = 0 if context.tokens.leftpad is None else int(context.tokens.leftpad.max())
+            is_late = any(start - left <= t < start + q.shape[1] for t in tokens or ())
+        if is_late:
+            raise ValueError(
+                "`past_key_values`: global tokens with projections of their own belong into the "
+                f"first call of a text; this one starts after {start} tokens"
+            )
 
     def _groups(self, H: int) -> Iterator[tuple[list[int], int, int | tuple[int, ...]]]:
         """Yield heads that share a window, with it and with their dilation."""
@@ -148,7 +167,10 @@ def _with_global_queries(
 
     They are few: each reads all keys before it, in one product for all of them.
     """
-    assert context.global_heads is not None
+    if context.global_heads is None:
+        raise ValueError(
+            "`attention`: 'global_projections': the layer computes none; fused layers do not"
+        )
     q, k, v = context.global_heads  # [B T H D], [B T Hk D]
     T, left = q.shape[1], context.tokens.leftpad
     column = torch.arange(T, device=q.device)

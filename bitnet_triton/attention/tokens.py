@@ -53,6 +53,11 @@ class Tokens:
             return CAUSAL
         return Mask(causal=self.causal, window=self.window)
 
+    @property
+    def starts_a_text(self) -> bool:
+        """Whether no column stands before the first query."""
+        return isinstance(self.offset, int) and self.offset == 0
+
     def contiguous(self) -> Tokens:
         """Return itself: transformers asks it of the masks that ``generate`` prepares."""
         return self

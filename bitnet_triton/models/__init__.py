@@ -2,7 +2,12 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from bitnet_triton.models.bitnet import BitNetConfig, BitNetForCausalLM, BitNetModel
+from bitnet_triton.models.bitnet import (
+    BitNetConfig,
+    BitNetForCausalLM,
+    BitNetModel,
+    add_global_projections,
+)
 from bitnet_triton.models.fuse import fuse, unfuse
 from bitnet_triton.models.swap import use_ternary_kernels
 from bitnet_triton.models.switch import disable, enable
@@ -18,6 +23,7 @@ __all__ = [
     "BitNetConfig",
     "BitNetForCausalLM",
     "BitNetModel",
+    "add_global_projections",
     "disable",
     "enable",
     "fuse",

@@ -78,6 +78,22 @@ def test_all_global_is_dense_attention_of_the_global_heads(heads, formula, close
     close(y, formula(*own, torch.ones(T, T, dtype=torch.bool).tril(), 0.25))
 
 
+def test_global_queries_without_their_heads_are_refused(heads):
+    mode = Longformer(3, global_tokens=(1, 9), global_projections=True)
+    with pytest.raises(ValueError, match="'global_projections': the layer computes none"):
+        mode(*heads(T), AttentionContext(0, 0.25))
+    q, k, v = heads(4, T)
+    with pytest.raises(ValueError, match="belong into the first call of a text; this one starts"):
+        mode(q, k, v, AttentionContext(0, 0.25, Tokens(offset=T - 4)))
+    chosen = torch.zeros(2, T, dtype=torch.bool)
+    mode = Longformer(3, global_mask=True, global_projections=True)
+    context = AttentionContext(0, 0.25, Tokens(offset=T - 4), global_tokens=chosen)
+    assert mode(q, k, v, context).isfinite().all()
+    chosen[1, T - 1] = True
+    with pytest.raises(ValueError, match="belong into the first call of a text"):
+        mode(q, k, v, context)
+
+
 def test_gradients_reach_both_kinds_of_heads(heads):
     local = [t.requires_grad_() for t in heads(T)]
     own = [t.requires_grad_() for t in heads(T)]

@@ -15,6 +15,7 @@ from bitnet_triton.attention import AttentionPlan, hub
 from bitnet_triton.attention.streaming import Streaming
 from bitnet_triton.errors import CheckpointError
 from bitnet_triton.models.bitnet.configuration_bitnet import BitNetConfig
+from bitnet_triton.models.bitnet.global_attention import build_projections
 from bitnet_triton.models.bitnet.planned import (
     check_global_tokens,
     check_no_plan_arguments,
@@ -133,6 +134,7 @@ class BitNetModel(_TernaryModel, hf.BitNetModel):
     def _use_plan(self, plan: AttentionPlan) -> None:
         self.attention_plan = plan
         hub.set_plan(self, plan)
+        build_projections(self, plan)
 
     def forward(
         self,
