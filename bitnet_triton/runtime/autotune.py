@@ -152,8 +152,11 @@ _CPU: dict[str, dict[int, Tiles]] = {
         1: {"BLOCK_M": 1, "BLOCK_R": 32, "BLOCK_K": 8192},
         2: {"BLOCK_M": 2, "BLOCK_R": 32, "BLOCK_K": 8192},
         16: {"BLOCK_M": 4, "BLOCK_R": 32, "BLOCK_K": 8192},
-        32: {"BLOCK_M": 32, "BLOCK_R": 32, "BLOCK_K": 256},
-        _ANY: {"BLOCK_M": 64, "BLOCK_R": 32, "BLOCK_K": 256},
+        # weights on the right: that operand is rearranged, once for all tokens of the tile
+        32: {"BLOCK_M": 32, "BLOCK_R": 64, "BLOCK_K": 256, "TOKENS_LEFT": True},
+        64: {"BLOCK_M": 64, "BLOCK_R": 64, "BLOCK_K": 256, "TOKENS_LEFT": True},
+        128: {"BLOCK_M": 128, "BLOCK_R": 64, "BLOCK_K": 256, "TOKENS_LEFT": True},
+        _ANY: {"BLOCK_M": 256, "BLOCK_R": 64, "BLOCK_K": 256, "TOKENS_LEFT": True},
     },
     "dense_linear_fwd": {
         1: {"BLOCK_M": 1, "BLOCK_N": 128, "BLOCK_K": 512},

@@ -2,10 +2,13 @@
 
 One program owns a tile of the output and walks along K. It multiplies weights by activations
 transposed, W x a^T, so that the weights, which are made in registers, are the left operand: tensor
-cores read that one from registers. One tile of bytes holds four planes of rows, so a
-program keeps four accumulators and never shuffles bits between lanes. It multiplies by codes + 1,
-which are what the bits say, and takes the surplus off at the end: sum a w = sum a (w + 1) - sum a.
-A packed matrix may hold the bytes of several matrices below one another (``merged.py``).
+cores read that one from registers. A CPU rearranges the right operand, so there many tokens are on
+the left, and weights are rearranged once for all of them.
+
+One tile of bytes holds four planes of rows, so a program keeps four accumulators and never shuffles
+bits between lanes. It multiplies by codes + 1, which are what the bits say, and takes the surplus
+off at the end: sum a w = sum a (w + 1) - sum a. A packed matrix may hold the bytes of several
+matrices below one another (``merged.py``).
 """
 
 from __future__ import annotations
@@ -45,6 +48,16 @@ def _store_plane(
 
 
 @triton.jit
+def _multiply(w, a, acc, TOKENS_LEFT: tl.constexpr):
+    """Add w [BLOCK_R, BLOCK_K] times a [BLOCK_K, BLOCK_M] to acc, transposed if TOKENS_LEFT."""
+    if TOKENS_LEFT:
+        acc = tl.dot(tl.trans(a), tl.trans(w), acc, out_dtype=tl.int32)
+    else:
+        acc = tl.dot(w, a, acc, out_dtype=tl.int32)
+    return acc
+
+
+@triton.jit
 def _ternary_linear_fwd_kernel(
     # tensors: a [M, K] int8; a_scale, a_sum [M]; packed [R, K]; scale [PARTS]; bias [4 R];
     # residual, y [M, 4 R]
@@ -54,6 +67,7 @@ def _ternary_linear_fwd_kernel(
     # compile-time
     PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    TOKENS_LEFT: tl.constexpr = False,
 ):  # fmt: skip
     # int64: token * N and row * K overflow int32 from 2**31 elements on
     tokens = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -63,10 +77,12 @@ def _ternary_linear_fwd_kernel(
     is_token = tokens < M
     is_row = rows < end
 
-    acc0 = tl.zeros((BLOCK_R, BLOCK_M), tl.int32)
-    acc1 = tl.zeros((BLOCK_R, BLOCK_M), tl.int32)
-    acc2 = tl.zeros((BLOCK_R, BLOCK_M), tl.int32)
-    acc3 = tl.zeros((BLOCK_R, BLOCK_M), tl.int32)
+    LEFT: tl.constexpr = BLOCK_M if TOKENS_LEFT else BLOCK_R
+    RIGHT: tl.constexpr = BLOCK_R if TOKENS_LEFT else BLOCK_M
+    acc0 = tl.zeros((LEFT, RIGHT), tl.int32)
+    acc1 = tl.zeros((LEFT, RIGHT), tl.int32)
+    acc2 = tl.zeros((LEFT, RIGHT), tl.int32)
+    acc3 = tl.zeros((LEFT, RIGHT), tl.int32)
     for k in range(0, K, BLOCK_K):
         in_k = k + ks < K
         # beyond K the activations are 0, so any code will do there
@@ -82,10 +98,12 @@ def _ternary_linear_fwd_kernel(
         w1 = ((packed >> 2) & 3).to(tl.int8)
         w2 = ((packed >> 4) & 3).to(tl.int8)
         w3 = (packed >> 6).to(tl.int8)
-        acc0 = tl.dot(w0, a, acc0, out_dtype=tl.int32)  # [BLOCK_R, BLOCK_M], and the three below
-        acc1 = tl.dot(w1, a, acc1, out_dtype=tl.int32)
-        acc2 = tl.dot(w2, a, acc2, out_dtype=tl.int32)
-        acc3 = tl.dot(w3, a, acc3, out_dtype=tl.int32)
+        acc0 = _multiply(w0, a, acc0, TOKENS_LEFT)  # [LEFT, RIGHT], and the three below
+        acc1 = _multiply(w1, a, acc1, TOKENS_LEFT)
+        acc2 = _multiply(w2, a, acc2, TOKENS_LEFT)
+        acc3 = _multiply(w3, a, acc3, TOKENS_LEFT)
+    if TOKENS_LEFT:
+        acc0, acc1, acc2, acc3 = tl.trans(acc0), tl.trans(acc1), tl.trans(acc2), tl.trans(acc3)
 
     sums = tl.load(a_sum_ptr + tokens, mask=is_token, other=0)[None, :]
     scales = tl.load(a_scale_ptr + tokens, mask=is_token, other=0.0) * tl.load(scale_ptr + part)
