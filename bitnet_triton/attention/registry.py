@@ -22,7 +22,7 @@ MODES: dict[str, type] = {
     "local": Local,
     "strided": Strided,
     "fixed": Fixed,
-    "top-k": TopK,
+    "top_k": TopK,
     "threshold": Threshold,
 }
 

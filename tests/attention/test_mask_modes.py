@@ -71,7 +71,7 @@ def test_top_k_keeps_the_largest_scores(heads, formula, close):
     for i in range(T):
         largest = scores[:, :, i, : i + 1].topk(min(3, i + 1)).indices
         seen[:, :, i].scatter_(-1, largest, True)
-    y = parse_mode({"mode": "top-k", "keys": 3})(q, k, v, AttentionContext(0, 0.25))
+    y = parse_mode({"mode": "top_k", "keys": 3})(q, k, v, AttentionContext(0, 0.25))
     close(y, formula(q, k, v, seen, 0.25))
 
 

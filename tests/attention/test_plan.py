@@ -26,7 +26,7 @@ WINDOW_4 = {"mode": "sliding", "window": 4, "sinks": 1}
         ({"mode": "local", "block": 4}, [Local(4)], [Local(4)]),
         ({"mode": "strided", "block": 4}, [Strided(4)], [Strided(4)]),
         ({"mode": "fixed", "block": 4, "summary": 2}, [Fixed(4, 2)], [Fixed(4, 2)]),
-        ({"mode": "top-k", "keys": 4}, [TopK(4)], [TopK(4)]),
+        ({"mode": "top_k", "keys": 4}, [TopK(4)], [TopK(4)]),
         ({"mode": "threshold", "share": 0.5}, [Threshold(0.5)], [Threshold(0.5)]),
         (
             {"mode": "longformer", "window": [2, 3], "global_tokens": [0], "global_mask": True},
@@ -118,7 +118,7 @@ def test_a_layer_keeps_what_either_phase_may_see(prefill, decode, kept):
         ({"mode": "fixed", "block": 2, "summary": 3}, ValueError, "at most the block of 2, got 3"),
         ({"mode": "threshold", "share": 0}, ValueError, "'share': expected more than 0, up to 1"),
         ({"mode": "threshold", "share": "0.5"}, TypeError, "'share': expected a number, got str"),
-        ({"mode": "top-k", "keys": 0}, ValueError, "'keys': expected at least 1"),
+        ({"mode": "top_k", "keys": 0}, ValueError, "'keys': expected at least 1"),
         ({"mode": "local", "block": 0}, ValueError, "'block': expected at least 1"),
         (
             {"mode": "longformer", "window": [4, 0]},
