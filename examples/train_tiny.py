@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import statistics
 import sysconfig
+import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -174,6 +176,38 @@ class TwoStages(TrainerCallback):
         logs["zero_share"] = round(zeros / sum(m.weight.numel() for m in layers), 3)
 
 
+class Speed(TrainerCallback):
+    """Log tokens per second, by the median step since the last log: compiling does not count."""
+
+    def __init__(self, tokens_per_step: int) -> None:
+        self.tokens_per_step = tokens_per_step
+        self.started = 0.0
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Look at the clock."""
+        self.started = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Look at it again."""
+        self.seconds.append(time.perf_counter() - self.started)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
+        """Add the rate."""
+        if self.seconds:
+            logs["tokens_per_second"] = round(
+                self.tokens_per_step / statistics.median(self.seconds)
+            )
+            self.seconds.clear()
+
+
 class TernaryTrainer(Trainer):
     """Trainer with the two-stage learning rate of BitNet b1.58."""
 
@@ -252,7 +286,10 @@ def train(
         seed=0,
     )
     trainer = TernaryTrainer(
-        model=model, args=arguments, train_dataset=Blocks(tokens), callbacks=[TwoStages()]
+        model=model,
+        args=arguments,
+        train_dataset=Blocks(tokens),
+        callbacks=[TwoStages(), Speed(batch_size * CONTEXT)],
     )
     trainer.train(resume_from_checkpoint=resume or None)
     model.config.use_cache = True  # Trainer turned it off; generation needs it
