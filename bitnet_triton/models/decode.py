@@ -24,13 +24,11 @@ from bitnet_triton.cache import GrowingLayer, grow_in_place
 from bitnet_triton.kernels import Mask
 from bitnet_triton.kernels.rms_norm.op import NORM_FWD
 from bitnet_triton.kernels.rotary.op import ROTARY_AND_STORE
-from bitnet_triton.models.fused_layer import FusedDecoderLayer, Launchers
+from bitnet_triton.models.fused_layer import DENSE_ATTENTION, FusedDecoderLayer, Launchers
 from bitnet_triton.runtime import capture, forced_backend, select
 
 # Of these, a position always turns by the same angle
 _STATIC_ROPE = frozenset({"default", "linear", "yarn", "llama3"})
-# Attention functions that show a token everything before it
-_DENSE_ATTENTION = frozenset({"eager", "sdpa", hub.NAME})
 _CAUSAL = Mask()
 
 
@@ -141,7 +139,7 @@ def _is_plain(model: FusedModel, kwargs: dict[str, Any]) -> bool:
         harmless = value is None or value is (name == "return_dict") or name == "cache_position"
         if not harmless:
             return False
-    if config._attn_implementation not in _DENSE_ATTENTION:
+    if config._attn_implementation not in DENSE_ATTENTION | {hub.NAME}:
         return False
     plan = getattr(model.layers[0].self_attn, "attention_plan", None)
     return plan is None or plan.uses_only(Full)

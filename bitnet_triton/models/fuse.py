@@ -88,6 +88,9 @@ def _objection(layer: hf.BitNetDecoderLayer) -> str | None:
     """Say why a layer cannot be fused; None when it can."""
     if any(hasattr(module, "_hf_hook") for module in layer.modules()):
         return "accelerate moves its weights or inputs; load the model onto one device"
+    if type(layer.self_attn) is not hf.BitNetAttention:
+        found = type(layer.self_attn).__name__
+        return f"self_attn: expected BitNetAttention of transformers, got {found}"
     for name, linear in _linears(layer):
         if not isinstance(linear, PackedBitLinear):
             return f"{name}: expected packed ternary weights, got {type(linear).__name__}"

@@ -10,17 +10,19 @@ import transformers.models.bitnet.modeling_bitnet as hf
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from bitnet_triton.kernels import flash_attention
 from bitnet_triton.kernels.rms_norm.op import (
     NORM_QUANTIZE_FWD,
     RELU2_FWD,
     relu2_mul_norm_quantize_rows,
     rms_norm_quantize_rows,
 )
+from bitnet_triton.kernels.rotary.op import ROTARY
 from bitnet_triton.kernels.ternary_linear.launchers import QUANTIZED_FWD
 from bitnet_triton.kernels.ternary_linear.quantized import ternary_linear_quantized_rows
 from bitnet_triton.nn import MergedLinears, PackedBitLinear
-from bitnet_triton.runtime import forced_backend, select
-from bitnet_triton.runtime.device import autocast_dtype
+from bitnet_triton.runtime import backend_objection, forced_backend, select
+from bitnet_triton.runtime.device import autocast_dtype, smallest_dot
 
 _CAPTURES_OUTPUTS = "transformers.utils.output_capturing"
 
@@ -29,17 +31,40 @@ def _merged(*layers: nn.Module) -> MergedLinears:
     return MergedLinears(*cast("tuple[PackedBitLinear, ...]", layers))
 
 
+# Attention functions of transformers that show a token everything before it, and nothing else
+DENSE_ATTENTION = frozenset({"eager", "sdpa"})
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply rotary embeddings [B T D] to x [B T H D], with the roundings of transformers."""
+    return x * cos.unsqueeze(2) + hf.rotate_half(x) * sin.unsqueeze(2)
+
+
 class Launchers(NamedTuple):
     """What runs the steps of a layer."""
 
     norm_quantize: Callable[..., tuple[Tensor, Tensor, Tensor]]
     relu2: Callable[..., tuple[Tensor, Tensor, Tensor]]
     product: Callable[..., Tensor]
+    rotate: Callable[[Tensor, Tensor, Tensor], Tensor] = _rotate
+    # in place of dense attention of transformers; None: that one
+    attention: Callable[[Tensor, Tensor, Tensor, float], Tensor] | None = None
 
 
+# PyTorch's operations in the last places: a compiler fuses them with what stands around them
 _REGISTERED = Launchers(
     rms_norm_quantize_rows, relu2_mul_norm_quantize_rows, ternary_linear_quantized_rows
 )
+
+
+def _attend_causally(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return flash_attention(q, k, v, scale=scale)
+
+
+def _own_attention(device: torch.device) -> Callable[..., Tensor] | None:
+    """Return our attention where it is the faster one: PyTorch's has kernels for GPUs only."""
+    has_kernels = backend_objection("triton", device) is None and smallest_dot(device) == 1
+    return _attend_causally if has_kernels and forced_backend() in (None, "triton") else None
 
 
 class Norm:
@@ -153,9 +178,15 @@ class Fusion:
             select("rms_norm_quantize", NORM_QUANTIZE_FWD, device, norm),
             select("relu2_mul_norm_quantize", RELU2_FWD, device, relu2),
             select("ternary_linear_quantized", QUANTIZED_FWD, device),
+            self._rotation(device),
+            _own_attention(device),
         )
         self._launchers[key] = chosen
         return chosen
+
+    def _rotation(self, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        rotate = select("rotary", ROTARY, device)
+        return lambda x, cos, sin: rotate(x, cos, sin, False)
 
     def _is_watched(self, kwargs: dict[str, Any]) -> bool:
         """Tell whether somebody wants to see what happens inside of the layer."""
@@ -202,14 +233,16 @@ class FusedDecoderLayer(hf.BitNetDecoderLayer):
 
         def attend(qkv: Tensor) -> Tensor:
             return self._attend(
-                qkv.view(B, T, -1, fusion.attention.head_dim), position_embeddings, attention_mask,
-                past_key_values, position_ids=position_ids, use_cache=use_cache, **kwargs,
+                run, qkv.view(B, T, -1, fusion.attention.head_dim), position_embeddings,
+                attention_mask, past_key_values, position_ids=position_ids, use_cache=use_cache,
+                **kwargs,
             ).reshape(B * T, -1)  # fmt: skip
 
         return fusion.run(run, hidden_states.reshape(-1, D), attend).view(B, T, D)
 
     def _attend(
         self,
+        run: Launchers,
         heads: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
@@ -220,20 +253,17 @@ class FusedDecoderLayer(hf.BitNetDecoderLayer):
         fusion = self.fusion
         attention, H, Hk = fusion.attention, fusion.heads, fusion.kv_heads
         # queries and keys turn alike: in one go
-        rotated = _rotate(heads[:, :, : H + Hk], *position_embeddings).transpose(1, 2)
+        rotated = run.rotate(heads[:, :, : H + Hk], *position_embeddings).transpose(1, 2)
         query, key = rotated[:, :H], rotated[:, H:]
         value = heads[:, :, H + Hk :].transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, attention.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            attention.config._attn_implementation, hf.eager_attention_forward
-        )
+        implementation = attention.config._attn_implementation
+        if run.attention and attention_mask is None and implementation in DENSE_ATTENTION:
+            q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+            return run.attention(q, k, v, attention.scaling)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, hf.eager_attention_forward)
         return attend(
             attention, query, key, value, attention_mask,
             dropout=0.0, scaling=attention.scaling, **kwargs,
         )[0]  # fmt: skip
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary embeddings [B T D] to x [B T H D], with the roundings of transformers."""
-    return x * cos.unsqueeze(2) + hf.rotate_half(x) * sin.unsqueeze(2)

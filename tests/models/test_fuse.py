@@ -302,3 +302,12 @@ def test_offloaded_layers_are_refused(model):
     with pytest.raises(ValueError, match=r"layer model.layers.1: accelerate moves"):
         bt.fuse(model)
     assert not layers(model)
+
+
+def test_attention_with_projections_for_global_queries_is_refused(checkpoint):
+    attention = {"mode": "longformer", "window": 4, "global_tokens": [0]}
+    model = bt.BitNetForCausalLM.from_pretrained(checkpoint(), attention=attention)
+    bt.add_global_projections(model)
+    with pytest.raises(ValueError, match=r"expected BitNetAttention .*, got GlobalAttention"):
+        bt.fuse(model)
+    assert not layers(model)
