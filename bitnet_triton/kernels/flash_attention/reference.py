@@ -63,7 +63,7 @@ def attention_backward_reference(
     """
     out, lse = results
     lengths = Lengths(q.shape[1], k.shape[1], leftpad_k, seqused_q, seqused_k)
-    (B, Tk, Hk, D), Dv = k.shape, v.shape[-1]
+    Hk = k.shape[2]
     k, v = (_repeated(t, q.shape[2], lengths) for t in (k, v))
     scores = torch.einsum("bihd,bjhd->bhij", q, k) * scale
     slope = torch.ones_like(scores[:1, :1, :1, :1])
@@ -84,7 +84,9 @@ def attention_backward_reference(
     dq = torch.einsum("bhij,bjhd->bihd", dscores, k)
     dk = torch.einsum("bhij,bihd->bjhd", dscores, q)
     # the query heads of a group share a key head
-    return dq, dk.view(B, Tk, Hk, -1, D).sum(3), dv.view(B, Tk, Hk, -1, Dv).sum(3)
+    groups = q.shape[2] // Hk
+    dk, dv = (t.unflatten(2, (Hk, groups)).sum(3) for t in (dk, dv))
+    return dq, dk, dv
 
 
 def _repeated(t: Tensor, H: int, lengths: Lengths) -> Tensor:
