@@ -9,7 +9,7 @@ until its memory is full.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -175,7 +175,7 @@ class _Recording:
 
     def _record(self, model: FusedModel, launchers: Launchers) -> Tensor:
         x = self._hidden
-        for layer, (keys, values) in zip(model.layers, self._stores):
+        for layer, (keys, values) in zip(_decoder_layers(model), self._stores):
             # the layout of ops, [B capacity Hk D]
             attend = self._attend(layer, keys.transpose(1, 2), values.transpose(1, 2))
             x = layer.fusion.run(launchers, x, attend)
@@ -219,9 +219,11 @@ class _Recording:
 
 def _growing_layers(model: FusedModel, cache: Cache, B: int) -> Sequence[GrowingLayer] | None:
     """Return the layers of a cache that holds tokens of B rows and grows in place, or None."""
-    layers = cache.layers
-    if len(layers) != len(model.layers) or not all(type(l) is GrowingLayer for l in layers):
+    if len(cache.layers) != len(model.layers):
         return None
+    if not all(type(layer) is GrowingLayer for layer in cache.layers):
+        return None
+    layers = cast("list[GrowingLayer]", cache.layers)
     keys = layers[-1].keys
     if keys is None or keys.shape[0] != B or keys.dtype != model.norm.weight.dtype:
         return None
@@ -252,7 +254,7 @@ def _places(
 def _launchers(model: FusedModel) -> Launchers | None:
     """Return what every layer runs; None where one of them, or the backend, has objections."""
     like_hidden = model.norm.weight.data  # a plain tensor of their dtype
-    found = [layer.fusion.launchers(layer, like_hidden, {}) for layer in model.layers]
+    found = [layer.fusion.launchers(layer, like_hidden, {}) for layer in _decoder_layers(model)]
     is_fused = None not in found and not (
         model.norm._forward_hooks or model.norm._forward_pre_hooks
     )
@@ -261,10 +263,14 @@ def _launchers(model: FusedModel) -> Launchers | None:
 
 def _weights(model: FusedModel) -> list[Any]:
     """Return what tells whether weights are where they were: addresses of all that is recorded."""
-    seen = [model.norm.weight.data_ptr()]
-    for layer in model.layers:
+    seen: list[Any] = [model.norm.weight.dtype, model.norm.weight.data_ptr()]
+    for layer in _decoder_layers(model):
         seen += layer.fusion.addresses()
     return seen
+
+
+def _decoder_layers(model: FusedModel) -> Iterator[FusedDecoderLayer]:
+    return cast("Iterator[FusedDecoderLayer]", iter(model.layers))
 
 
 def _same(some: list[tuple[Tensor, Tensor]], others: list[tuple[Tensor, Tensor]]) -> bool:

@@ -58,7 +58,7 @@ _REGISTERED = Launchers(
 
 
 def _attend_causally(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    return flash_attention(q, k, v, scale=scale)
+    return cast("Tensor", flash_attention(q, k, v, scale=scale))
 
 
 def _own_attention(device: torch.device) -> Callable[..., Tensor] | None:
