@@ -130,7 +130,7 @@ def load(
         loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted, use_safetensors=True)
     else:
         loaded = BitNetForCausalLM.from_pretrained(folder, dtype=wanted, attention=attention)
-    loaded.eval()
+    loaded = loaded.eval()
     if not any(isinstance(m, (BitLinear, PackedBitLinear)) for m in loaded.modules()):
         raise ValueError(
             f"`--model`: expected a checkpoint with `quant_method: bitnet`, got {model}, a dense "

@@ -37,8 +37,9 @@ class GlobalAttention(hf.BitNetAttention):
 
     def _heads(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return q [B T H D], k and v [B T Hk D] for global queries."""
-        projections = (self.q_global_proj, self.k_global_proj, self.v_global_proj)
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in projections)
+        names = ("q_global_proj", "k_global_proj", "v_global_proj")
+        flat = (self.get_submodule(name)(x) for name in names)
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in flat)
         q, k = hf.apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *rotary)
         return q.transpose(1, 2), k.transpose(1, 2), v
 
@@ -81,9 +82,9 @@ def add_global_projections(model: Model) -> Model:
     decoder = cast("Any", model).base_model
     build_projections(decoder, plan)
     hub.set_plan(model, plan)
-    for part in (model, decoder):
-        part.attention_plan = plan  # type: ignore[assignment]
-        part.config.attention = plan.to_config()  # type: ignore[union-attr]
+    for part in (cast("Any", model), decoder):
+        part.attention_plan = plan
+        part.config.attention = plan.to_config()
     return model
 
 
