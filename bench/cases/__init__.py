@@ -4,11 +4,12 @@ from types import ModuleType
 from typing import Any
 
 from bench.case import Case
-from bench.cases import bit_linear, model, ternary_linear, triton_cpu
+from bench.cases import bit_linear, flash_attention, model, ternary_linear, triton_cpu
 
 CASES: dict[str, ModuleType] = {
     "ternary_linear": ternary_linear,
     "bit_linear": bit_linear,
+    "flash_attention": flash_attention,
     "model": model,
     "triton_cpu": triton_cpu,
 }
