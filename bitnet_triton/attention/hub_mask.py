@@ -9,7 +9,7 @@ traced, what only a look at values or closures can tell.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -97,18 +97,25 @@ def _packed(function: Callable, window: int | None) -> tuple[dict[str, Any] | No
     if torch.compiler.is_compiling():
         return None, None
     parts = _captured(function).get("mask_functions", ())
-    if len(parts) != 2:
+    found = [_captured(part).get("packed_sequence_mask") for part in parts]
+    ids = next((value for value in found if value is not None), None)
+    if ids is None:
         return None, None
-    ids = _captured(parts[0]).get("packed_sequence_mask")
-    inner = _captured(parts[1]).get("mask_function")
-    positions = _captured(parts[1]).get("position_ids")
-    if ids is None or positions is None or inner is None:
-        return None, None
-    expected = hf.packed_sequence_compatibility_function(inner, positions, ids)
-    known = _known(inner, window)
-    if known is None or not _same(function, expected):
-        return None, None
-    return known, _starts(ids)
+    for inner, expected in _packings(parts, ids):
+        known = _known(inner, window)
+        if known is not None and _same(function, expected):
+            return known, _starts(ids)
+    return None, None
+
+
+def _packings(parts: Sequence[Callable], ids: Tensor) -> Iterator[tuple[Callable, Callable]]:
+    """Yield what is packed, and its packing, as each version of transformers writes it."""
+    is_member = hf.packed_sequence_mask_function(ids)
+    yield parts[0], hf.and_masks(parts[0], is_member)  # up to 5.17: by columns
+    inner = _captured(parts[-1])
+    if "mask_function" in inner and "position_ids" in inner:  # later: by positions
+        moved = hf.remap_positions_for_packed_sequence(**inner)
+        yield inner["mask_function"], hf.and_masks(is_member, moved)
 
 
 def _starts(ids: Tensor) -> Tensor:
