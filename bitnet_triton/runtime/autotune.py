@@ -14,6 +14,8 @@ import torch
 Tiles = dict[str, int]
 
 _ANY = sys.maxsize
+# Added to the size of float32 heads, whose products run on no matrix units
+_FLOAT32 = 1024
 _SMALLEST_FITTED = 16
 
 # kernel -> the largest size of a shape class -> its tiles. The size is the number of rows of
@@ -94,20 +96,29 @@ _GPU: dict[str, dict[int, Tiles]] = {
         128: {"BLOCK_H": 32, "num_warps": 4},
         _ANY: {"BLOCK_H": 8, "num_warps": 4},
     },
-    "flash_attention_fwd": {  # the size of a head, here and below
-        _ANY: {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
+    "flash_attention_fwd": {  # the size of a head, and _FLOAT32 more of float32, here and below
+        128: {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
+        256: {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
+        _FLOAT32 + 64: {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
+        _FLOAT32 + 256: {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
     },
     "flash_attention_bwd_delta": {
         _ANY: {"BLOCK_M": 32, "num_warps": 4},
     },
     "flash_attention_bwd_dq": {
-        _ANY: {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
+        128: {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
+        256: {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
+        _FLOAT32 + 64: {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
+        _FLOAT32 + 256: {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
     },
     "flash_attention_bwd_dkdv": {
-        _ANY: {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
+        128: {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
+        256: {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
+        _FLOAT32 + 64: {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
+        _FLOAT32 + 256: {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1},
     },
     "flash_attention_decode": {
-        _ANY: {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+        _ANY: {"BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
     },
     "flash_attention_decode_merge": {
         _ANY: {"num_warps": 4},
@@ -245,6 +256,11 @@ def fitted_tiles(kernel: str, device: torch.device, *, M: int, N: int, K: int) -
         while fitted[name] > _SMALLEST_FITTED and 8 * (-size % fitted[name]) > size:
             fitted[name] //= 2
     return fitted
+
+
+def head_size(D: int, dtype: torch.dtype) -> int:
+    """Return what attention asks ``tiles`` for: the size of a head, apart for float32."""
+    return D + (_FLOAT32 if dtype == torch.float32 else 0)
 
 
 def largest_size(kernel: str) -> int:

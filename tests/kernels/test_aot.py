@@ -11,11 +11,15 @@ import sys
 import pytest
 import torch
 
+from bitnet_triton.kernels import Mask
 from bitnet_triton.kernels.bit_linear.backward import (
     launch_bit_linear_bwd_dweight,
     launch_bit_linear_bwd_dx,
 )
 from bitnet_triton.kernels.bit_linear.forward import launch_bit_linear_fwd
+from bitnet_triton.kernels.flash_attention.arguments import Call
+from bitnet_triton.kernels.flash_attention.decode import launch_decode
+from bitnet_triton.kernels.flash_attention.launch import launch_backward, launch_forward
 from bitnet_triton.kernels.int8_linear.forward import (
     launch_int8_linear,
     launch_int8_linear_topk,
@@ -113,6 +117,15 @@ def launch_trained(M, dtype, weight_dtype, binary, N=N, K=K):
     launch_bit_linear_bwd_dweight(dy, a, a_scale, weight_dtype)
 
 
+def launch_attention(D, dtype, mask, softcap=None):
+    """Start the kernels of attention: forward, backward and one step of decoding."""
+    q, k = meta(1, 4096, 8, D, dtype=dtype), meta(1, 4096, 2, D, dtype=dtype)
+    call = Call(mask, D**-0.5, softcap)
+    out, lse = launch_forward(q, k, k, call)
+    launch_backward(out, None, q, k, k, out, lse, call)
+    launch_decode(q[:, :1], k, k, mask=Mask(window=1024, sinks=4), scale=D**-0.5)
+
+
 def record_all():
     """Return each launch that differs in kernel, dtypes or tiles from the others."""
     with record_launches() as launches:
@@ -132,6 +145,9 @@ def record_all():
                 launch_int8(M, dtype, meta(N, dtype=dtype) if M == 1 else None)
             for length in (2560, 6912, 28672):
                 launch_split_activations(meta(4, length, dtype=dtype))
+        for D, dtype in ((128, BF16), (256, BF16), (64, F32), (256, F32)):
+            launch_attention(D, dtype, Mask())
+        launch_attention(128, BF16, Mask(window=1024, sinks=4))
         launch_packed(2048, BF16, None)
         launch_trained(2048, BF16, F32, binary=False)  # autocast
         launch_trained(2048, BF16, BF16, binary=True)
@@ -159,8 +175,8 @@ def test_compiles_without_spills_for(launch_name, target):
     cost = resources(launch_name, target)
     assert cost.spills == 0
     assert cost.registers > 8
-    # what a program may use without asking for more: 164 KB on sm_80, 64 KB on gfx942
-    assert cost.shared <= 64 * 1024
+    # what a program may use: 64 KB on gfx942, 99 KB on the smallest relatives of sm_80 and sm_90
+    assert cost.shared <= (64 if target == "gfx942" else 99) * 1024
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -17,7 +17,7 @@ from bitnet_triton.kernels.flash_attention.forward import accumulate, score_fact
 from bitnet_triton.kernels.flash_attention.mask import Mask
 from bitnet_triton.kernels.flash_attention.tiles import load_rows, score_tile, store_rows
 from bitnet_triton.runtime import launch
-from bitnet_triton.runtime.autotune import tiles
+from bitnet_triton.runtime.autotune import head_size, tiles
 from bitnet_triton.runtime.device import smallest_dot
 
 MOST_QUERIES = 16
@@ -43,7 +43,7 @@ def _flash_attention_decode_kernel(
     Tq, Tk, left, right, sinks, dense_from, scale_log2, softcap_log2,
     # compile-time
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, CAUSAL: tl.constexpr,
-    SHARES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SHARES: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     BLOCK_D: tl.constexpr = triton.next_power_of_2(D)
     BLOCK_DV: tl.constexpr = triton.next_power_of_2(DV)
@@ -61,7 +61,7 @@ def _flash_attention_decode_kernel(
         n -= first.to(tl.int32)
 
     # row m of the tile: query m // GROUP of head m % GROUP of the group
-    m = tl.arange(0, BLOCK_M)
+    m = tl.arange(0, ROWS)
     t = m // GROUP
     head = key_head * GROUP + m % GROUP
     is_row = t < Tq
@@ -91,13 +91,13 @@ def _flash_attention_decode_kernel(
     tiles_ahead = tl.cdiv(ahead, BLOCK_N)
 
     row_at = t.to(tl.int64) * q_stride_t + head * q_stride_h
-    q = load_rows(q_ptr + batch * q_stride_b, row_at, 1, is_row, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    q = load_rows(q_ptr + batch * q_stride_b, row_at, 1, is_row, D, BLOCK_D)  # [ROWS, BLOCK_D]
 
     k_ptr += batch * k_stride_b + first * k_stride_t + key_head * k_stride_h
     v_ptr += batch * v_stride_b + first * v_stride_t + key_head * v_stride_h
-    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
-    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((ROWS, BLOCK_DV), tl.float32)
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
     for i in range(tiles_ahead + tl.cdiv(tl.maximum(end - begin, 0), BLOCK_N)):
         is_ahead = i < tiles_ahead
         at = tl.where(is_ahead, i * BLOCK_N, begin + (i - tiles_ahead) * BLOCK_N)
@@ -105,7 +105,7 @@ def _flash_attention_decode_kernel(
         is_key = j < tl.where(is_ahead, ahead, end)
         k = load_rows(k_ptr, j, k_stride_t, is_key, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
         v = load_rows(v_ptr, j, v_stride_t, is_key, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
-        scores, _ = score_tile(q, k, scale_log2, softcap_log2)  # [BLOCK_M, BLOCK_N]
+        scores, _ = score_tile(q, k, scale_log2, softcap_log2)  # [ROWS, BLOCK_N]
         visible = (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None])
         if sinks is not None:
             visible = visible | (j[None, :] < sink_end[:, None])
@@ -209,8 +209,8 @@ def launch_decode(
         None if isinstance(dense, Tensor) else dense,
         scale_log2, softcap_log2,
         GROUP=H // Hk, D=D, DV=DV, CAUSAL=mask.causal, SHARES=shares,
-        BLOCK_M=max(rows, smallest_dot(q.device)),
-        **tiles("flash_attention_decode", max(D, DV), q.device),
+        ROWS=max(rows, smallest_dot(q.device)),
+        **tiles("flash_attention_decode", head_size(max(D, DV), q.dtype), q.device),
     )  # fmt: skip
     if shares > 1:
         launch(_flash_attention_decode_merge_kernel, (Tq * H, B))(

@@ -28,7 +28,7 @@ from bitnet_triton.kernels.flash_attention.forward import (
 )
 from bitnet_triton.kernels.flash_attention.merge import merge_attention
 from bitnet_triton.runtime import launch
-from bitnet_triton.runtime.autotune import tiles
+from bitnet_triton.runtime.autotune import head_size, tiles
 
 
 def strides(t: Tensor) -> tuple[int, int, int]:
@@ -91,7 +91,7 @@ def _launch_band(
     H, D = q.shape[-2:]
     out, lse = results if results is not None else _results(q, v, plan, dtype)
     dense = results is not None
-    config = tiles("flash_attention_fwd", max(D, v.shape[-1]), q.device)
+    config = tiles("flash_attention_fwd", head_size(max(D, v.shape[-1]), q.dtype), q.device)
     batch = plan.lengths.shape[0] if plan.lengths is not None else q.shape[0]
     programs = grid_tiles(q, config["BLOCK_M"], band, batch)
     grid = (programs, H, 1 if plan.packed else batch)
@@ -167,7 +167,7 @@ def _launch_dq(
     several = len(plan.bands) > 1
     make = torch.zeros if plan.zeroed else torch.empty
     dq = make(q.shape, dtype=torch.float32 if several else q.dtype, device=q.device)
-    config = tiles("flash_attention_bwd_dq", max(D, v.shape[-1]), q.device)
+    config = tiles("flash_attention_bwd_dq", head_size(max(D, v.shape[-1]), q.dtype), q.device)
     batch = plan.lengths.shape[0] if plan.lengths is not None else q.shape[0]
     passes = [(band, number > 0, False) for number, band in enumerate(plan.bands)]
     if plan.rows is not None:
@@ -205,7 +205,7 @@ def _launch_dkdv(
     make = torch.zeros if plan.zeroed else torch.empty
     dtype = torch.float32 if len(passes) > 1 else k.dtype
     dk, dv = (make(t.shape, dtype=dtype, device=k.device) for t in (k, v))
-    config = tiles("flash_attention_bwd_dkdv", max(D, v.shape[-1]), q.device)
+    config = tiles("flash_attention_bwd_dkdv", head_size(max(D, v.shape[-1]), q.dtype), q.device)
     batch = plan.lengths.shape[0] if plan.lengths is not None else q.shape[0]
     for number, (band, keys, rows) in enumerate(passes):
         programs = grid_tiles(k, config["BLOCK_N"], band, batch)
