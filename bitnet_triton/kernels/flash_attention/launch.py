@@ -133,7 +133,8 @@ def launch_backward(
         k, v = (t.repeat_interleave(H // Hk, dim=-2) for t in (k, v))
     delta = _launch_delta(dout, dlse, out, lse)
     dq = _launch_dq(dout, q, k, v, lse, delta, call, plan)
-    dk, dv = _launch_dkdv(dout, q, k, v, lse, delta, call, plan)
+    dtype = torch.float32 if k.shape[-2] != Hk else q.dtype
+    dk, dv = _launch_dkdv(dout, q, k, v, lse, delta, call, plan, dtype)
     if k.shape[-2] != Hk:
         dk, dv = (t.unflatten(-2, (Hk, H // Hk)).sum(-2, dtype=torch.float32) for t in (dk, dv))
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
@@ -191,7 +192,7 @@ def _launch_dq(
 
 def _launch_dkdv(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, call: Call,
-    plan: Plan,
+    plan: Plan, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     *_, H, D = q.shape
     Hk = k.shape[-2]
@@ -203,7 +204,8 @@ def _launch_dkdv(
     if plan.rows is not None:
         passes.append((dense, None, plan.rows))
     make = torch.zeros if plan.zeroed else torch.empty
-    dtype = torch.float32 if len(passes) > 1 else k.dtype
+    # what several launches add up is rounded once, at the end
+    dtype = torch.float32 if len(passes) > 1 else dtype
     dk, dv = (make(t.shape, dtype=dtype, device=k.device) for t in (k, v))
     config = tiles("flash_attention_bwd_dkdv", head_size(max(D, v.shape[-1]), q.dtype), q.device)
     batch = plan.lengths.shape[0] if plan.lengths is not None else q.shape[0]

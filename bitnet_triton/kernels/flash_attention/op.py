@@ -223,6 +223,11 @@ def flash_attention(
     _check_mask(mask, q, k, B, packed)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"`softcap`: expected a positive number, got {softcap}")
+    if torch.compiler.is_compiling():
+        # torch.compile traces no call that takes the same tensor twice
+        v = v.view_as(v) if v is k else v
+        if cu_seqlens_k is not None and cu_seqlens_k is cu_seqlens_q:
+            cu_seqlens_k = cu_seqlens_k.view_as(cu_seqlens_k)
     call = Call(
         mask, q.shape[-1] ** -0.5 if scale is None else scale, softcap,
         cu_seqlens_q, cu_seqlens_k, leftpad_k, seqused_q, seqused_k,

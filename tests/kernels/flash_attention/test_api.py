@@ -177,6 +177,20 @@ def test_is_traced_as_one_op():
         assert torch.equal(ours, traced)
 
 
+def test_is_traced_where_tensors_stand_for_two_arguments():
+    q, k, _ = (t[0].requires_grad_() for t in draw(1, 40))
+    ends = int32(0, 15, 40)
+
+    def attend(q, k, ends, start):
+        packed = {"cu_seqlens_q": ends, "cu_seqlens_k": ends}
+        return flash_attention(q, k, k, mask=Mask(window=9, dense_from=start), **packed)
+
+    arguments = (q, k, ends, int32(9, 20))
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")(*arguments)
+    assert torch.equal(compiled, attend(*arguments))
+    compiled.sum().backward()
+
+
 def test_the_reference_passes_gradcheck():
     q, k, v = (t.double().requires_grad_() for t in draw(1, 5, H=2, Hk=1, D=3, Dv=2))
 
