@@ -22,8 +22,9 @@ class AttentionContext:
         tokens: where the queries stand, and the padding.
         dropout: probability of dropping a weight, 0 outside of training.
         softcap: largest magnitude of a score; None: no bound.
-        prompt_len: columns of the prompt, padding included, a number or int32 [B]: queries from
-            there on were generated, those before belong to the prompt. None: all of them do.
+        prompt_len: columns of the prompt, padding included, a number or integers [B], or [S] for
+            packed sequences: queries from there on were generated, those before belong to the
+            prompt. None: all of them do.
         dense_from: queries from this position on see every key; set where prompt and generated
             tokens meet in one call.
         positions: [B Tq] or [1 Tq], where the rotary embedding has put the queries.
@@ -50,6 +51,8 @@ class AttentionContext:
         offset = self.tokens.offset
         if self.prompt_len is None:
             return "prefill"
+        if self.tokens.cu_seqlens is not None:
+            return None  # places in a row are none in a sequence
         if isinstance(self.prompt_len, Tensor) or isinstance(offset, Tensor):
             return None  # to look would stop the device
         if offset >= self.prompt_len:

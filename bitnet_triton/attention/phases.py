@@ -32,9 +32,12 @@ def run_plan(
     phase = context.phase(q.shape[1])
     if prefill == decode or phase is not None:
         return (decode if phase == "decode" else prefill)(q, k, v, context)
-    if context.tokens.cu_seqlens is not None:
-        raise ValueError("`prompt_len`: packed sequences go without")
     if decode == Full() and isinstance(prefill, MaskMode) and not prefill.mask.selects:
         return prefill(q, k, v, replace(context, dense_from=context.first_generated()))
+    if context.tokens.cu_seqlens is not None:
+        raise ValueError(
+            "`prompt_len`: packed sequences take modes that differ by phase only where generated "
+            "tokens see everything"
+        )
     is_generated = context.is_generated(q)[..., None, None]
     return torch.where(is_generated, decode(q, k, v, context), prefill(q, k, v, context))

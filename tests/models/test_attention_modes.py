@@ -304,6 +304,18 @@ def test_labels_say_where_prompts_end(build, token_ids):
     assert not torch.allclose(model(ids).logits[0], expected[0])
 
 
+def test_labels_say_where_the_prompts_of_packed_sequences_end(build, token_ids):
+    model, ids = build({"preset": "swaa-untrained", "window": 3, "sinks": 1}), token_ids(1, T)
+    places = torch.cat([torch.arange(9), torch.arange(T - 9)])[None]
+    labels = ids.clone()
+    labels[:, :4], labels[:, 9:15] = -100, -100
+    packed = model(ids, labels=labels, position_ids=places, use_cache=False).logits
+    for start, end, prompt in ((0, 9, 4), (9, T, 6)):
+        alone = model(ids[:, start:end], prompt_len=prompt).logits
+        torch.testing.assert_close(packed[:, start:end], alone)
+        assert not torch.allclose(packed[:, start:end], model(ids[:, start:end]).logits)
+
+
 @pytest.mark.parametrize("name", MODES)
 def test_training_reaches_every_parameter(name, build, token_ids):
     model, ids = build(MODES[name]).train(), token_ids(2, T)

@@ -19,10 +19,8 @@ from bitnet_triton.models.bitnet.global_attention import build_projections
 from bitnet_triton.models.bitnet.planned import (
     check_global_tokens,
     check_no_plan_arguments,
-    check_prompt_len,
     describe_call,
     prepared_cache,
-    prompt_len_of,
     replace_dynamic_cache,
 )
 from bitnet_triton.models.checkpoint import check_checkpoint, check_folder, check_suffixes
@@ -158,8 +156,9 @@ class BitNetModel(_TernaryModel, hf.BitNetModel):
                 ``config.attention`` can still see.
             inputs_embeds: [B T D], instead of ids.
             use_cache: whether to return a cache. Default: ``config.use_cache``.
-            prompt_len: columns of the prompt, padding included, a number or integers [B]: tokens
-                from there on count as generated. Default: all tokens of the call are a prompt's.
+            prompt_len: columns of the prompt, padding included, a number or integers [B],
+                or [S] for packed sequences: tokens from there on count as generated. Default: all
+                tokens of the call are a prompt's.
             global_tokens: bool [B T], columns that see and are seen by everything, for attention
                 "longformer" with ``global_mask``.
             **kwargs: as for any model of transformers.
@@ -173,12 +172,12 @@ class BitNetModel(_TernaryModel, hf.BitNetModel):
         if self.attention_plan is None:
             check_no_plan_arguments(prompt_len=prompt_len, global_tokens=global_tokens)
         elif x is not None:
-            check_prompt_len(prompt_len, x.shape[0])
             check_global_tokens(global_tokens, self.attention_plan)
             attention_mask, position_ids, more = describe_call(
-                self, x, attention_mask, position_ids, past_key_values
-            )
-            kwargs |= {"prompt_len": prompt_len, "global_tokens": global_tokens, **more}
+                self, x, attention_mask, position_ids, past_key_values,
+                prompt_len=prompt_len, is_answer=kwargs.pop("is_answer", None),
+            )  # fmt: skip
+            kwargs |= {"global_tokens": global_tokens, **more}
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -222,7 +221,8 @@ class BitNetForCausalLM(_TernaryModel, hf.BitNetForCausalLM):
             past_key_values: a cache.
             inputs_embeds: [B T D].
             labels: int64 [B T], -100 for tokens without a loss. If ``config.attention`` treats
-                generated tokens otherwise, the first label ends the prompt of its row.
+                generated tokens otherwise, the first label ends the prompt of its row, or
+                of its packed sequence.
             use_cache: whether to return a cache.
             logits_to_keep: how many of the last logits to compute, or which; 0: all.
             prompt_len: columns of the prompt. Default: by ``labels``.
@@ -235,7 +235,7 @@ class BitNetForCausalLM(_TernaryModel, hf.BitNetForCausalLM):
             past_key_values = prepared_cache(self, past_key_values, use_cache)
         else:
             if plan.has_phases and prompt_len is None and labels is not None:
-                prompt_len = prompt_len_of(labels, past_key_values)
+                kwargs["is_answer"] = labels != -100
             kwargs |= {"prompt_len": prompt_len, "global_tokens": global_tokens}
         return super().forward(
             input_ids=input_ids,

@@ -21,6 +21,9 @@ def describe_call(
     attention_mask: Any,
     position_ids: Tensor | None,
     cache: Cache | None,
+    *,
+    prompt_len: int | Tensor | None,
+    is_answer: Tensor | None,
 ) -> tuple[Any, Tensor | None, dict[str, Any]]:
     """Describe a call to the attention layers, and to the cache.
 
@@ -30,6 +33,8 @@ def describe_call(
         attention_mask: as the model got it.
         position_ids: as the model got them.
         cache: the cache of the call, or None.
+        prompt_len: as the model got it.
+        is_answer: bool [B T], tokens with labels; None: there are no labels.
 
     Returns:
         The mask, the positions, and further arguments for the attention layers.
@@ -45,17 +50,19 @@ def describe_call(
     leftpad = mask.leftpad if isinstance(mask, Tokens) else None
     if cache is not None:
         tell_padding(cache, leftpad)
+    offset = 0 if cache is None else cache.get_seq_length()
+    prompt_len = resolve_prompt_len(prompt_len, is_answer, mask, B, offset)
+    more: dict[str, Any] = {"prompt_len": prompt_len}
     if not plan.uses(Streaming):
-        return mask, position_ids, {}
+        return mask, position_ids, more
     if position_ids is not None:
         raise ValueError("`position_ids`: attention 'streaming' counts positions itself")
     frequencies = model.rotary_emb.inv_freq
     shift = None if cache is None else bound_positions(cache, frequencies)
-    offset = mask.offset if isinstance(mask, Tokens) else 0
     position_ids = (torch.arange(T, device=x.device) + offset)[None]
     for lag in (leftpad, shift):
         position_ids = position_ids if lag is None else position_ids - lag[:, None]
-    return mask, position_ids.clamp_min(0), {"frequencies": frequencies}
+    return mask, position_ids.clamp_min(0), {**more, "frequencies": frequencies}
 
 
 def prepared_cache(model: Any, cache: Cache | None, use_cache: bool | None) -> Cache | None:
@@ -98,27 +105,56 @@ def check_global_tokens(global_tokens: Tensor | None, plan: AttentionPlan) -> No
         raise ValueError("`global_tokens`: expected attention 'longformer' with 'global_mask'")
 
 
-def check_prompt_len(prompt_len: int | Tensor | None, B: int) -> None:
-    """Raise unless ``prompt_len`` is None, a number, or integers [B]."""
+def resolve_prompt_len(
+    prompt_len: int | Tensor | None,
+    is_answer: Tensor | None,
+    mask: Any,
+    B: int,
+    offset: int | Tensor,
+) -> int | Tensor | None:
+    """Return how many columns stand before the first generated token.
+
+    Args:
+        prompt_len: as the model got it.
+        is_answer: bool [B T], tokens with labels, for a call that has no ``prompt_len``.
+        mask: the mask of the call.
+        B: rows of the batch.
+        offset: columns before the first query.
+
+    Returns:
+        A number, integers [B], or integers [S] for packed sequences; None: all tokens are a
+        prompt's.
+    """
+    packed = mask.cu_seqlens if isinstance(mask, Tokens) else None
     if prompt_len is None:
-        return
+        if is_answer is None:
+            return None
+        if packed is not None:
+            return _before_answers(is_answer.flatten(), packed)
+        rows = torch.arange(B + 1, device=is_answer.device) * is_answer.shape[1]
+        return _before_answers(is_answer.flatten(), rows) + offset
+    count, name = (B, "B") if packed is None else (packed.numel() - 1, "S")
     if isinstance(prompt_len, Tensor):
-        if prompt_len.is_floating_point() or prompt_len.shape != (B,):
+        if prompt_len.is_floating_point() or prompt_len.shape != (count,):
             raise ValueError(
-                f"`prompt_len`: expected integers [B] with B={B}, got {prompt_len.dtype} "
-                f"{list(prompt_len.shape)}"
+                f"`prompt_len`: expected integers [{name}] with {name}={count}, got "
+                f"{prompt_len.dtype} {list(prompt_len.shape)}"
             )
     elif not isinstance(prompt_len, int) or isinstance(prompt_len, bool):
         raise TypeError(f"`prompt_len`: expected an integer, got {type(prompt_len).__name__}")
     elif prompt_len < 0:
         raise ValueError(f"`prompt_len`: expected at least 0, got {prompt_len}")
+    return prompt_len
 
 
-def prompt_len_of(labels: Tensor, cache: Cache | None) -> Tensor:
-    """Return for each row of labels [B T] how many columns stand before the first answer token.
+def _before_answers(is_answer: Tensor, starts: Tensor) -> Tensor:
+    """Return for each sequence of flat ``is_answer`` how many tokens stand before its first answer.
 
-    Labels are -100 there; a row without an answer is a prompt as a whole.
+    ``starts`` [S + 1] says where the sequences begin, and how many tokens there are; one without an
+    answer is a prompt as a whole.
     """
-    is_answer = labels != -100
-    first = torch.where(is_answer.any(-1), is_answer.int().argmax(-1), labels.shape[1])
-    return first if cache is None else first + cache.get_seq_length()
+    place = torch.arange(is_answer.numel(), device=is_answer.device)
+    sequence = torch.bucketize(place, starts[1:], right=True)
+    ends = starts[1:].long()
+    first = ends.scatter_reduce(0, sequence, place.where(is_answer, ends[sequence]), "amin")
+    return first - starts[:-1]
