@@ -21,6 +21,7 @@ from bitnet_triton.testing import assert_close
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(1, 64), (2, 1), (5, 100), (3, 1025), (1, 2560)]
 EPS = 1e-5
+ALL_BACKENDS = pytest.mark.backends("triton", "compile", "reference")
 
 pytestmark = [
     pytest.mark.backends("triton", "reference"),
@@ -33,6 +34,7 @@ def inputs(shape, dtype, device, widths=1):
     return x, (1 + 0.2 * torch.randn(shape[-1], device=device)).to(dtype)
 
 
+@ALL_BACKENDS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_reference(shape, dtype, device, backend):
@@ -137,6 +139,7 @@ def gradients(norm, x, weight, dy):
     return {"y": y.detach(), "dx": dx, "dweight": dweight}
 
 
+@ALL_BACKENDS
 # the last one has more rows than programs, and a program with fewer than the others
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 64), (5, 100), (3, 1025), (1030, 33)], ids=str)

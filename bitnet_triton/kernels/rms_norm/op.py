@@ -22,6 +22,7 @@ from bitnet_triton.kernels.rms_norm.reference import (
 )
 from bitnet_triton.runtime import (
     Implementation,
+    compile_by_kind,
     register_op,
     remember_backend,
     remembered_backend,
@@ -73,7 +74,8 @@ def _reference_norm_bwd(
     normalised, scaled = wide * rstd, gradient * weight.float()
     dx = rstd * (scaled - normalised * (scaled * normalised).mean(-1, keepdim=True))
     rows = x.shape[0] if with_dweight else 0
-    dweight = (gradient * normalised.to(x.dtype).float())[:rows].sum(0)
+    # float64: Inductor adds up thousands of rows one after the other
+    dweight = (gradient * normalised.to(x.dtype).float())[:rows].sum(0, dtype=torch.float64)
     return dx.to(x.dtype), dweight.to(weight.dtype)
 
 
@@ -102,10 +104,12 @@ def _triton_objection(weight: Tensor) -> str | None:
 
 NORM_FWD = {
     "triton": Implementation(_triton_norm, _triton_objection),
+    "compile": Implementation(compile_by_kind(_reference_norm)),
     "reference": Implementation(_reference_norm),
 }
 NORM_BWD = {
     "triton": Implementation(_triton_norm_bwd, _triton_objection),
+    "compile": Implementation(compile_by_kind(_reference_norm_bwd)),
     "reference": Implementation(_reference_norm_bwd),
 }
 NORM_QUANTIZE_FWD = {
