@@ -50,7 +50,8 @@ def prepare(
     if value in leaves or splat_integer(value) is not None:
         return
     if emitter.buffer(value) is not None or (op is not None and op.name == "tt.load"):
-        leaves[value] = matrix_view(emitter, value, unit=along, upto=upto)
+        view = matrix_view(emitter, value, unit=along, upto=upto)
+        leaves[value] = View(view.base, (view.steps[1 - along], view.steps[along]))
         return
     assert op is not None
     if op.name == "tt.trans":
@@ -67,7 +68,7 @@ def byte_expression(emitter: Emitter, value: Value, along: int, leaves: dict[Val
         return f"splat64({constant})"
     if value in leaves:
         view = leaves[value]
-        return f"load64({view.base} + n * int64_t({view.steps[1 - along]}) + k)"
+        return f"load64({view.base} + n * int64_t({view.steps[0]}) + k)"
     op = value.op
     assert op is not None
     if op.name == "tt.trans":

@@ -244,7 +244,7 @@ def _ahead(view: View, product: VectorProduct) -> str:
     The hardware sees long rows coming by itself, but not stretches of less than a page.
     """
     distance = product.depth if product.depth < _LONG_ROW else _FETCH_AHEAD
-    return f"{view.base} + n * int64_t({view.steps[1 - product.along]}) + k + {distance}"
+    return f"{view.base} + n * int64_t({view.steps[0]}) + k + {distance}"
 
 
 def _row(target: Lanes, product: VectorProduct, v: int) -> str:
