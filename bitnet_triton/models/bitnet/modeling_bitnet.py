@@ -25,7 +25,7 @@ from bitnet_triton.models.bitnet.planned import (
 )
 from bitnet_triton.models.checkpoint import check_checkpoint, check_folder, check_suffixes
 from bitnet_triton.models.quantizer import replace_linears
-from bitnet_triton.nn import use_output_head
+from bitnet_triton.nn import RMSNorm, use_output_head
 
 
 def _prepared_plan(config: BitNetConfig) -> AttentionPlan | None:
@@ -53,6 +53,9 @@ class _TernaryModel(hf.BitNetPreTrainedModel):
         config = BitNetConfig.from_hf(config)
         plan = _prepared_plan(config)
         super().__init__(config, *args, **kwargs)
+        for name, module in list(self.named_modules()):
+            if isinstance(module, hf.BitNetRMSNorm):
+                self.set_submodule(name, RMSNorm.from_norm(module))
         if plan is not None:
             self._use_plan(plan)
         if getattr(config, "quantization_config", None) is not None:
