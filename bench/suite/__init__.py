@@ -1,0 +1,26 @@
+"""The sections of ``python -m bench.gpu_suite``: first what is right, then how fast it is."""
+
+import functools
+
+from bench.suite import attention, check_attention, check_linear, check_norm, decode, matmul, model
+from bench.suite.plan import Section
+
+SECTIONS = (
+    Section("norms", "Quantisers and norms", "check", 1, 20, check_norm.items),
+    Section("linears", "Linears", "check", 3, 20, check_linear.items),
+    Section("attentions", "Attention and rotation", "check", 4, 20, check_attention.items),
+    Section("prefill", "Products of 4096 tokens", "speed", 3, 20, matmul.prefill),
+    Section("gemv", "Products of 1 to 16 tokens", "speed", 4, 20, matmul.gemv),
+    Section(
+        "attention", "Attention, forward", "speed", 4, 40,
+        functools.partial(attention.attention, "forward"),
+    ),
+    Section(
+        "attention_backward", "Attention, backward", "speed", 4, 60,
+        functools.partial(attention.attention, "backward"),
+    ),
+    Section("decode", "Attention of one query", "speed", 2, 20, decode.items),
+    Section("model", "A whole model, decoding", "speed", 4, 100, model.items),
+)  # fmt: skip
+
+__all__ = ["SECTIONS"]

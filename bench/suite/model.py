@@ -1,0 +1,109 @@
+"""Greedy decoding of a whole model of 2B-4T shapes, through transformers' ``generate``.
+
+With a static cache transformers compiles the decode step and replays it as a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bench.case import Case, Provider, Settings, Work
+from bench.models import SHAPES, RandomModels, state_bytes
+from bench.suite import speed
+from bench.suite.plan import Item, Plan
+
+# of the logits, in bf16: roundings of 30 layers (bench/models.py)
+_TOLERANCE = 2e-2
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One point: the models, the prompt [B T], and how many tokens follow it."""
+
+    models: RandomModels
+    ids: Tensor
+    new: int
+
+    def logits(self, model: PreTrainedModel) -> Tensor:
+        """Return the logits of the prompt: later tokens differ where two logits nearly tie."""
+        return model(self.ids, use_cache=False).logits
+
+
+def _generate(kind: str, cache: str) -> Callable[[Inputs], Work]:
+    def build(inputs: Inputs) -> Work:
+        model, new = inputs.models.get(kind), inputs.new
+        # each run makes a cache of its own
+        settings = {
+            "max_new_tokens": new, "min_new_tokens": new, "do_sample": False,
+            "cache_implementation": cache, "pad_token_id": 0,
+        }  # fmt: skip
+
+        def generate() -> Tensor:
+            tokens = model.generate(inputs.ids, **settings)
+            wanted = inputs.ids.shape[1] + new
+            if tokens.shape[1] != wanted:
+                raise AssertionError(f"expected {wanted} tokens, got {tokens.shape[1]}")
+            return tokens
+
+        held = state_bytes(model)
+        B, T = inputs.ids.shape
+        moved = held + B * inputs.models.shape.kv_bytes(T + new // 2)
+        return Work(
+            generate,
+            lambda: inputs.logits(model),
+            read_bytes=new * moved,
+            units=new,
+            details={"state_bytes": held, "layers": inputs.models.shape.layers},
+        )
+
+    return build
+
+
+def items(plan: Plan) -> Sequence[Item]:
+    """Return decoding after a short prompt: of one sequence, and of eight."""
+    shape = SHAPES["tiny" if plan.small else "2b4t"]
+    tokens, new = (8, 4) if plan.small else (64, 64)
+    built: list[RandomModels] = []
+
+    def inputs(B: int, prompt: int, new: int, settings: Settings) -> Inputs:
+        if not built:
+            built.append(RandomModels(shape, settings))
+        ids = torch.randint(
+            2, shape.vocab, (B, prompt), generator=settings.generator, device=settings.device
+        )
+        return Inputs(built[0], ids, new)
+
+    def flops(B: int, prompt: int, new: int) -> float:
+        weights = shape.layers * shape.layer_weights + shape.head_weights
+        return 2.0 * B * weights * new
+
+    grid = [{"B": B, "prompt": tokens, "new": new} for B in (1, 8)]
+    case = Case(
+        name="model",
+        title="A whole model",
+        grid=grid,
+        inputs=inputs,
+        reference=lambda inputs: inputs.logits(inputs.models.get("autobitlinear")),
+        providers={
+            speed.OURS: Provider(
+                "bitnet_triton, static cache", _generate("fused", "static"), _TOLERANCE, "int8",
+                "after bitnet_triton.fuse",
+            ),
+            "bitnet_triton_dynamic": Provider(
+                "bitnet_triton, dynamic cache", _generate("fused", "dynamic"), _TOLERANCE, "int8",
+                "after bitnet_triton.fuse, not compiled",
+            ),
+            "transformers": Provider(
+                "hf autobitlinear, static cache", _generate("autobitlinear", "static"),
+                _TOLERANCE, "bf16", "unpacked to bf16 at load",
+            ),
+        },
+        baselines=("transformers",),
+        flops=flops,
+    )  # fmt: skip
+    return speed.items(case, plan, quick=())
