@@ -12,6 +12,8 @@ from bitnet_triton import use_backend
 from bitnet_triton.kernels import bit_linear, quantize_activations
 from bitnet_triton.kernels.bit_linear.backward import launch_bit_linear_bwd_dweight
 from bitnet_triton.kernels.bit_linear.reference import bit_linear_reference
+from bitnet_triton.kernels.quantize.op import weight_stats
+from bitnet_triton.kernels.quantize.reference import weight_codes_reference
 from bitnet_triton.runtime.autotune import fitted_tiles, tiles
 from bitnet_triton.testing import assert_close, randn, random_codes
 
@@ -79,6 +81,27 @@ def test_output_and_gradients_match_float64(shape, levels, x_dtype, weight_dtype
             worst = 2 * (eager[name].double() - value).abs().max().item()
             assert_close(name, ours[name], value, rms=8e-3, worst=worst)
     assert ours["dweight"].dtype == weight_dtype
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("levels", LEVELS)
+def test_both_directions_round_a_weight_beside_a_threshold_alike(levels, dtype, device, backend):
+    """The identity reads the codes out: forward in int8, backward in the dtype of dy."""
+    weight = (randn(32, 32, device=device) * 0.02).to(dtype)
+    stats = weight_stats(weight)
+    for threshold in (stats[0] / 2, -stats[0] / 2, stats[1]):
+        near = threshold.to(dtype)
+        ends = torch.tensor([torch.inf, -torch.inf], dtype=dtype, device=device)
+        beside = torch.stack([near, *torch.nextafter(near.expand(2), ends)])
+        weight.view(-1)[torch.randperm(1024, device=device)[:30]] = beside.repeat(10)
+    codes = weight_codes_reference(weight.float(), stats, levels=levels)
+    eye = torch.eye(32, dtype=dtype, device=device)
+    ops, binary = torch.ops.bitnet_triton, levels == "binary"
+    with use_backend(backend):
+        y, _, _ = ops.bit_linear_fwd(127 * eye, weight, None, stats, binary)
+        dx = ops.bit_linear_bwd_dx(eye, weight, stats, binary)
+    assert torch.equal(y, (127 * codes * stats[0]).t().to(dtype))
+    assert torch.equal(dx, (codes * stats[0]).to(dtype))
 
 
 @pytest.mark.parametrize("levels", LEVELS)
