@@ -13,7 +13,7 @@ from bitnet_triton.testing import assert_close
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # M, N, K: few tokens and many, full blocks and parts of them
-SHAPES = [(1, 128, 2560), (1, 1, 1), (2, 130, 100), (3, 257, 515), (33, 64, 256), (40, 65, 512)]
+SHAPES = [(1, 128, 2560), (1, 1, 1), (3, 130, 100), (6, 257, 515), (33, 64, 256), (70, 65, 512)]
 # k and dtype of the values
 BEST = [(1, torch.float32), (5, torch.bfloat16), (5, torch.float16)]
 

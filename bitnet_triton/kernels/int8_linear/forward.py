@@ -57,12 +57,13 @@ def _int8_product(
     HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     ks = tl.arange(0, BLOCK_K)
-    # both planes of a token are vectors of one product: the weight is read once
+    # both planes of a token are vectors of one product: the weight is read once. It stands on the
+    # left, which is multiplied as it lies in memory; a CPU rearranges what stands on the right
     vectors = 2 * first_token + tl.arange(0, 2 * BLOCK_M)
     is_vector = vectors < 2 * M
     is_row = rows < N
 
-    acc = tl.zeros((2 * BLOCK_M, BLOCK_N), tl.int32)
+    acc = tl.zeros((BLOCK_N, 2 * BLOCK_M), tl.int32)
     for k in range(0, K, BLOCK_K):
         in_k = k + ks < K
         codes = tl.load(
@@ -73,14 +74,14 @@ def _int8_product(
             planes_ptr + vectors[:, None] * K + (k + ks)[None, :],
             mask=is_vector[:, None] & in_k[None, :], other=0,
         )  # [2 BLOCK_M, BLOCK_K]  # fmt: skip
-        acc = tl.dot(planes, tl.trans(codes), acc, out_dtype=tl.int32)  # [2 BLOCK_M, BLOCK_N]
+        acc = tl.dot(codes, tl.trans(planes), acc, out_dtype=tl.int32)  # [BLOCK_N, 2 BLOCK_M]
 
     tokens = first_token + tl.arange(0, BLOCK_M)
-    weight_of_plane = tl.where(tl.arange(0, 2) == 0, 128.0, 1.0)[None, :, None]
-    sums = tl.reshape(acc.to(tl.float32), (BLOCK_M, 2, BLOCK_N)) * weight_of_plane
+    weight_of_plane = tl.where(tl.arange(0, 2) == 0, 128.0, 1.0)[None, None, :]
+    sums = tl.reshape(acc.to(tl.float32), (BLOCK_N, BLOCK_M, 2)) * weight_of_plane
     x_scale = tl.load(x_scale_ptr + tokens, mask=tokens < M, other=0.0)
     scale = tl.load(scale_ptr + rows, mask=is_row, other=0.0)
-    y = tl.sum(sums, axis=1) * (x_scale[:, None] * scale[None, :])  # [BLOCK_M, BLOCK_N]
+    y = tl.trans(tl.sum(sums, axis=2)) * (x_scale[:, None] * scale[None, :])  # [BLOCK_M, BLOCK_N]
     if HAS_BIAS:
         y += tl.load(bias_ptr + rows, mask=is_row, other=0.0).to(tl.float32)[None, :]
     return y
