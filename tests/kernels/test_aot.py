@@ -145,7 +145,7 @@ def record_all():
                 launch_int8(M, dtype, meta(N, dtype=dtype) if M == 1 else None)
             for length in (2560, 6912, 28672):
                 launch_split_activations(meta(4, length, dtype=dtype))
-        for D, dtype in ((128, BF16), (256, BF16), (64, F32), (256, F32)):
+        for D, dtype in ((128, BF16), (256, BF16), (64, F32), (128, F32)):
             launch_attention(D, dtype, Mask())
         launch_attention(128, BF16, Mask(window=1024, sinks=4))
         launch_packed(2048, BF16, None)

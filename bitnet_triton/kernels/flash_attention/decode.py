@@ -13,7 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from bitnet_triton.kernels.flash_attention.bands import OPEN
-from bitnet_triton.kernels.flash_attention.forward import accumulate, score_factors
+from bitnet_triton.kernels.flash_attention.forward import (
+    accumulate,
+    score_factors,
+    softmax_step,
+)
 from bitnet_triton.kernels.flash_attention.mask import Mask
 from bitnet_triton.kernels.flash_attention.tiles import load_rows, score_tile, store_rows
 from bitnet_triton.runtime import launch
@@ -110,7 +114,13 @@ def _flash_attention_decode_kernel(
         if sinks is not None:
             visible = visible | (j[None, :] < sink_end[:, None])
         scores = tl.where(visible & is_key[None, :], scores, float("-inf"))
-        acc, top, total = accumulate(acc, top, total, scores, v)
+        if ROWS <= 4:
+            # each row by itself: a product would copy the values into another order first
+            weights, shrink, top, total = softmax_step(top, total, scores)
+            products = weights[:, :, None] * v.to(tl.float32)[None, :, :]
+            acc = acc * shrink[:, None] + tl.sum(products, axis=1)  # [ROWS, BLOCK_DV]
+        else:
+            acc, top, total = accumulate(acc, top, total, scores, v)
 
     row = (batch * Tq + t) * H + head
     out = acc / tl.where(total > 0, total, 1.0)[:, None]

@@ -32,17 +32,27 @@ _LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def accumulate(acc, top, total, scores, v) -> tuple:
-    """Add a tile of keys to the running softmax (arXiv:1805.02867)."""
+def softmax_step(top, total, scores) -> tuple:
+    """Take a tile of scores into the running softmax (arXiv:1805.02867).
+
+    Returns the weights of the tile, by how much what was summed before shrinks, the new maximum and
+    the new sum of weights.
+    """
     new_top = tl.maximum(top, tl.max(scores, 1))
     # a row that has seen no key keeps a finite pivot: -inf - -inf is NaN
     pivot = tl.where(new_top == float("-inf"), 0.0, new_top)
     weights = tl.exp2(scores - pivot[:, None])
     shrink = tl.exp2(top - pivot)
-    total = total * shrink + tl.sum(weights, 1)
+    return weights, shrink, new_top, total * shrink + tl.sum(weights, 1)
+
+
+@triton.jit
+def accumulate(acc, top, total, scores, v) -> tuple:
+    """Add a tile of keys to what a tile of rows has summed."""
+    weights, shrink, top, total = softmax_step(top, total, scores)
     acc = acc * shrink[:, None]
     acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")  # [BLOCK_M, BLOCK_DV]
-    return acc, new_top, total
+    return acc, top, total
 
 
 @triton.jit

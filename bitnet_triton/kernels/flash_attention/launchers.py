@@ -14,6 +14,7 @@ from bitnet_triton.kernels.flash_attention.reference import (
     attention_reference,
 )
 from bitnet_triton.runtime import Implementation
+from bitnet_triton.runtime.device import smallest_dot
 
 # a program holds whole heads of a tile of rows
 LARGEST_HEAD = 256
@@ -54,8 +55,11 @@ def _inner_contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
 def _triton_objection(q: Tensor, v: Tensor, call: Call) -> str | None:
     if call.mask.selects:
         return "the selection of scores (top_k, threshold) has no kernel"
-    widest = max(q.shape[-1], v.shape[-1])
-    return None if widest <= LARGEST_HEAD else f"heads have at most {LARGEST_HEAD} values"
+    widest, largest = max(q.shape[-1], v.shape[-1]), LARGEST_HEAD
+    if q.dtype == torch.float32 and smallest_dot(q.device) > 1:
+        # products of float32 run in registers there, and larger heads do not fit into them
+        largest //= 2
+    return None if widest <= largest else f"heads have at most {largest} values"
 
 
 def _sequences(call: Call) -> Iterator[tuple[slice, slice, dict[str, Any]]]:

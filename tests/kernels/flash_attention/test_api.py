@@ -7,6 +7,8 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from bitnet_triton import BackendUnavailableError, use_backend
 from bitnet_triton.kernels import Mask, flash_attention, merge_attention
+from bitnet_triton.kernels.flash_attention.arguments import Call
+from bitnet_triton.kernels.flash_attention.launchers import ATTENTION_FWD
 from bitnet_triton.kernels.flash_attention.reference import attention_reference
 from bitnet_triton.testing import assert_close
 
@@ -315,3 +317,19 @@ def test_bad_arguments_are_named(changes, error, message):
     arguments = {"q": Q, "k": K, "v": V} | changes
     with pytest.raises(error, match=message):
         flash_attention(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "D", "largest"),
+    [
+        ("cpu", torch.float32, 257, 256),
+        ("meta", torch.bfloat16, 257, 256),
+        ("meta", torch.float32, 129, 128),
+    ],
+)
+def test_heads_that_no_program_holds_are_left_to_the_reference(device, dtype, D, largest):
+    supports = ATTENTION_FWD["triton"].supports
+    q, call = torch.empty(1, 4, 1, D, device=device, dtype=dtype), Call(Mask(), 1.0)
+    assert supports(q, q, call) == f"heads have at most {largest} values"
+    fits = q[..., :largest]
+    assert supports(fits, fits, call) is None
