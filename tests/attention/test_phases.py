@@ -4,6 +4,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bitnet_triton.attention import AttentionContext, AttentionPlan
 from bitnet_triton.attention.full import Full
@@ -48,6 +50,37 @@ def test_without_a_length_all_tokens_are_a_prompt(heads, formula, close, visible
     q, k, v = heads(T)
     y = run_plan(SWAA, q, k, v, AttentionContext(0, 0.25))
     close(y, formula(q, k, v, swaa_pairs(visible_pairs, T), 0.25))
+
+
+@given(
+    window=st.integers(1, T),
+    sinks=st.integers(0, 4),
+    prompt_len=st.integers(0, T),
+    left=st.integers(0, T),
+    cuts=st.sets(st.integers(1, T - 1), max_size=3),
+    full_decode=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_every_combination_is_its_definition(window, sinks, prompt_len, left, cuts, full_decode):
+    q, k, v = torch.randn(3, 2, T, 2, 8)
+    sliding = Sliding(window, sinks)
+    plan = AttentionPlan((sliding,), (Full() if full_decode else sliding,))
+    seen = torch.zeros(2, 1, T, T, dtype=torch.bool)
+    for row, start in enumerate((left, 0)):
+        for i in range(T - start):
+            for j in range(i + 1):
+                is_near = i - j < window or j < sinks
+                is_generated = full_decode and i >= prompt_len - start
+                seen[row, 0, start + i, start + j] = is_near or is_generated
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * 0.25
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
+    expected = torch.einsum("bhqk,bkhd->bqhd", weights, v)
+    lefts = torch.tensor([left, 0]).int()
+    for start, end in pairwise([0, *sorted(cuts), T]):
+        tokens = Tokens(offset=start, leftpad=lefts)
+        context = AttentionContext(0, 0.25, tokens, prompt_len=prompt_len)
+        y = run_plan(plan, q[:, start:end], k[:, :end], v[:, :end], context)
+        torch.testing.assert_close(y, expected[:, start:end], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", PLANS)

@@ -72,6 +72,32 @@ def test_padding_does_not_change_other_rows(checkpoint, logits):
     assert (masked - alone).norm() < 0.1 * (unmasked - alone).norm()
 
 
+@pytest.mark.parametrize(
+    "attention",
+    [
+        {"mode": "sliding", "window": 3, "sinks": 1},
+        {"mode": "streaming", "window": 3, "sinks": 1},
+        {"preset": "swaa-untrained", "window": 3, "sinks": 1},
+    ],
+    ids=["sliding", "streaming", "swaa"],
+)
+def test_fused_layers_follow_the_plan(attention, checkpoint, steady_ids, error):
+    model = bt.BitNetForCausalLM.from_pretrained(checkpoint(), attention=attention).eval()
+    ids = steady_ids(model, T=9, prompt_len=6)
+
+    def steps():
+        with torch.no_grad():
+            out = model(ids[:, :7], prompt_len=6, use_cache=True)
+            last = model(ids[:, 7:], prompt_len=6, past_key_values=out.past_key_values)
+        return torch.cat([out.logits, last.logits], dim=1)
+
+    plain = steps()
+    bt.fuse(model)
+    assert error(steps(), plain) <= 1e-3
+    bt.unfuse(model)
+    assert torch.equal(steps(), plain)
+
+
 def test_the_name_works_without_a_plan(checkpoint, logits, steady_ids, error):
     ids = steady_ids(bt.BitNetForCausalLM.from_pretrained(checkpoint()))
     named = bt.BitNetForCausalLM.from_pretrained(checkpoint(), attn_implementation="bitnet_triton")
