@@ -170,6 +170,14 @@ def run(request):
     return triton_cpu.launch
 
 
+@pytest.fixture
+def threads():
+    """Return ``threads(n)``: the programs of a grid run on so many threads, for this test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def _same_inputs(request, _fresh_state, input_seed):
     """Draw the same inputs for both oracles, in both processes."""

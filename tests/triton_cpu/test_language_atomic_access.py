@@ -10,14 +10,6 @@ DTYPES = [torch.bool, torch.int8, torch.int64, torch.bfloat16, torch.float64]
 ONE_AFTER_ANOTHER = pytest.mark.no_interpreter("it runs one program after another")
 
 
-@pytest.fixture
-def threads():
-    """Return ``threads(n)``: the programs of a grid run on so many threads, for this test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @triton.jit
 def copies_kernel(x_ptr, m_ptr, y_ptr, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)

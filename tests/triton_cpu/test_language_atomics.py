@@ -261,10 +261,8 @@ def volatile_kernel(flag_ptr, x_ptr, y_ptr, BLOCK: tl.constexpr):
 
 @pytest.mark.ops("load")
 @pytest.mark.no_interpreter("it runs one program after another")
-def test_volatile_loads_see_what_another_program_writes(run, check):
+def test_volatile_loads_see_what_another_program_writes(run, check, threads):
+    threads(2)
     flag, x, y = torch.zeros(3, 16).int()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
     run(volatile_kernel, (2,))(flag, x, y, BLOCK=16)
-    torch.set_num_threads(threads)
     check(y, torch.arange(16))
