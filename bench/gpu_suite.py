@@ -51,18 +51,18 @@ def choose_sections(names: Sequence[str]) -> list[Section]:
 
 
 def make_plan(device: str, quick: bool, seed: int | None) -> Plan:
-    """Return how to measure on ``device``: "cpu", "cuda", "cuda:1", or "auto".
+    """Return how to measure on ``device``: "cpu", "cuda" (the current one), or "auto".
 
     Raises:
         ValueError: there is no such device.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = torch.device(device)
-    if chosen.type not in ("cpu", "cuda"):
+    if device not in ("cpu", "cuda"):
         raise ValueError(f"`device`: expected cpu, cuda or auto, got {device!r}")
-    if chosen.type == "cuda" and not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("`device`: PyTorch sees no GPU here")
+    chosen = torch.device(device)
     short = quick or chosen.type == "cpu"
     settings = Settings(
         device=chosen,

@@ -6,9 +6,9 @@ from bench.suite import attention, check_attention, check_linear, check_norm, de
 from bench.suite.plan import Section
 
 SECTIONS = (
-    Section("norms", "Quantisers and norms", "check", 1, 20, check_norm.items),
-    Section("linears", "Linears", "check", 3, 20, check_linear.items),
-    Section("attentions", "Attention and rotation", "check", 4, 20, check_attention.items),
+    Section("norms", "Quantisers and norms", "check", 2, 10, check_norm.items),
+    Section("linears", "Linears", "check", 6, 10, check_linear.items),
+    Section("attentions", "Attention and rotation", "check", 12, 10, check_attention.items),
     Section("prefill", "Products of 4096 tokens", "speed", 3, 20, matmul.prefill),
     Section("gemv", "Products of 1 to 16 tokens", "speed", 4, 20, matmul.gemv),
     Section(
@@ -20,7 +20,7 @@ SECTIONS = (
         functools.partial(attention.attention, "backward"),
     ),
     Section("decode", "Attention of one query", "speed", 2, 20, decode.items),
-    Section("model", "A whole model, decoding", "speed", 4, 100, model.items),
+    Section("model", "A whole model, decoding", "speed", 5, 100, model.items),
 )  # fmt: skip
 
 __all__ = ["SECTIONS"]

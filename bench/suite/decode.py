@@ -88,4 +88,4 @@ def items(plan: Plan) -> Sequence[Item]:
         baselines=("sdpa",),
         flops=lambda B, T, H, Hk, D: 4 * B * T * H * D * _calls(B, T, Hk, D, plan.device),
     )
-    return speed.items(case, plan, quick=grid[1:2])
+    return speed.items(case, plan, quick=grid[-1:] if plan.small else grid[1:2])

@@ -143,4 +143,5 @@ def gemv(plan: Plan) -> Sequence[Item]:
     shapes = _SMALL[:1] if plan.small else (*_LARGE, *_SHAPES)
     grid = [{"M": M, "K": K, "N": N} for M in _ROWS for K, N in shapes]
     case = _case("gemv", "Few tokens", grid, plan.device)
-    return speed.items(case, plan, quick=[p for p in grid if p["M"] in (1, 16) and p["K"] == 4096])
+    quick = [p for p in grid if p["M"] in (1, 16) and (p["K"], p["N"]) == shapes[0]]
+    return speed.items(case, plan, quick=quick)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from bench.machine import copies_beyond_cache
 from bench.measure import measure_point
 from bench.report import point_name
 from bench.suite.plan import Item, Plan, Result
+from bitnet_triton import use_backend
 
 OURS = "bitnet_triton"
 
@@ -22,23 +24,31 @@ def is_ours(provider: str) -> bool:
     return provider.startswith(OURS)
 
 
-def items(case: Case, plan: Plan, quick: Sequence[Point]) -> list[Item]:
+def items(
+    case: Case, plan: Plan, quick: Sequence[Point], backend: str | None = "triton"
+) -> list[Item]:
     """Return the points of a case as items.
 
     Args:
         case: the workload.
         plan: how it is measured.
         quick: the points that stay in a quick run.
+        backend: is forced on ours: what is timed is a kernel. None where a part has none.
     """
     return [
-        Item(point_name(point), functools.partial(_measure, case, point, plan), point in quick)
+        Item(
+            point_name(point),
+            functools.partial(_measure, case, point, plan, backend),
+            point in quick,
+        )
         for point in case.grid
     ]
 
 
-def _measure(case: Case, point: Point, plan: Plan) -> list[Result]:
+def _measure(case: Case, point: Point, plan: Plan, backend: str | None) -> list[Result]:
     providers = case.select_providers([])
-    rows = measure_point(case, point, providers, plan.settings, plan.peaks)
+    with contextlib.nullcontext() if backend is None else use_backend(backend):
+        rows = measure_point(case, point, providers, plan.settings, plan.peaks)
     flops = case.flops(**point)
     results = []
     for row in rows:
