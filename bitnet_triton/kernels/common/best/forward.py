@@ -15,8 +15,11 @@ from torch import Tensor
 from bitnet_triton.runtime import launch
 from bitnet_triton.runtime.autotune import tiles
 
-_NO_RANK = tl.constexpr(-(2**63))
-_LOW_BITS = tl.constexpr(0x7FFFFFFF)
+
+@triton.jit
+def _no_rank() -> tl.tensor:
+    """Return what is below every rank."""
+    return tl.full((), -(2**63), tl.int64)
 
 
 @triton.jit
@@ -26,19 +29,19 @@ def ranks(y, index) -> tl.tensor:
     # -0.0 equals 0.0
     bits = tl.where(y == 0.0, 0.0, y).to(tl.int32, bitcast=True)
     # negative floats order the other way round than their bits
-    ordered = bits ^ ((bits >> 31) & _LOW_BITS)
-    ordered = tl.where(y != y, _LOW_BITS, ordered)
-    return (ordered.to(tl.int64) << 32) | (_LOW_BITS - index).to(tl.int64)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    ordered = tl.where(y != y, 0x7FFFFFFF, ordered)
+    return (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - index).to(tl.int64)
 
 
 @triton.jit
 def store_best(y, rows, N, best_ptrs, is_token, BEST: tl.constexpr) -> None:
     """Store the BEST highest ranks of each line of y [BLOCK_M, BLOCK_N], at ``rows`` below N."""
-    ranked = tl.where((rows < N)[None, :], ranks(y, rows[None, :]), _NO_RANK)
+    ranked = tl.where((rows < N)[None, :], ranks(y, rows[None, :]), _no_rank())
     for i in range(BEST):
         best = tl.max(ranked, axis=1)
         tl.store(best_ptrs + i, best, mask=is_token)
-        ranked = tl.where(ranked == best[:, None], _NO_RANK, ranked)
+        ranked = tl.where(ranked == best[:, None], _no_rank(), ranked)
 
 
 @triton.jit
@@ -55,18 +58,18 @@ def _merge_best_kernel(
     # no two ranks are equal: the next one is the highest below the last
     last = tl.full((), 2**63 - 1, tl.int64)
     for i in range(BEST):
-        highest = tl.full((BLOCK_C,), _NO_RANK, tl.int64)
+        highest = tl.full((BLOCK_C,), -(2**63), tl.int64)
         for start in range(0, C, BLOCK_C):
             rank = tl.load(
-                best_ptr + row * C + start + cols, mask=start + cols < C, other=_NO_RANK
+                best_ptr + row * C + start + cols, mask=start + cols < C, other=_no_rank()
             )  # [BLOCK_C]
-            highest = tl.maximum(highest, tl.where(rank < last, rank, _NO_RANK))
+            highest = tl.maximum(highest, tl.where(rank < last, rank, _no_rank()))
         last = tl.max(highest, axis=0)
         ordered = (last >> 32).to(tl.int32)
-        bits = ordered ^ ((ordered >> 31) & _LOW_BITS)
+        bits = ordered ^ ((ordered >> 31) & 0x7FFFFFFF)
         value = bits.to(tl.float32, bitcast=True)
         tl.store(values_ptr + row * BEST + i, value.to(values_ptr.dtype.element_ty))
-        tl.store(indices_ptr + row * BEST + i, _LOW_BITS - (last & _LOW_BITS))
+        tl.store(indices_ptr + row * BEST + i, 0x7FFFFFFF - (last & 0x7FFFFFFF))
 
 
 def launch_merge_best(best: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
