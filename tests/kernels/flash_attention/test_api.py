@@ -320,16 +320,16 @@ def test_bad_arguments_are_named(changes, error, message):
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "D", "largest"),
+    ("where", "dtype", "D", "largest"),
     [
         ("cpu", torch.float32, 257, 256),
         ("meta", torch.bfloat16, 257, 256),
         ("meta", torch.float32, 129, 128),
     ],
 )
-def test_heads_that_no_program_holds_are_left_to_the_reference(device, dtype, D, largest):
+def test_heads_that_no_program_holds_are_left_to_the_reference(where, dtype, D, largest):
     supports = ATTENTION_FWD["triton"].supports
-    q, call = torch.empty(1, 4, 1, D, device=device, dtype=dtype), Call(Mask(), 1.0)
+    q, call = torch.empty(1, 4, 1, D, device=where, dtype=dtype), Call(Mask(), 1.0)
     assert supports(q, q, call) == f"heads have at most {largest} values"
     fits = q[..., :largest]
     assert supports(fits, fits, call) is None
