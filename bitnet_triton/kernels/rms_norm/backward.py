@@ -35,7 +35,7 @@ def _rms_norm_bwd_kernel(
     sums = tl.zeros((BLOCK_D,), tl.float32)
     for i in range(program * ROWS, tl.minimum((program + 1) * ROWS, M)):
         # int64: row * stride overflows int32 from 2**31 elements on
-        row = i.to(tl.int64)
+        row = tl.cast(i, tl.int64)
         x = tl.load(x_ptr + row * x_stride_m + cols, mask=in_row, other=0.0)  # [BLOCK_D]
         dy = tl.load(dy_ptr + row * dy_stride_m + cols, mask=in_row, other=0.0).to(tl.float32)
         wide = x.to(tl.float32)
