@@ -4,12 +4,20 @@ from types import ModuleType
 from typing import Any
 
 from bench.case import Case
-from bench.cases import bit_linear, flash_attention, model, ternary_linear, triton_cpu
+from bench.cases import (
+    bit_linear,
+    flash_attention,
+    int8_linear,
+    model,
+    ternary_linear,
+    triton_cpu,
+)
 
 CASES: dict[str, ModuleType] = {
     "ternary_linear": ternary_linear,
     "bit_linear": bit_linear,
     "flash_attention": flash_attention,
+    "int8_linear": int8_linear,
     "model": model,
     "triton_cpu": triton_cpu,
 }

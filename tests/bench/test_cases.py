@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 
 from bench.__main__ import app
 from bench.case import PeerMissingError, Settings
-from bench.cases import bit_linear, make_case, model, ternary_linear
+from bench.cases import bit_linear, int8_linear, make_case, model, ternary_linear
 from bench.measure import measure_point, relative_error
 from bench.models import SHAPES, RandomModels, state_bytes
 from bench.peers import PEERS, from_transformers
@@ -32,6 +32,15 @@ def test_bit_linear_providers_agree(passes):
     case = bit_linear.case()
     rows = measure_point(
         case, {"passes": passes, "M": 24, "K": 64, "N": 32}, case.providers, SETTINGS
+    )
+    assert [(row.provider, row.status) for row in rows] == [(n, "timed") for n in case.providers]
+
+
+@pytest.mark.parametrize("output", ["logits", "best"])
+def test_int8_linear_providers_agree(output):
+    case = int8_linear.case()
+    rows = measure_point(
+        case, {"output": output, "M": 2, "K": 64, "N": 96}, case.providers, SETTINGS
     )
     assert [(row.provider, row.status) for row in rows] == [(n, "timed") for n in case.providers]
 
