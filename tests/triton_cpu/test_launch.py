@@ -390,13 +390,6 @@ def meet_kernel(count_ptr, met_ptr, patience):
         tl.atomic_add(met_ptr, 1)
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 class TestThreads:
     def meet(self, patience):
         count, met = torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
