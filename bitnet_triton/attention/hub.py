@@ -17,6 +17,7 @@ from bitnet_triton.attention.hub_mask import describe_mask
 from bitnet_triton.attention.phases import run_plan
 from bitnet_triton.attention.plan import AttentionPlan
 from bitnet_triton.attention.tokens import Tokens
+from bitnet_triton.runtime.device import autocast_dtype
 
 NAME = "bitnet_triton"
 _FULL = Full()
@@ -58,7 +59,9 @@ def attend(
         positions=position_ids,
         **{name: kwargs.get(name) for name in _OF_PLANS},
     )
-    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    # under autocast rotary embeddings leave queries and keys wider than values
+    dtype = autocast_dtype(query.device.type) or query.dtype
+    q, k, v = (t.transpose(1, 2).to(dtype) for t in (query, key, value))
     plan = getattr(module, "attention_plan", None)
     if plan is None:
         return _FULL(q, k, v, context), None

@@ -148,6 +148,20 @@ def test_gradients_are_those_of_transformers(model, padded, error):
     assert error(grads[1], grads[0]) <= 1e-4
 
 
+def test_autocast_trains(model, padded):
+    ids, mask = padded
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[0, 4] = -100
+    losses = []
+    for name in ("eager", "bitnet_triton"):
+        model.set_attn_implementation(name)
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(model(ids, attention_mask=mask, labels=labels).loss)
+    losses[1].backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    torch.testing.assert_close(losses[1], losses[0], rtol=2e-2, atol=0)
+
+
 @pytest.mark.parametrize("cache", [False, True], ids=["forward", "static cache"])
 def test_a_compiled_model_has_no_graph_break(cache, model, error):
     model.set_attn_implementation("bitnet_triton")
