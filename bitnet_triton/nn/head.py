@@ -128,6 +128,7 @@ def quantize_head(model: Model) -> Model:
         The same model. ``unquantize_head`` undoes it; a second call changes nothing.
 
     Raises:
+        TypeError: the weight is no float16, bfloat16 or float32.
         ValueError: the model has no dense output head, its weight is not loaded or not finite, or
             accelerate moves it. Nothing was changed then.
     """

@@ -9,6 +9,7 @@ from bitnet_triton.kernels.int8_linear.reference import (
     int8_linear_reference,
     split_activations_reference,
 )
+from bitnet_triton.runtime import backend_objection, capture
 from bitnet_triton.testing import assert_close
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -183,6 +184,26 @@ def test_autocast_casts_the_input_and_gradients_stop(device, backend):
     assert y.dtype == torch.bfloat16
     assert not y.requires_grad
     assert torch.equal(y, int8_linear(x.bfloat16(), weight))
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_its_launches_can_be_recorded_and_replayed(tokens):
+    if (objection := backend_objection("triton", torch.device("cpu"))) is not None:
+        pytest.skip(objection)
+    from bitnet_triton.kernels.int8_linear.forward import (
+        launch_int8_linear,
+        launch_int8_linear_topk,
+    )
+
+    x, weight, bias = inputs((tokens, 260, 64), torch.bfloat16, "cpu", with_bias=True)
+    with capture() as graph:
+        y = launch_int8_linear(x, weight.codes, weight.scale, bias)
+        values, indices = launch_int8_linear_topk(x, weight.codes, weight.scale, bias, 2)
+    x.copy_(torch.randn(tokens, 64))
+    graph.replay()
+    assert torch.equal(y, int8_linear(x, weight, bias))
+    for value, expected in zip((values, indices), int8_linear_topk(x, weight, 2, bias)):
+        assert torch.equal(value, expected)
 
 
 def test_is_traced_as_one_op():

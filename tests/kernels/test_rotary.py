@@ -6,6 +6,7 @@ from transformers.models.bitnet.modeling_bitnet import apply_rotary_pos_emb
 
 from bitnet_triton.kernels import apply_rotary, rotary_and_store
 from bitnet_triton.kernels.rotary.reference import rotary_backward_reference, rotary_reference
+from bitnet_triton.runtime import backend_objection, capture
 from bitnet_triton.testing import assert_close
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -224,6 +225,24 @@ def test_nothing_requires_a_gradient_and_autograd_sees_the_change(device, backen
     assert not q.requires_grad
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.backward()
+
+
+def test_a_recorded_launch_follows_slots_and_positions():
+    if (objection := backend_objection("triton", torch.device("cpu"))) is not None:
+        pytest.skip(objection)
+    from bitnet_triton.kernels.rotary.decode import launch_rotary_and_store
+
+    store = Store(torch.bfloat16, "cpu", T=1)
+    slots, positions = store.tensor(0, 0, 0), store.tensor(0, 0, 0)
+    with capture() as graph:
+        q = launch_rotary_and_store(store.qkv, *store.table, *store.caches, slots, positions)
+    slots += store.tensor(3, 1, 6)
+    positions += store.tensor(30, 1, 4)
+    store.qkv.normal_()
+    expected = store.expected(slots.tolist(), positions.tolist())
+    graph.replay()
+    for value, wanted in zip((q, *store.caches), expected):
+        assert torch.equal(value, wanted)
 
 
 def test_is_traced_as_one_op():
