@@ -52,7 +52,7 @@ def bound_positions(cache: Cache, frequencies: Tensor) -> Tensor | None:
         int64 [B], how far rotary positions lag behind those of the text; None: not at all.
     """
     layers = [layer for layer in cache.layers if isinstance(layer, StreamingLayer)]
-    if len(layers) < len(cache.layers):
+    if not layers or len(layers) < len(cache.layers):
         return None
     most = max(layer.kept for layer in layers)
     if layers[0].columns - layers[0].columns_at_rebase >= max(REBASE_EVERY, most):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import bitnet_triton as bt
 from bitnet_triton.attention import AttentionPlan, caches
@@ -113,6 +114,21 @@ def test_a_cache_changes_nothing(name, chunks, build, padded, error):
     whole = run(model, ids, mask, prompt_len=PROMPT)
     parts = run(model, ids, mask, chunks, prompt_len=PROMPT)
     assert error(parts[mask.bool()], whole[mask.bool()]) <= 2e-5
+
+
+@pytest.mark.parametrize("name", ["sliding", "streaming", "longformer", "swaa-untrained"])
+def test_a_cache_of_transformers_serves_as_well(name, build, padded, error):
+    model, (ids, mask) = build(MODES[name]), padded
+    whole = run(model, ids, mask, prompt_len=PROMPT)
+    cache, outs = DynamicCache(), []
+    for start, end in ((0, 6), (6, 7), (7, T)):
+        with torch.no_grad():
+            out = model(
+                ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache,
+                prompt_len=PROMPT,
+            )  # fmt: skip
+        outs.append(out.logits)
+    assert error(torch.cat(outs, dim=1)[mask.bool()], whole[mask.bool()]) <= 2e-5
 
 
 @pytest.mark.parametrize("name", MODES)
