@@ -224,17 +224,17 @@ def items(plan: Plan) -> Sequence[Item]:
         name = f"{what} D={D} {dtype} {both}"
         checks.add("flash_attention", name, run, essential=essential)
 
-    for name in DTYPES:
+    for dtype in DTYPES:
         for D in (64, 128):
-            for mask in _MAIN:
-                essential = name == "bf16" and (D == 128 or mask == "causal")
-                add(mask, _MASKS[mask], name, D, essential=essential)
-        run = functools.partial(_check_packed, 64, DTYPES[name], plan.device)
-        what = f"packed sequences D=64 {name} {both}"
-        checks.add("flash_attention", what, run, essential=name == "bf16")
-    for name, mask in _MASKS.items():
-        if name not in _MAIN:
-            add(name, mask, "bf16", essential=name in ("sinks", "dilation", "global"))
+            for kind in _MAIN:
+                essential = dtype == "bf16" and (D == 128 or kind == "causal")
+                add(kind, _MASKS[kind], dtype, D, essential=essential)
+        run = functools.partial(_check_packed, 64, DTYPES[dtype], plan.device)
+        what = f"packed sequences D=64 {dtype} {both}"
+        checks.add("flash_attention", what, run, essential=dtype == "bf16")
+    for kind, mask in _MASKS.items():
+        if kind not in _MAIN:
+            add(kind, mask, "bf16", essential=kind in ("sinks", "dilation", "global"))
     padding = {"leftpad_k": (0, T - 30), "seqused_k": (T - 40, T)}
     add("padding", Mask(window=40, sinks=2), "bf16", lengths=padding)
     unused = {"seqused_q": (0, T // 2), "seqused_k": (7, T)}

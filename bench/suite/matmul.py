@@ -19,6 +19,7 @@ from bitnet_triton.kernels import (
     ternary_linear,
     ternary_linear_quantized,
 )
+from bitnet_triton.kernels.quantize.reference import quantize_activations_reference
 
 # (K, N): the linears of BitNet b1.58 2B-4T, merged where they share an input; of larger models
 _SHAPES = ((2560, 6912), (6912, 2560), (2560, 3840), (2560, 13824), (2560, 2560))
@@ -66,7 +67,7 @@ def _inputs(M: int, K: int, N: int, settings: Settings) -> Inputs:
 
 
 def _reference(inputs: Inputs) -> Tensor:
-    codes, scale = quantize_activations(inputs.x)
+    codes, scale = quantize_activations_reference(inputs.x.float())
     return (codes.double() @ inputs.codes.double().t()) * scale.double() * inputs.scale
 
 
