@@ -179,10 +179,10 @@ _CPU: dict[str, dict[int, Tiles]] = {
     },
     # the largest tiles of each class: ``fitted_tiles`` makes them smaller for smaller matrices
     "bit_linear_fwd": {
-        _ANY: {"BLOCK_M": 512, "BLOCK_N": 128, "BLOCK_K": 512, "WEIGHT_LEFT": False},
+        _ANY: {"BLOCK_M": 512, "BLOCK_N": 128, "BLOCK_K": 512, "TOKENS_LEFT": True},
     },
     "bit_linear_bwd_dx": {
-        _ANY: {"BLOCK_M": 512, "BLOCK_N": 256, "BLOCK_K": 256, "WEIGHT_LEFT": False},
+        _ANY: {"BLOCK_M": 512, "BLOCK_N": 256, "BLOCK_K": 256, "TOKENS_LEFT": True},
     },
     "bit_linear_bwd_dweight": {
         _ANY: {"BLOCK_M": 256, "BLOCK_N": 64, "BLOCK_K": 512, "FROM_CODES": False},

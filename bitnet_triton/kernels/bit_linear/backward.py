@@ -29,7 +29,7 @@ def _bit_linear_bwd_dx_kernel(
     M, N, K,
     # compile-time
     BINARY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    WEIGHT_LEFT: tl.constexpr,
+    TOKENS_LEFT: tl.constexpr,
 ):  # fmt: skip
     # int64: token * N and row * K overflow int32 from 2**31 elements on
     tokens = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -40,9 +40,9 @@ def _bit_linear_bwd_dx_kernel(
     scale = tl.load(stats_ptr)
     mean = tl.load(stats_ptr + 1)
 
-    acc = tl.zeros(
-        (BLOCK_K if WEIGHT_LEFT else BLOCK_M, BLOCK_M if WEIGHT_LEFT else BLOCK_K), tl.float32
-    )
+    LEFT: tl.constexpr = BLOCK_M if TOKENS_LEFT else BLOCK_K
+    RIGHT: tl.constexpr = BLOCK_K if TOKENS_LEFT else BLOCK_M
+    acc = tl.zeros((LEFT, RIGHT), tl.float32)
     for n in range(0, N, BLOCK_N):
         rows = (n + tl.arange(0, BLOCK_N)).to(tl.int64)
         is_row = rows < N
@@ -56,11 +56,11 @@ def _bit_linear_bwd_dx_kernel(
             mask=is_token[:, None] & is_row[None, :], other=0.0,
         )  # [BLOCK_M, BLOCK_N]  # fmt: skip
         codes = weight_codes(weight, scale, mean, BINARY, dtype)
-        if WEIGHT_LEFT:
-            acc = tl.dot(tl.trans(codes), tl.trans(dy), acc, input_precision="ieee")
-        else:
+        if TOKENS_LEFT:
             acc = tl.dot(dy, codes, acc, input_precision="ieee")  # [BLOCK_M, BLOCK_K]
-    if WEIGHT_LEFT:
+        else:
+            acc = tl.dot(tl.trans(codes), tl.trans(dy), acc, input_precision="ieee")
+    if not TOKENS_LEFT:
         acc = tl.trans(acc)
 
     out = dx_ptr + tokens[:, None] * K + ks[None, :]
@@ -141,7 +141,7 @@ def launch_bit_linear_bwd_dx(dy: Tensor, weight: Tensor, stats: Tensor, binary: 
         dy, weight, stats, dx,
         M, N, K,
         BINARY=binary,
-        WEIGHT_LEFT=config.pop("WEIGHT_LEFT", True),
+        TOKENS_LEFT=config.pop("TOKENS_LEFT", False),
         **config,
     )  # fmt: skip
     return dx

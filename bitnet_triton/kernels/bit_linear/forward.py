@@ -27,7 +27,7 @@ def _bit_linear_fwd_kernel(
     # compile-time
     HAS_BIAS: tl.constexpr, BINARY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    WEIGHT_LEFT: tl.constexpr,
+    TOKENS_LEFT: tl.constexpr,
 ):  # fmt: skip
     # int64: token * N and row * K overflow int32 from 2**31 elements on
     tokens = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -38,9 +38,9 @@ def _bit_linear_fwd_kernel(
     scale = tl.load(stats_ptr)
     mean = tl.load(stats_ptr + 1)
 
-    acc = tl.zeros(
-        (BLOCK_N if WEIGHT_LEFT else BLOCK_M, BLOCK_M if WEIGHT_LEFT else BLOCK_N), tl.int32
-    )
+    LEFT: tl.constexpr = BLOCK_M if TOKENS_LEFT else BLOCK_N
+    RIGHT: tl.constexpr = BLOCK_N if TOKENS_LEFT else BLOCK_M
+    acc = tl.zeros((LEFT, RIGHT), tl.int32)
     for k in range(0, K, BLOCK_K):
         in_k = k + ks < K
         weight = tl.load(
@@ -53,11 +53,11 @@ def _bit_linear_fwd_kernel(
             mask=is_token[:, None] & in_k[None, :], other=0,
         )  # [BLOCK_M, BLOCK_K]  # fmt: skip
         codes = weight_codes(weight, scale, mean, BINARY, tl.int8)
-        if WEIGHT_LEFT:
-            acc = tl.dot(codes, tl.trans(a), acc, out_dtype=tl.int32)  # [BLOCK_N, BLOCK_M]
-        else:
+        if TOKENS_LEFT:
             acc = tl.dot(a, tl.trans(codes), acc, out_dtype=tl.int32)  # [BLOCK_M, BLOCK_N]
-    if WEIGHT_LEFT:
+        else:
+            acc = tl.dot(codes, tl.trans(a), acc, out_dtype=tl.int32)  # [BLOCK_N, BLOCK_M]
+    if not TOKENS_LEFT:
         acc = tl.trans(acc)
 
     scales = tl.load(a_scale_ptr + tokens, mask=is_token, other=0.0) * scale
@@ -82,7 +82,7 @@ def launch_bit_linear_fwd(
         M, N, K,
         HAS_BIAS=bias is not None,
         BINARY=binary,
-        WEIGHT_LEFT=config.pop("WEIGHT_LEFT", True),
+        TOKENS_LEFT=config.pop("TOKENS_LEFT", False),
         **config,
     )  # fmt: skip
     return y
