@@ -44,6 +44,7 @@ def run_processes(mode, folder):
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_two_processes_train_as_one(mode, script, tmp_path):
     alone = script.new_model()
