@@ -67,7 +67,7 @@ def _ternary_linear_fwd_kernel(
     # compile-time
     PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-    TOKENS_LEFT: tl.constexpr = False,
+    TOKENS_LEFT: tl.constexpr,
 ):  # fmt: skip
     # int64: token * N and row * K overflow int32 from 2**31 elements on
     tokens = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -147,7 +147,7 @@ def launch_ternary_linear_fwd(
         scale if residual is None else residual, y,
         M, R, K, *part_ends(rows),
         PARTS=len(rows), HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
-        **config,
+        **{"TOKENS_LEFT": False, **config},
         # a fused multiply-add would skip the rounding before the residual
         enable_fp_fusion=residual is None,
     )  # fmt: skip
