@@ -131,7 +131,9 @@ def _print_targets(data: dict[str, Any], console: Console) -> None:
     for t in data["targets"]:
         worst = "" if t["worst"] is None else f"{t['worst']:.3g} {t['unit']}"
         verdict = f"[{_COLOURS[t['verdict']]}]{t['verdict']}[/]"
-        table.add_row(t["title"], f"{t['least']:g} {t['unit']}", worst, verdict, t["point"])
+        # a quick run measures few of the points that a target is about
+        at = f"{t['point']} (of {t['points']} measured)" if t["point"] else ""
+        table.add_row(t["title"], f"{t['least']:g} {t['unit']}", worst, verdict, at)
     console.print(table)
 
 

@@ -293,6 +293,7 @@ def test_targets_are_printed_with_their_verdicts(monkeypatch):
     assert "missed" in text
     assert text.count("not measured") == len(TARGETS) - 1
     assert "1.2 x" in text
+    assert "(of 1 measured)" in text
     assert "the targets are for" not in text
 
 
