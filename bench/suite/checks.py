@@ -85,9 +85,14 @@ def assert_all_close(
     ours: Mapping[str, Tensor],
     exact: Mapping[str, Tensor],
     eager: Mapping[str, Tensor] | None = None,
+    gradients_are_sums: bool = False,
     **limits: float,
 ) -> None:
     """Compare results by name; ``eager`` counts where it has the dtype of ours.
+
+    With ``gradients_are_sums``, over rows, heads and tiles in another order than the reference's,
+    the worst element of a float32 gradient may be off by four times the reference's worst error
+    instead of twice: the limit of the attention's own tests, and for the same reason.
 
     Raises:
         AssertionError: a result is missing or wrong.
@@ -98,7 +103,17 @@ def assert_all_close(
         rounded = None if eager is None else eager[name]
         if rounded is not None and rounded.dtype != ours[name].dtype:
             rounded = None
-        assert_close(name, ours[name], value, eager=rounded, **limits)
+        own = dict(limits)
+        if gradients_are_sums and name.startswith("d"):
+            own |= _limit_of_sums(rounded, value)
+        assert_close(name, ours[name], value, eager=rounded, **own)
+
+
+def _limit_of_sums(eager: Tensor | None, exact: Tensor) -> dict[str, float]:
+    if eager is None or eager.dtype != torch.float32:
+        return {}
+    step = 2 * torch.finfo(torch.float32).eps * exact.abs().max()
+    return {"worst": 4 * torch.maximum((eager - exact).abs().max(), step).item()}
 
 
 def assert_codes_close(codes: Tensor, exact: Tensor, most: float = 0.01) -> None:

@@ -66,6 +66,11 @@ def exponent(x: Tensor) -> Tensor:
     return torch.frexp(x)[1] - 1
 
 
+def once_rounded(x: float, y: float, z: float) -> float:
+    """Return x y + z, exact but for the last rounding."""
+    return float(Fraction(x) * Fraction(y) + Fraction(z))
+
+
 def by_value(function: Callable[..., float]) -> Callable[..., Tensor]:
     """Turn a function of Python's or mpmath's numbers into one of tensors."""
 
@@ -135,7 +140,7 @@ FLOATS: dict[str, tuple] = {
     "pow": ((positive, between(-3, 3)), torch.pow, 8),
     "remainder": ((wide, wide), by_value(math.remainder), 0),
     "rhypot": ((wide, wide), lambda x, y: 1 / torch.hypot(x, y), 4),
-    "fma": ((wide, wide, wide), lambda x, y, z: x * y + z, 1, 0.01),
+    "fma": ((wide, wide, wide), by_value(once_rounded), 1, 0.01),
     "norm3d": ((wide,) * 3, lambda *x: torch.stack(x).norm(dim=0), 4),
     "rnorm3d": ((wide,) * 3, lambda *x: 1 / torch.stack(x).norm(dim=0), 4),
     "norm4d": ((wide,) * 4, lambda *x: torch.stack(x).norm(dim=0), 4),
