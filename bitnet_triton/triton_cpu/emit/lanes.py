@@ -33,6 +33,7 @@ _ROWS = 4
 # Bytes of a row from which on it is read as one stream, and how far ahead they are fetched
 _LONG_ROW = 2048
 _FETCH_AHEAD = 4096
+_FETCH_FAR = 12288  # beyond that, into the second-level cache
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,10 @@ def _int8_products(emitter: Emitter, group: list[VectorProduct], targets: list[L
         _open_rows(emitter, group, targets, biased)
         with emitter.braces(f"for (int64_t k = 0; k < {length}; k += {BYTES})"):
             for leaf in leaves.values():
-                emitter.write(f"__builtin_prefetch({_ahead(leaf, first)});")
+                ahead = _ahead(leaf, first)
+                if first.depth >= _LONG_ROW:  # to the second level early, to the first in time
+                    emitter.write(f"__builtin_prefetch({ahead} + {_FETCH_FAR}, 0, 2);")
+                emitter.write(f"__builtin_prefetch({ahead});")
             for v, vector in enumerate(vectors):
                 emitter.write(f"v64u8 const x{v} = load64({vector} + k);")
             for i, product in enumerate(group):
