@@ -14,7 +14,7 @@ from transformers.utils.quantization_config import BitNetQuantConfig
 
 from bench.case import Settings
 from bench.peers import from_transformers
-from bitnet_triton import BitNetConfig, fuse
+from bitnet_triton import BitNetConfig, fuse, quantize_head
 from bitnet_triton.kernels.packing import unpack_codes
 
 DTYPE = torch.bfloat16
@@ -133,7 +133,7 @@ class RandomModels:
         return 2.0 ** round(math.log2(deviation))
 
     def get(self, kind: str) -> PreTrainedModel:
-        """Return "fused" or "unfused" (ours), "bitlinear" or "autobitlinear" (transformers)."""
+        """Return ours ("fused", "int8_head", "unfused") or theirs ("bitlinear", "autobitlinear")."""
         if kind not in self._built:
             self._built[kind] = self._build(kind)
         return self._built[kind]
@@ -141,6 +141,8 @@ class RandomModels:
     def _build(self, kind: str) -> PreTrainedModel:
         if kind == "fused":
             return fuse(self._ours())
+        if kind == "int8_head":
+            return quantize_head(fuse(self._ours()))
         return self._ours() if kind == "unfused" else self._transformers(kind)
 
     def _ours(self) -> PreTrainedModel:

@@ -122,6 +122,13 @@ def _build(kind: str) -> Callable[[Inputs], Work]:
     return build
 
 
+def _build_int8_head(inputs: Inputs) -> Work:
+    """Count the head in eight bits: its bf16 weight stays in memory, and is not read."""
+    work = _build("int8_head")(inputs)
+    spared = inputs.models.shape.head_weights * (DTYPE.itemsize - 1)
+    return replace(work, read_bytes=work.read_bytes - spared)
+
+
 def _build_eager(inputs: Inputs) -> Work:
     """Run transformers without the torch.compile that it wraps around parts of its layer."""
     work = _build("bitlinear")(inputs)
@@ -238,6 +245,10 @@ def case(
         providers={
             "bitnet_triton": Provider(
                 "bitnet_triton", _build("fused"), TOLERANCE, "int8", "after bitnet_triton.fuse",
+            ),
+            "bitnet_triton_int8_head": Provider(
+                "bitnet_triton, int8 head", _build_int8_head, TOLERANCE, "int8",
+                "and bitnet_triton.quantize_head", default=False,
             ),
             "bitnet_triton_unfused": Provider(
                 "bitnet_triton, unfused", _build("unfused"), TOLERANCE, "int8",
