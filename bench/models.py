@@ -133,7 +133,7 @@ class RandomModels:
         return 2.0 ** round(math.log2(deviation))
 
     def get(self, kind: str) -> PreTrainedModel:
-        """Return ours ("fused", "int8_head", "unfused") or theirs ("bitlinear", "autobitlinear")."""
+        """Return ours ("fused", "int8_head", "unfused") or theirs ("bitlinear", ...)."""
         if kind not in self._built:
             self._built[kind] = self._build(kind)
         return self._built[kind]
