@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from typing import Annotated, Any
 
 import typer
@@ -119,7 +119,7 @@ def load(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from bitnet_triton import TINY_MODEL, BitNetForCausalLM, enable, fuse
+    from bitnet_triton import TINY_MODEL, BitNetForCausalLM, enable
     from bitnet_triton.nn import BitLinear, PackedBitLinear
 
     wanted = dtype if dtype == "auto" else parse_dtype(dtype)
@@ -137,8 +137,6 @@ def load(
             f"{type(loaded).__name__}"
         )
     loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    with suppress(ValueError):  # other architectures than BitNet's run module by module
-        fuse(loaded)
     return tokenizer, loaded
 
 

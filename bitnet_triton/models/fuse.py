@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterator
 from typing import Any, TypeVar, cast
 
@@ -15,6 +16,8 @@ from bitnet_triton.models.fused_layer import FusedDecoderLayer, Fusion
 from bitnet_triton.nn import PackedBitLinear
 
 Model = TypeVar("Model", bound=nn.Module)
+
+logger = logging.getLogger("bitnet_triton")
 
 
 def fuse(model: Model) -> Model:
@@ -41,21 +44,30 @@ def fuse(model: Model) -> Model:
             are not packed, have a bias or a norm of their own, its activation is not ``relu2``, or
             its weights are offloaded. Nothing was changed then.
     """
-    layers = dict(_decoder_layers(model))
-    if not layers:
-        raise ValueError(
-            "`model`: expected decoder layers of the BitNet architecture, got "
-            f"{type(model).__name__} without any; Llama-style models stay as they are"
-        )
-    for name, layer in layers.items():
-        objection = _objection(layer)
-        if objection is not None:
-            raise ValueError(f"`model`: layer {name}: {objection}")
-    for layer in layers.values():
+    objection = _objection_to_model(model)
+    if objection is not None:
+        raise ValueError(f"`model`: {objection}")
+    for _, layer in _decoder_layers(model):
         if not isinstance(layer, FusedDecoderLayer):
             _fuse_layer(layer)
     for module in model.children():
         _fuse_model(module)
+    return model
+
+
+def fuse_after_loading(model: Model) -> Model:
+    """Fuse a model that was loaded for inference; say why where that cannot be, and go on.
+
+    Args:
+        model: any model; one that cannot be fused stays as it is.
+
+    Returns:
+        The same model.
+    """
+    objection = _objection_to_model(model)
+    if objection is None:
+        return fuse(model)
+    logger.info("%s runs its layers module by module: %s", type(model).__name__, objection)
     return model
 
 
@@ -82,6 +94,21 @@ def _decoder_layers(model: nn.Module) -> Iterator[tuple[str, hf.BitNetDecoderLay
     for name, module in model.named_modules():
         if type(module) in (hf.BitNetDecoderLayer, FusedDecoderLayer):
             yield name, cast("hf.BitNetDecoderLayer", module)
+
+
+def _objection_to_model(model: nn.Module) -> str | None:
+    """Say why a model cannot be fused; None when it can."""
+    layers = dict(_decoder_layers(model))
+    if not layers:
+        return (
+            "expected decoder layers of the BitNet architecture, got "
+            f"{type(model).__name__} without any; Llama-style models stay as they are"
+        )
+    for name, layer in layers.items():
+        objection = _objection(layer)
+        if objection is not None:
+            return f"layer {name}: {objection}"
+    return None
 
 
 def _objection(layer: hf.BitNetDecoderLayer) -> str | None:

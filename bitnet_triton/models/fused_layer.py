@@ -86,6 +86,7 @@ class Fusion:
     def __init__(self, layer: hf.BitNetDecoderLayer) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.attention = attention
+        self._kind = type(attention)
         self.qkv = _merged(attention.q_proj, attention.k_proj, attention.v_proj)
         self.o = _merged(attention.o_proj)
         self.gate_up = _merged(mlp.gate_proj, mlp.up_proj)
@@ -156,6 +157,15 @@ class Fusion:
         quantized = run.relu2(gate_up, self.down_norm.weight, self.down_norm.eps)
         return multiply(quantized, self.down, residual=x)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # launchers are chosen again by whoever reads it
+        return {**self.__dict__, "_launchers": {}}
+
+    def merge(self) -> None:
+        """Merge anew what no longer lies in one matrix, so that no forward has to."""
+        for linears in (self.qkv, self.o, self.gate_up, self.down):
+            linears.weight()
+
     def addresses(self) -> list[int]:
         """Return where the weights are that a forward reads."""
         weights = [part.weight() for part in (self.qkv, self.o, self.gate_up, self.down)]
@@ -166,6 +176,8 @@ class Fusion:
         ]
 
     def _has_other_parts(self) -> bool:
+        if type(self.attention) is not self._kind:
+            return True
         # a loop: any() over a generator takes twice as long
         for modules, name, child in self._children:  # noqa: SIM110
             if modules[name] is not child:
@@ -204,6 +216,11 @@ class FusedDecoderLayer(hf.BitNetDecoderLayer):
     """A decoder layer of transformers' BitNet after ``fuse``."""
 
     fusion: Fusion
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedDecoderLayer:
+        super()._apply(fn, recurse)
+        self.fusion.merge()  # each part has moved by itself
+        return self
 
     def forward(
         self,

@@ -10,12 +10,13 @@ from transformers.integrations.bitnet import AutoBitLinear, BitNetDeserialize
 from transformers.integrations.bitnet import BitLinear as HfBitLinear
 
 from bitnet_triton.kernels import TernaryWeight
+from bitnet_triton.models.fuse import fuse_after_loading
 from bitnet_triton.nn import BitLinear, PackedBitLinear, use_output_head
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def use_ternary_kernels(model: Model) -> Model:
+def use_ternary_kernels(model: Model, *, fuse: bool = True) -> Model:
     """Replace transformers' BitLinear layers of ``model`` by ours, in place.
 
     Works for any architecture that was loaded with ``quant_method: bitnet``: packed
@@ -25,6 +26,8 @@ def use_ternary_kernels(model: Model) -> Model:
 
     Args:
         model: a loaded model, on any device.
+        fuse: run inference in few kernels as well, as ``bitnet_triton.fuse`` does, if the
+            architecture and its weights allow it; the log says why where they do not.
 
     Returns:
         The same model.
@@ -37,7 +40,7 @@ def use_ternary_kernels(model: Model) -> Model:
     if not found:
         has_ours = any(isinstance(m, (BitLinear, PackedBitLinear)) for m in model.modules())
         if has_ours:
-            return model
+            return fuse_after_loading(model) if fuse else model
         raise ValueError(
             "`model`: expected BitLinear layers of transformers (a checkpoint with "
             f"`quant_method: bitnet`), got {type(model).__name__} without any"
@@ -47,7 +50,7 @@ def use_ternary_kernels(model: Model) -> Model:
         model.set_submodule(name, layer)
     use_output_head(model)
     _forget_unpacking(model)
-    return model
+    return fuse_after_loading(model) if fuse else model
 
 
 def _forget_unpacking(model: nn.Module) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bitnet_triton.kernels import MergedTernaryWeight
 from bitnet_triton.nn.bit_linear import PackedBitLinear
@@ -22,22 +24,31 @@ class MergedLinears:
 
     def __init__(self, *layers: PackedBitLinear) -> None:
         self._layers = layers
+        self._seen: list[tuple[dict[str, Any], Tensor, Tensor, int]] = []
         self._merge()
+
+    def __reduce__(self) -> tuple:
+        # merged anew by whoever reads it: a pickle would not keep views together
+        return MergedLinears, self._layers
 
     # what inference mode creates could never be saved for a backward again
     @torch.inference_mode(False)
     def _merge(self) -> MergedTernaryWeight:
         layers = self._layers
         weights = [layer.ternary_weight for layer in layers]
-        self._merged = MergedTernaryWeight.merge(weights)
-        if len(layers) > 1:
+        if [id(layer.weight) for layer in layers] == [id(weight) for _, weight, *_ in self._seen]:
+            # they are views still, and only scales are new
+            scale = torch.cat([weight.scale for weight in weights])
+            self._merged = replace(self._merged, scale=scale)
+        elif len(layers) == 1:
+            (alone,) = weights
+            # one alone needs no copy
+            packed = alone.packed.contiguous()
+            self._merged = MergedTernaryWeight(packed, alone.scale, packed.shape[:1])
+        else:
+            self._merged = MergedTernaryWeight.merge(weights)
             for layer, part in zip(layers, self._merged.parts()):
                 layer.weight = part.packed
-        else:
-            # one alone needs no copy
-            self._merged = MergedTernaryWeight(
-                weights[0].packed.contiguous(), self._merged.scale, self._merged.rows
-            )
         self._seen = [
             (layer._buffers, layer.weight, layer.weight_scale, _version(layer.weight_scale))
             for layer in layers
@@ -55,6 +66,6 @@ class MergedLinears:
         return self._merged
 
 
-def _version(tensor: Any) -> int:
+def _version(tensor: Tensor) -> int:
     """Return how often a tensor has been written to; those of inference mode do not count."""
     return 0 if tensor.is_inference() else tensor._version

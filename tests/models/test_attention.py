@@ -82,7 +82,7 @@ def test_padding_does_not_change_other_rows(checkpoint, logits):
     ids=["sliding", "streaming", "swaa"],
 )
 def test_fused_layers_follow_the_plan(attention, checkpoint, steady_ids, error):
-    model = bt.BitNetForCausalLM.from_pretrained(checkpoint(), attention=attention).eval()
+    model = bt.BitNetForCausalLM.from_pretrained(checkpoint(), attention=attention, fuse=False)
     ids = steady_ids(model, T=9, prompt_len=6)
 
     def steps():

@@ -13,14 +13,18 @@ from bitnet_triton.nn import PackedBitLinear
 IDS = [[1, 5, 23, 71, 8, 40]]
 
 
+def unfused(folder, **kwargs):
+    return bt.BitNetForCausalLM.from_pretrained(folder, fuse=False, **kwargs)
+
+
 @pytest.fixture
 def model(checkpoint):
-    return bt.BitNetForCausalLM.from_pretrained(checkpoint("packed"))
+    return unfused(checkpoint("packed"))
 
 
 @pytest.fixture(scope="module")
 def embedded():
-    return bt.BitNetForCausalLM.from_pretrained(bt.TINY_MODEL)
+    return unfused(bt.TINY_MODEL)
 
 
 @pytest.fixture
@@ -55,7 +59,7 @@ def memory(model):
 
 @pytest.mark.parametrize("format", ["bitlinear", "packed", "codes"])
 def test_logits_stay(format, checkpoint, token_ids, logits, counted):
-    model = bt.BitNetForCausalLM.from_pretrained(checkpoint(format))
+    model = unfused(checkpoint(format))
     ids = token_ids(4, 7)
     expected = logits(model, ids)
     assert bt.fuse(model) is model
@@ -66,7 +70,7 @@ def test_logits_stay(format, checkpoint, token_ids, logits, counted):
 def test_a_model_of_transformers_is_fused_after_its_linears_are_ours(
     checkpoint, load_theirs, token_ids, logits, counted
 ):
-    model = bt.use_ternary_kernels(load_theirs(checkpoint("bitlinear")))
+    model = bt.use_ternary_kernels(load_theirs(checkpoint("bitlinear")), fuse=False)
     ids = token_ids(4, 7)
     expected = logits(model, ids)
     assert torch.equal(logits(bt.fuse(model), ids), expected)
@@ -74,7 +78,7 @@ def test_a_model_of_transformers_is_fused_after_its_linears_are_ours(
 
 
 def test_an_attention_plan_is_followed(checkpoint, token_ids, logits, counted):
-    model = bt.BitNetForCausalLM.from_pretrained(checkpoint(), attention="full")
+    model = unfused(checkpoint(), attention="full")
     ids = token_ids(2, 7)
     expected = logits(model, ids)
     assert torch.equal(logits(bt.fuse(model), ids), expected)
@@ -83,7 +87,7 @@ def test_an_attention_plan_is_followed(checkpoint, token_ids, logits, counted):
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_padding_beams_and_static_caches_give_the_same_tokens(implementation, checkpoint, counted):
-    model = bt.BitNetForCausalLM.from_pretrained(checkpoint(), attn_implementation=implementation)
+    model = unfused(checkpoint(), attn_implementation=implementation)
     padded = [[0, 0, 0, 1, 9, 30], *IDS]
     mask = torch.tensor([[0, 0, 0, 1, 1, 1], [1] * 6])
     calls = [
@@ -133,7 +137,7 @@ def test_the_checkpoint_stays(model, logits, token_ids, tmp_path):
     assert list(after) == list(before)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     model.save_pretrained(tmp_path)
-    again = bt.BitNetForCausalLM.from_pretrained(tmp_path)
+    again = unfused(tmp_path)
     assert not layers(again)
     assert torch.equal(logits(again, ids), expected)
 
@@ -200,7 +204,7 @@ def test_gradients_and_training_take_the_layers_own_forward(model, token_ids, co
 def test_hidden_states_and_attentions_are_those_of_the_unfused_model(
     checkpoint, token_ids, counted
 ):
-    model = bt.BitNetForCausalLM.from_pretrained(checkpoint(), attn_implementation="eager")
+    model = unfused(checkpoint(), attn_implementation="eager")
     ids = token_ids(2, 5)
 
     def outputs():
@@ -284,7 +288,7 @@ def test_a_compiled_model_is_fused_without_a_graph_break(model, token_ids, logit
     ids=str,
 )
 def test_a_model_that_cannot_be_fused_is_named_and_left(variant, message, checkpoint):
-    model = bt.BitNetForCausalLM.from_pretrained(checkpoint(**variant))
+    model = unfused(checkpoint(**variant))
     with pytest.raises(ValueError, match=f"`model`: .*{message}"):
         bt.fuse(model)
     assert not layers(model)
@@ -306,7 +310,7 @@ def test_offloaded_layers_are_refused(model):
 
 def test_attention_with_projections_for_global_queries_is_refused(checkpoint):
     attention = {"mode": "longformer", "window": 4, "global_tokens": [0]}
-    model = bt.BitNetForCausalLM.from_pretrained(checkpoint(), attention=attention)
+    model = unfused(checkpoint(), attention=attention)
     bt.add_global_projections(model)
     with pytest.raises(ValueError, match=r"expected BitNetAttention .*, got GlobalAttention"):
         bt.fuse(model)

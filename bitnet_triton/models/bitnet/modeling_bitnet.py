@@ -72,6 +72,7 @@ class _TernaryModel(hf.BitNetPreTrainedModel):
         pretrained_model_name_or_path: str | os.PathLike | None,
         *model_args: Any,
         config: PreTrainedConfig | str | os.PathLike | None = None,
+        fuse: bool = True,
         **kwargs: Any,
     ) -> Any:
         """Load a BitNet checkpoint: packed, unpacked codes, master weights or dense.
@@ -80,6 +81,8 @@ class _TernaryModel(hf.BitNetPreTrainedModel):
             pretrained_model_name_or_path: a folder, or a model on the Hub.
             *model_args: passed to the model.
             config: replaces the checkpoint's own.
+            fuse: run inference with packed weights in few kernels, as ``bitnet_triton.fuse`` does;
+                a model that cannot be fused says why in the log and runs module by module.
             **kwargs: as for any model of transformers.
 
         Raises:
@@ -96,9 +99,16 @@ class _TernaryModel(hf.BitNetPreTrainedModel):
             check_folder(os.path.join(path, kwargs.get("subfolder") or ""))
         kwargs["use_safetensors"] = True  # pickled weights can run code: never read
         try:
-            return super().from_pretrained(path, *model_args, config=config, **kwargs)
+            loaded = super().from_pretrained(path, *model_args, config=config, **kwargs)
         except SafetensorError as error:
             raise CheckpointError(f"{path}: damaged or truncated ({error})") from error
+        if fuse:
+            # the fused classes are built upon those of this file
+            from bitnet_triton.models.fuse import fuse_after_loading
+
+            # with `output_loading_info`, transformers returns a pair
+            fuse_after_loading(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
 
     @staticmethod
     def _load_pretrained_model(
