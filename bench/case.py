@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,9 +25,10 @@ class Settings:
         dtype: of the inputs.
         device: where everything runs.
         threads: of PyTorch, for every provider.
-        rounds: how often each provider has its turn; fewer where the budget is spent, at least 3.
+        rounds: how often each provider has its turn; fewer where the budget is spent.
         block_s: aim for the length of one turn, in seconds.
         budget_s: aim for the timing of one point of the grid, in seconds.
+        pause_s: between two turns, in seconds.
         seed: of all random inputs.
     """
 
@@ -37,6 +38,7 @@ class Settings:
     rounds: int = 15
     block_s: float = 0.1
     budget_s: float = 15.0
+    pause_s: float = 0.01
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -64,6 +66,7 @@ class Work:
             stores it.
         units: how many units (tokens) one call makes; 1 for plain times.
         grad: record gradients while it runs.
+        compiles: its first call compiles; without that, a call that was checked is warm.
         details: more facts for the report, plain data.
     """
 
@@ -72,6 +75,7 @@ class Work:
     read_bytes: int = 0
     units: int = 1
     grad: bool = False
+    compiles: bool = True
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -114,6 +118,7 @@ class Case:
         flops: of one call at a point.
         unit: of ``Work.units`` for rates such as "tokens"; "" for plain times.
         panels: keys of a point that make the rows and the columns of the plot.
+        curve: key of a point that a plot of lines runs over; "" for bars.
     """
 
     name: str
@@ -126,6 +131,11 @@ class Case:
     flops: Callable[..., float]
     unit: str = ""
     panels: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+    curve: str = ""
+
+    def with_grid(self, grid: Sequence[Point]) -> Case:
+        """Return the case on other points."""
+        return replace(self, grid=grid)
 
     def select_points(self, only: Mapping[str, Sequence[str]]) -> list[Point]:
         """Return the points whose values are among those that ``only`` allows for a key.

@@ -7,7 +7,7 @@ spread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,13 +17,11 @@ from torch.utils import benchmark
 
 from bench.case import Case, Outputs, PeerMissingError, Point, Provider, Settings, Work
 from bench.memory import peak_extra_bytes
-from bench.peaks import Peaks, best_possible_seconds
+from bench.peaks import Peaks, Reads, best_possible_seconds
+from bench.turns import LONG_CALL_S, Advance, seconds, time_in_turns
 
-# A longer call is timed by itself: it does not fit the cache, and its own length hides the timer
-_LONG_CALL_S = 0.25
-_MIN_ROUNDS = 3
-
-Advance = Callable[[str], None]
+# Takes its turns beside the providers
+_READS = "read bandwidth"
 
 
 @dataclass
@@ -47,6 +45,7 @@ class Row:
     rounds: list[float] = field(default_factory=list)
     ratios: dict[str, dict[str, float]] = field(default_factory=dict)
     share_of_peak: float | None = None
+    read_bytes_per_s: dict[str, float] | None = None  # of plain reads, in the same rounds
     bound: str = ""
     details: dict[str, Any] = field(default_factory=dict)
 
@@ -62,9 +61,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def ratios(baseline: Sequence[float], other: Sequence[float]) -> dict[str, float]:
-    """Return how many times faster ``other`` was than ``baseline``, round by round."""
-    if len(baseline) != len(other):
-        raise ValueError(f"`other`: expected {len(baseline)} rounds, got {len(other)}")
+    """Return how many times faster ``other`` was than ``baseline``, in the rounds of both."""
     return spread([b / o for b, o in zip(baseline, other)])
 
 
@@ -97,6 +94,7 @@ def measure_point(
     settings: Settings,
     peaks: Peaks | None = None,
     advance: Advance = lambda _: None,
+    reads: Reads | None = None,
 ) -> list[Row]:
     """Check and time all providers at one point of the grid.
 
@@ -107,6 +105,7 @@ def measure_point(
         settings: how to measure.
         peaks: what the machine can do, for the share of it.
         advance: is told what happens, for a progress display.
+        reads: takes its turns beside the providers; without it, ``peaks`` tell the bandwidth.
     """
     torch.set_num_threads(settings.threads)
     inputs = case.inputs(**point, settings=settings)
@@ -129,6 +128,10 @@ def measure_point(
         if row.provider in works:
             advance(f"warm up {row.label}")
             call_s[row.provider] = _warm_up(row, works[row.provider], settings)
+    cached = point.get("cache") == "hot"  # neither limit tells anything then
+    if reads is not None and works and not cached:
+        works[_READS] = Work(reads.call, compiles=False)
+        call_s[_READS] = seconds(reads.call)
     times = time_in_turns(works, call_s, settings, advance)
     flops = case.flops(**point)
     for row in rows:
@@ -137,11 +140,24 @@ def measure_point(
         row.rounds = times[row.provider]
         row.seconds = spread(row.rounds)
         row.ratios = {b: ratios(times[b], row.rounds) for b in case.baselines if b in times}
-        if peaks is not None and point.get("cache") != "hot":
-            arithmetic = providers[row.provider].arithmetic
-            possible, row.bound = best_possible_seconds(peaks, row.read_bytes, flops, arithmetic)
-            row.share_of_peak = possible / row.seconds["median"]
+        if peaks is not None and not cached:
+            beside = [reads.held_bytes / s for s in times[_READS]] if _READS in times else []
+            _compare_with_limits(row, peaks, beside, flops, providers[row.provider].arithmetic)
     return rows
+
+
+def _compare_with_limits(
+    row: Row, peaks: Peaks, beside: Sequence[float], flops: float, arithmetic: str
+) -> None:
+    """Fill in the share of what the machine allows, round by round where reads ran beside."""
+    row.read_bytes_per_s = spread(beside) if beside else None
+    possible = [
+        best_possible_seconds(peaks, row.read_bytes, flops, arithmetic, bandwidth)
+        for bandwidth in beside or [peaks.read_bytes_per_s] * len(row.rounds)
+    ]
+    shares = [least / taken for (least, _), taken in zip(possible, row.rounds)]
+    row.share_of_peak = spread(shares)["median"]
+    _, row.bound = max(possible[: len(shares)])
 
 
 def _checked(
@@ -174,65 +190,14 @@ def _checked(
     return work
 
 
-def _seconds(call: Callable[[], Any]) -> float:
-    start = benchmark.timer()
-    call()
-    return benchmark.timer() - start
-
-
 def _warm_up(row: Row, work: Work, settings: Settings) -> float:
     """Run ``work`` until it is warm; note its memory; return about how long a call takes."""
+    if not work.compiles or row.first_call_s > settings.budget_s:
+        return row.first_call_s
     with torch.set_grad_enabled(work.grad):
         start = benchmark.timer()
         row.peak_extra_bytes = peak_extra_bytes(work.call, settings.device)
         call_s = benchmark.timer() - start
-        if call_s < 4 * _LONG_CALL_S:
-            call_s = min(_seconds(work.call) for _ in range(3))
+        if call_s < 4 * LONG_CALL_S:
+            call_s = min(seconds(work.call) for _ in range(3))
     return call_s
-
-
-def time_in_turns(
-    works: Mapping[str, Work],
-    call_s: Mapping[str, float],
-    settings: Settings,
-    advance: Advance = lambda _: None,
-) -> dict[str, list[float]]:
-    """Return the seconds of one call for each provider and round.
-
-    Every round starts with another provider, so that none always follows the same one.
-
-    Args:
-        works: the providers that are timed.
-        call_s: about how long a call of each takes.
-        settings: how to measure.
-        advance: is told about every round.
-    """
-    timers = {name: _timer(work, call_s[name], settings) for name, work in works.items()}
-    turn_s = sum(max(call_s[name], settings.block_s) for name in works)
-    affordable = int(settings.budget_s / turn_s) if turn_s else settings.rounds
-    rounds = min(settings.rounds, max(_MIN_ROUNDS, affordable))
-    names = list(works)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for i in range(rounds):
-        advance(f"round {i + 1} of {rounds}")
-        first = i % max(1, len(names))
-        for name in names[first:] + names[:first]:
-            with torch.set_grad_enabled(works[name].grad):
-                times[name].append(timers[name]())
-    return times
-
-
-def _timer(work: Work, call_s: float, settings: Settings) -> Callable[[], float]:
-    """Return a function that runs one turn and gives the seconds of a call."""
-    if settings.device.type == "cuda":
-        from triton.testing import do_bench
-
-        block_ms = 1e3 * settings.block_s
-        return lambda: (
-            1e-3 * do_bench(work.call, warmup=block_ms / 4, rep=block_ms, return_mode="median")
-        )
-    if call_s >= _LONG_CALL_S:
-        return lambda: _seconds(work.call)
-    number = max(1, round(settings.block_s / call_s))
-    timer = benchmark.Timer("call()", globals={"call": work.call}, num_threads=settings.threads)
-    return lambda: timer.timeit(number).mean

@@ -1,12 +1,13 @@
 import dataclasses
 import itertools
+import time
 
 import pytest
 import torch
 
 from bench.case import Case, PeerMissingError, Provider, Settings, Work
-from bench.measure import measure_point, ratios, relative_error, spread, time_in_turns
-from bench.peaks import Peaks, best_possible_seconds
+from bench.measure import measure_point, ratios, relative_error, spread
+from bench.peaks import Peaks, Reads, best_possible_seconds
 
 SETTINGS = Settings(rounds=3, block_s=1e-4, budget_s=0.5, seed=3)
 
@@ -60,9 +61,8 @@ def test_ratio_is_taken_round_by_round():
     assert ratios([2.0, 4.0, 2.0], [1.0, 2.0, 1.0]) == {"median": 2.0, "p20": 2.0, "p80": 2.0}
 
 
-def test_ratio_refuses_unequal_rounds():
-    with pytest.raises(ValueError, match="expected 2 rounds, got 1"):
-        ratios([1.0, 2.0], [1.0])
+def test_ratio_of_unequal_rounds_takes_those_of_both():
+    assert ratios([2.0, 6.0, 9.0], [1.0]) == {"median": 2.0, "p20": 2.0, "p80": 2.0}
 
 
 def test_right_provider_is_timed():
@@ -124,19 +124,28 @@ def test_one_wrong_output_among_several_is_seen():
         relative_error({"y": x.view(2, 2), "dx": x}, good)
 
 
-def test_every_provider_starts_a_round():
-    order = []
-    # long calls, so that each turn is one call
-    works = {name: Work(lambda name=name: order.append(name)) for name in "abc"}
-    time_in_turns(works, dict.fromkeys(works, 1.0), dataclasses.replace(SETTINGS, budget_s=30))
-    assert order == list("abcbcacab")
+def test_share_is_taken_round_by_round_from_the_reads_beside():
+    # reads at half the speed in every second call: the share of a memory-bound call must follow
+    peaks = Peaks(1e9, "read", {})
+    reads = Reads(lambda: time.sleep(2e-3), 1_000_000)
+    work = Work(lambda: time.sleep(4e-3), output=lambda: torch.ones(1), read_bytes=1_000_000)
+    bound = dataclasses.replace(case(ours=lambda _: work), reference=lambda _: torch.ones(1))
+    (row,) = measure_point(bound, bound.grid[0], bound.providers, SETTINGS, peaks, reads=reads)
+    assert row.read_bytes_per_s["median"] == pytest.approx(5e8, rel=0.3)
+    # by the peaks it would be a quarter
+    assert row.share_of_peak == pytest.approx(0.5, rel=0.3)
+    assert row.bound == "memory"
 
 
-def test_rounds_fall_with_the_budget_but_not_below_three():
-    works = {"a": Work(lambda: None)}
-    many = dataclasses.replace(SETTINGS, rounds=10, budget_s=5.0)
-    assert len(time_in_turns(works, {"a": 1.0}, many)["a"]) == 5
-    assert len(time_in_turns(works, {"a": 9.0}, many)["a"]) == 3
+def test_what_does_not_compile_is_warm_after_its_check():
+    calls = itertools.count()
+
+    def build(x):
+        return Work(lambda: next(calls), output=lambda: x, compiles=False)
+
+    row = measure(dataclasses.replace(case(ours=build), reference=lambda x: x))["ours"]
+    assert row.status == "timed"
+    assert row.peak_extra_bytes is None
 
 
 def test_share_refers_to_the_limit_that_binds():
@@ -144,6 +153,7 @@ def test_share_refers_to_the_limit_that_binds():
     assert best_possible_seconds(peaks, 1e9, 1e9, "int8") == (1.0, "memory")
     assert best_possible_seconds(peaks, 1e6, 2e12, "int8") == (2.0, "compute")
     assert best_possible_seconds(peaks, 1e6, 2e12, "bf16") == (1e-3, "memory")  # rate not known
+    assert best_possible_seconds(peaks, 1e9, 1e9, "int8", 2e9) == (0.5, "memory")
 
 
 def test_grid_and_providers_are_chosen_by_name():
