@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from bench.case import Settings
 from bench.cases import CASES, make_case
+from bench.grid import steps
+from bench.options import (
+    Budget,
+    Device,
+    Dtypes,
+    Names,
+    Only,
+    Output,
+    Quick,
+    Rounds,
+    Seed,
+    Shapes,
+    Threads,
+    read_dtypes,
+    read_only,
+    read_settings,
+    read_threads,
+    target,
+    with_shapes,
+)
 from bench.peers import PEERS
-from bench.report import RESULTS, point_name, print_table, read_json
+from bench.report import point_name, read_json
 from bench.run import console, plot_file, run_case
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Where runs go that are not meant to be published
-SCRATCH = Path("runs") / "bench"
+from bench.table import print_table
 
 app = typer.Typer(
     add_completion=False,
@@ -28,25 +42,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-
-Only = Annotated[
-    list[str] | None,
-    typer.Option(help="Part of the grid, as KEY=VALUE[,VALUE]; repeat for more keys."),
-]
-Names = Annotated[
-    list[str] | None,
-    typer.Option("--provider", help="Run only this provider; repeat for more. See --list."),
-]
-Dtype = Annotated[str, typer.Option(help="Of the inputs: bf16, fp16 or fp32.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, or auto for a GPU where there is one.")]
-Threads = Annotated[int, typer.Option(help="PyTorch threads; 0 takes one for each CPU.")]
-Rounds = Annotated[int, typer.Option(help="Turns of each provider at each point.")]
-Budget = Annotated[float, typer.Option(help="Seconds of timing for one point, roughly.")]
-Quick = Annotated[bool, typer.Option(help="Three short rounds: to see that it runs.")]
-Seed = Annotated[int, typer.Option(help="Of all random inputs.")]
-Output = Annotated[
-    Path | None, typer.Option(help="The JSON; a PNG of the same name lies beside it.")
-]
 
 
 @app.callback(invoke_without_command=True)
@@ -58,15 +53,29 @@ def common(
 ) -> None:
     """Compare bitnet_triton with other ways to compute the same.
 
-    Every provider is checked against a reference first; one that fails is named and not timed.
-    The others take turns for several rounds. Results: a table, a JSON with the machine described,
-    and a plot drawn from the JSON.
+    Every provider is checked against a reference first; one that fails is named and not timed, one
+    that is not installed is named with what to install. The others take turns for several rounds.
+    Results: a table, a JSON with the machine described, and a plot drawn from the JSON.
 
-        python -m bench ternary_linear
+    What is there to compare, with whom, on which shapes:
+
+        python -m bench --list
+
+    Your own shapes, two dtypes, one and two threads, ours beside a plain product:
+
+        python -m bench ternary_linear --shape M=1,K=4096,N=14336 --shape M=64,K=4096,N=14336
+        --dtype bf16 --dtype fp32 --threads 1 --threads 2
+        --provider bitnet_triton --provider torch_bf16
+
+    A part of the published grid, shortly:
 
         python -m bench ternary_linear --only M=1 --only cache=cold --quick
 
+    Whole models, with llama.cpp where llama-cpp-python and gguf are installed:
+
         python -m bench model --layers 4
+
+    The table and the plot of a result once more:
 
         python -m bench plot bench/results/model.json
     """
@@ -93,58 +102,28 @@ def _print_list() -> None:
         console.print(f"  {peer.name:<14} {escape(peer.state())}")
 
 
-def _settings(
-    dtype: str, device: str, threads: int, rounds: int, budget: float, quick: bool, seed: int
-) -> Settings:
-    if dtype not in DTYPES:
-        raise typer.BadParameter(f"expected one of {', '.join(DTYPES)}, got {dtype!r}")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Settings(
-        dtype=DTYPES[dtype],
-        device=torch.device(device),
-        threads=threads or os.cpu_count() or 1,
-        rounds=3 if quick else rounds,
-        block_s=0.02 if quick else 0.1,
-        budget_s=1.0 if quick else budget,
-        seed=seed,
-    )
-
-
-def _parse_only(only: list[str] | None) -> dict[str, list[str]]:
-    parsed = {}
-    for part in only or []:
-        key, separator, values = part.partition("=")
-        if not separator or not values:
-            raise typer.BadParameter(f"--only: expected KEY=VALUE[,VALUE], got {part!r}")
-        parsed[key] = values.split(",")
-    return parsed
-
-
-def _target(name: str, output: Path | None, partial: bool) -> Path:
-    if output is not None:
-        return output
-    return (SCRATCH if partial else RESULTS) / f"{name}.json"
-
-
 def _op_command(name: str) -> Callable[..., None]:
     def command(
+        shape: Shapes = None,
         only: Only = None,
         provider: Names = None,
-        dtype: Dtype = "bf16",
+        dtype: Dtypes = None,
         device: Device = "auto",
-        threads: Threads = 0,
+        threads: Threads = None,
         rounds: Rounds = 15,
         budget: Budget = 10.0,
         quick: Quick = False,
         seed: Seed = 0,
         output: Output = None,
     ) -> None:
-        settings = _settings(dtype, device, threads, rounds, budget, quick, seed)
-        target = _target(name, output, bool(quick or only or provider))
-        run_case(
-            make_case(name), settings, only=_parse_only(only), names=provider or [], output=target
-        )
+        case, parts = with_shapes(make_case(name), shape), read_only(only)
+        dtypes = read_dtypes(dtype)
+        if "dtype" in case.grid[0]:  # its dtypes are part of the grid
+            dtypes, parts = ["bf16"], parts | ({"dtype": dtypes} if dtype else {})
+        settings = read_settings(device, rounds, budget, quick, seed)
+        points = steps(case.select_points(parts), settings, dtypes, read_threads(threads))
+        partial = bool(quick or shape or parts or provider)
+        run_case(case, points, provider or [], target(name, output, partial))
 
     return command
 
@@ -164,17 +143,17 @@ def _model_command(
     only: Only = None,
     provider: Names = None,
     device: Device = "auto",
-    threads: Threads = 0,
+    threads: Threads = None,
     rounds: Rounds = 9,
     budget: Budget = 60.0,
     quick: Quick = False,
     output: Output = None,
 ) -> None:
-    settings = _settings("bf16", device, threads, rounds, budget, quick, 0)
     case = make_case("model", shape=shape, layers=layers or None, prompt=prompt, context=context)
+    settings = read_settings(device, rounds, budget, quick)
+    points = steps(case.select_points(read_only(only)), settings, ["bf16"], read_threads(threads))
     partial = bool(quick or only or provider or layers or shape != "2b4t")
-    target = _target("model", output, partial)
-    run_case(case, settings, only=_parse_only(only), names=provider or [], output=target)
+    run_case(case, points, provider or [], target("model", output, partial))
 
 
 @app.command("triton_cpu", help=CASES["triton_cpu"].__doc__)
@@ -185,19 +164,19 @@ def _triton_cpu_command(
     ] = False,
     only: Only = None,
     provider: Names = None,
-    threads: Threads = 0,
+    threads: Threads = None,
     rounds: Rounds = 15,
     budget: Budget = 10.0,
     quick: Quick = False,
     seed: Seed = 0,
     output: Output = None,
 ) -> None:
-    # The dtypes are part of the grid
-    settings = _settings("fp32", "cpu", threads, rounds, budget, quick, seed)
     case = make_case("triton_cpu", shape=shape, interpreter=interpreter)
+    settings = read_settings("cpu", rounds, budget, quick, seed)
+    # The dtypes are part of the grid
+    points = steps(case.select_points(read_only(only)), settings, ["fp32"], read_threads(threads))
     partial = bool(quick or only or provider or shape != "full")
-    target = _target(case.name, output, partial)
-    run_case(case, settings, only=_parse_only(only), names=provider or [], output=target)
+    run_case(case, points, provider or [], target(case.name, output, partial))
 
 
 @app.command()

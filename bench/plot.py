@@ -1,4 +1,7 @@
-"""Draw a result from its JSON alone: one panel a point, one bar a provider."""
+"""Draw a result from its JSON alone: a panel for each point with a bar for each provider.
+
+A case with a curve has lines instead: the time of a unit over one key of its points.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.report import setup_line, speed, times
+from bench.report import axes_of, setup_line, speed, times
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,6 +18,7 @@ _OURS = "#1b6ca8"
 # Colours of the others, in the order of their first row
 _OTHERS = ("#e08e45", "#b8b8b8", "#8c6bb1", "#5aae61", "#c0626f")
 _DPI = 150
+_QUANTILES = ("median", "p20", "p80")
 
 
 def _panel_keys(rows: list[dict[str, Any]], keys: list[str]) -> list[tuple]:
@@ -40,7 +44,7 @@ def _value(row: dict[str, Any], unit: str, key: str = "median") -> float:
     return row["units"] / seconds if unit else seconds
 
 
-def _draw_panel(
+def _draw_bars(
     axes: Axes, rows: list[dict[str, Any]], data: dict[str, Any], colours: dict[str, str]
 ) -> None:
     unit, baseline = data["unit"], data["baselines"][0]
@@ -74,18 +78,62 @@ def _draw_panel(
         axes.spines[side].set_visible(False)
 
 
+def _draw_curves(
+    axes: Axes, rows: list[dict[str, Any]], data: dict[str, Any], colours: dict[str, str]
+) -> None:
+    key = data["curve"]
+    for name, colour in colours.items():
+        points = sorted(
+            (
+                row["point"][key],
+                [row["seconds"][q] / row["units"] for q in ("median", "p20", "p80")],
+            )
+            for row in rows
+            if row["provider"] == name and row["status"] == "timed"
+        )
+        if not points:
+            continue
+        label = next(row["label"] for row in rows if row["provider"] == name)
+        at, median, low, high = zip(*points)
+        axes.fill_between(at, low, high, color=colour, alpha=0.25, linewidth=0)
+        axes.plot(at, median, color=colour, marker="o", markersize=3, label=label)
+    marks = sorted({row["point"][key] for row in rows})
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(marks, [str(mark) for mark in marks], size=7)
+    axes.minorticks_off()
+    axes.set_xlabel(key, size=8)
+    axes.set_ylabel(f"us a {data['unit'][:-1] or 'call'}", size=8)
+    axes.tick_params(labelsize=7)
+    axes.grid(color="#ddd", linewidth=0.5)
+    axes.legend(fontsize=8, frameon=False)
+
+
 def _caption(data: dict[str, Any]) -> str:
-    labels = {row["provider"]: row["label"] for row in data["rows"]}
+    return f"{_meaning(data)}\n{setup_line(data)}; measured reads {_bandwidths(data)} GB/s"
+
+
+def _bandwidths(data: dict[str, Any]) -> str:
+    return " and ".join(f"{peak['read_bytes_per_s'] / 1e9:.1f}" for peak in data["peaks"])
+
+
+def _meaning(data: dict[str, Any]) -> str:
+    if data["curve"]:
+        return "lower is faster; shaded: 20th to 80th percentile of the rounds"
     meaning = "time of a call, shorter is faster"
     if data["unit"]:
         meaning = f"{data['unit']} per second, longer is faster"
+    labels = {row["provider"]: row["label"] for row in data["rows"]}
     baseline = labels.get(data["baselines"][0], data["baselines"][0])
-    reads = data["peaks"]["read_bytes_per_s"] / 1e9
-    return (
-        f"{meaning}; whiskers: 20th to 80th percentile of the rounds; "
-        f"x: times as fast as {baseline}\n"
-        f"{setup_line(data)}; measured read bandwidth {reads:.1f} GB/s"
-    )
+    spread = "whiskers: 20th to 80th percentile of the rounds"
+    return f"{meaning}; {spread}; x: times as fast as {baseline}"
+
+
+def _size(data: dict[str, Any], panels: tuple[int, int], bars: int) -> tuple[float, float]:
+    rows, columns = panels
+    if data["curve"]:
+        return 3.6 * columns, 3.0 * rows + 1.0
+    return 1.9 + 3.1 * columns, rows * (0.27 * bars + 0.45) + 1.35
 
 
 def draw(data: dict[str, Any], path: Path) -> None:
@@ -102,15 +150,14 @@ def draw(data: dict[str, Any], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ModuleNotFoundError("plots need matplotlib; install bitnet-triton[bench]") from error
-    row_keys, column_keys = data["panels"]
+    row_keys, column_keys = data["panels"][0] + axes_of(data), data["panels"][1]
     rows = data["rows"]
     colours = _colours(rows)
     row_names, column_names = _panel_keys(rows, row_keys), _panel_keys(rows, column_keys)
-    bars = len(colours)
-    height = len(row_names) * (0.27 * bars + 0.45) + 1.35
-    width = 1.9 + 3.1 * len(column_names)
-    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
-    grid = figure.subplots(len(row_names), len(column_names), squeeze=False, sharey="row")
+    shape = (len(row_names), len(column_names))
+    figure = Figure(figsize=_size(data, shape, len(colours)), dpi=_DPI, layout="constrained")
+    grid = figure.subplots(*shape, squeeze=False, sharey="row")
+    draw_panel = _draw_curves if data["curve"] else _draw_bars
     for i, row_values in enumerate(row_names):
         for j, column_values in enumerate(column_names):
             axes = grid[i][j]
@@ -123,7 +170,7 @@ def draw(data: dict[str, Any], path: Path) -> None:
             if not here:
                 axes.set_visible(False)
                 continue
-            _draw_panel(axes, here, data, colours)
+            draw_panel(axes, here, data, colours)
             names = [_name(row_keys, row_values), _name(column_keys, column_values)]
             axes.set_title(";  ".join(filter(None, names)), size=9, loc="left")
     figure.suptitle(data["title"], size=12, weight="bold", x=0.01, ha="left")

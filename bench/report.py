@@ -1,41 +1,28 @@
-"""Results: a table for the terminal, and the JSON that every plot and figure comes from."""
+"""Results: the JSON that every table, plot and figure comes from, and how numbers are written."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
-
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from bench.case import Case, Settings
 from bench.machine import command_line, describe_machine, describe_software
 from bench.measure import Row
 from bench.peaks import Peaks
+from bench.peers import PEERS
 
-FORMAT = 1
+FORMAT = 2
 RESULTS = Path(__file__).parent / "results"
-# Narrower terminals get fewer columns
-_DETAILED_WIDTH = 130
-_DETAILS = ("bound", "reads per\n{unit}", "p20 - p80", "first call", "memory\nof a call", "error")
-_PLAIN: dict[str, Any] = {
-    "box": box.SIMPLE_HEAD,
-    "padding": (0, 1, 0, 0),
-    "show_edge": False,
-    "title_style": "bold cyan",
-}
 
 
 def result(
     case: Case,
     rows: Sequence[Row],
-    settings: Settings,
-    peaks: Peaks,
+    settings: Sequence[Settings],
+    peaks: Mapping[int, Peaks],
     loads: tuple[float | None, float | None],
 ) -> dict[str, Any]:
     """Return everything about a run as plain data.
@@ -43,10 +30,12 @@ def result(
     Args:
         case: what was measured.
         rows: of all points.
-        settings: how it was measured.
-        peaks: measured in the same run.
+        settings: of every step; they differ in dtype and threads alone.
+        peaks: measured in the same run, by the number of threads.
         loads: the machine's load before and after.
     """
+    first = settings[0]
+    dtypes = [str(each.dtype).removeprefix("torch.") for each in settings]
     return {
         "format": FORMAT,
         "case": case.name,
@@ -54,20 +43,23 @@ def result(
         "unit": case.unit,
         "baselines": list(case.baselines),
         "panels": [list(keys) for keys in case.panels],
+        "curve": case.curve,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command_line(),
         "settings": {
-            "dtype": str(settings.dtype).removeprefix("torch."),
-            "threads": settings.threads,
-            "rounds": settings.rounds,
-            "block_s": settings.block_s,
-            "budget_s": settings.budget_s,
-            "seed": settings.seed,
+            "dtypes": list(dict.fromkeys(dtypes)),
+            "threads": list(dict.fromkeys(each.threads for each in settings)),
+            "rounds": first.rounds,
+            "block_s": first.block_s,
+            "budget_s": first.budget_s,
+            "pause_s": first.pause_s,
+            "seed": first.seed,
         },
-        "machine": describe_machine(settings.device),
+        "machine": describe_machine(first.device),
         "load_average": {"before": loads[0], "after": loads[1]},
-        "software": describe_software(settings.device),
-        "peaks": peaks.to_dict(),
+        "software": describe_software(first.device),
+        "peers": {peer.name: peer.state() for peer in PEERS},
+        "peaks": [{"threads": threads, **peak.to_dict()} for threads, peak in peaks.items()],
         "rows": [row.to_dict() for row in rows],
     }
 
@@ -122,13 +114,6 @@ def speed(row: dict[str, Any], unit: str) -> str:
     return f"{row['units'] / median:.3g} {unit}/s" if unit else duration(median)
 
 
-def _spread(row: dict[str, Any], unit: str) -> str:
-    low, high = row["seconds"]["p20"], row["seconds"]["p80"]
-    if unit:
-        return f"{row['units'] / high:.3g} - {row['units'] / low:.3g}"
-    return f"{duration(low)} - {duration(high)}"
-
-
 def times(ratio: float) -> str:
     """Return a ratio with as many digits as mean something."""
     if ratio >= 100:
@@ -136,94 +121,20 @@ def times(ratio: float) -> str:
     return f"{ratio:.1f}" if ratio >= 10 else f"{ratio:.2g}" if ratio < 0.1 else f"{ratio:.2f}"
 
 
-def _ratio(row: dict[str, Any], baseline: str) -> str:
-    found = row["ratios"].get(baseline)
-    if found is None:
-        return ""
-    if row["provider"] == baseline:
-        return "1"
-    return f"[bold]{times(found['median'])}[/] ({times(found['p20'])}-{times(found['p80'])})"
-
-
-def _cells(
-    row: dict[str, Any], data: dict[str, Any], baselines: Sequence[str], detailed: bool
-) -> list[str]:
-    label = escape(row["label"])
-    if row["status"] != "timed":
-        colour = "red" if row["status"] == "failed" else "yellow"
-        return [label, f"[{colour}]{row['status']}[/]"]
-    share = row["share_of_peak"]
-    cells = [label, speed(row, data["unit"])]
-    cells += [_ratio(row, baseline) for baseline in baselines]
-    cells.append("" if share is None else f"{share:.0%}")
-    if detailed:
-        cells += [
-            row["bound"],
-            size(row["read_bytes"] / row["units"]),
-            _spread(row, data["unit"]),
-            duration(row["first_call_s"]),
-            size(row["peak_extra_bytes"]),
-            f"{row['error']:.1e}",
-        ]
-    return cells
-
-
-def print_table(data: dict[str, Any], console: Console) -> None:
-    """Print a result, the same from a fresh run and from a file; more columns on a wide screen."""
-    console.print(f"[bold]{escape(data['title'])}[/]", highlight=False)
-    detailed = console.width >= _DETAILED_WIDTH
-    labels = {row["provider"]: row["label"] for row in data["rows"]}
-    baselines = [name for name in data["baselines"] if name in labels]
-    for point in _distinct(row["point"] for row in data["rows"]):
-        table = Table(title=escape(point_name(point)), title_justify="left", **_PLAIN)
-        table.add_column("", min_width=16)
-        table.add_column("median", min_width=9)
-        for baseline in baselines:
-            name = escape(labels[baseline])
-            table.add_column(f"times as fast as\n{name}", min_width=17, no_wrap=True)
-        table.add_column("of\npeak", no_wrap=True, min_width=4)
-        for column in _DETAILS if detailed else ():
-            table.add_column(column.format(unit=data["unit"][:-1] or "call"), min_width=8)
-        for row in data["rows"]:
-            if row["point"] == point:
-                table.add_row(*_cells(row, data, baselines, detailed))
-        console.print(table)
-    for line in (*remarks(data), setup_line(data), peaks_line(data)):
-        console.print(escape(line), style="dim", highlight=False)
-
-
-def _distinct(points: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    return list({point_name(point): point for point in points}.values())
-
-
-def remarks(data: dict[str, Any]) -> list[str]:
-    """Return what the providers do otherwise, and why some were not timed; each once."""
-    notes = [f"{row['label']}: {row['note']}" for row in data["rows"] if row["note"]]
-    reasons = [
-        f"{row['label']} {row['status']}: {row['reason']}"
-        for row in data["rows"]
-        if row["status"] != "timed"
-    ]
-    return list(dict.fromkeys(notes + reasons))
+def axes_of(data: dict[str, Any]) -> list[str]:
+    """Return the settings that a run has several of; its points name them."""
+    settings = data["settings"]
+    several = {"dtype": settings["dtypes"], "threads": settings["threads"]}
+    return [name for name, values in several.items() if len(values) > 1]
 
 
 def setup_line(data: dict[str, Any]) -> str:
     """Return machine and versions in one line."""
     machine, versions = data["machine"], data["software"]["versions"]
-    device = machine.get("gpu") or f"{machine['cpu']}, {data['settings']['threads']} threads"
+    threads = " and ".join(str(count) for count in data["settings"]["threads"])
+    device = machine.get("gpu") or f"{machine['cpu']}, {threads} threads"
     return (
-        f"{device}; {data['settings']['dtype']}; torch {versions['torch']}, "
+        f"{device}; {', '.join(data['settings']['dtypes'])}; torch {versions['torch']}, "
         f"transformers {versions['transformers']}, bitnet_triton {versions['bitnet_triton']}; "
         f"{data['date'][:10]}"
-    )
-
-
-def peaks_line(data: dict[str, Any]) -> str:
-    """Return the measured limits in one line."""
-    peaks = data["peaks"]
-    rates = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in peaks["flops_per_s"].items())
-    loads = data["load_average"]
-    return (
-        f"measured in this run: reads {peaks['read_bytes_per_s'] / 1e9:.1f} GB/s, "
-        f"products {rates} Gop/s; load average {loads['before']} before, {loads['after']} after"
     )

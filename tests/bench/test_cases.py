@@ -120,7 +120,7 @@ def test_peers_are_found_or_skipped_by_name():
 
 def test_model_command_writes_json_and_plot(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr("bench.run.measure_peaks", small_peaks)
+    monkeypatch.setattr("bench.run.measure_limits", small_limits)
     target = tmp_path / "model.json"
     arguments = ["model", "--shape", "tiny", "--quick", "--prompt", "8", "--context", "4"]
     arguments += ["--threads", "1", "--device", "cpu", "--output", str(target)]
@@ -136,10 +136,10 @@ def test_model_command_writes_json_and_plot(tmp_path, monkeypatch):
     assert target.with_suffix(".png").stat().st_size > 10_000
 
 
-def small_peaks(settings):
-    from bench.peaks import measure_peaks
+def small_limits(settings):
+    from bench.peaks import measure_limits
 
-    return measure_peaks(settings, buffer_bytes=2**22, size=64)
+    return measure_limits(settings, buffer_bytes=2**22, size=64)
 
 
 def test_command_refuses_what_it_does_not_know():

@@ -15,7 +15,8 @@ from bench.machine import command_line, copies_beyond_cache, last_level_cache_by
 from bench.measure import Row, spread
 from bench.memory import peak_extra_bytes
 from bench.peaks import Peaks, measure_peaks
-from bench.report import duration, print_table, read_json, result, size, times, write_json
+from bench.report import duration, read_json, result, size, times, write_json
+from bench.table import print_table
 
 ROUNDS = {"bitnet_triton": [1e-3, 2e-3, 1e-3], "torch_bf16": [4e-3, 8e-3, 4e-3]}
 
@@ -38,7 +39,7 @@ def rows():
 @pytest.fixture
 def data():
     peaks = Peaks(2e10, "torch.sum of float32", {"bf16": 3e11})
-    return result(ternary_linear.case(), rows(), Settings(), peaks, (0.1, 0.2))
+    return result(ternary_linear.case(), rows(), [Settings()], {1: peaks}, (0.1, 0.2))
 
 
 def test_json_round_trip(data, tmp_path):
@@ -58,7 +59,7 @@ def test_json_names_no_host_and_no_folder(data):
 def test_json_says_what_the_figures_depend_on(data):
     assert data["machine"]["cpu"]
     assert data["software"]["versions"]["torch"] == torch.__version__
-    assert data["settings"]["threads"] == 1
+    assert data["settings"]["threads"] == [1]
     assert data["command"].startswith("python -m bench")
     assert data["software"]["backends"]["reference"] == "available"
 

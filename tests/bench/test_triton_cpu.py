@@ -104,7 +104,7 @@ def test_unknown_shape_is_refused():
 @compiles
 def test_command_writes_json_and_plot(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr("bench.run.measure_peaks", small_peaks)
+    monkeypatch.setattr("bench.run.measure_limits", small_limits)
     target = tmp_path / "triton_cpu.json"
     arguments = ["triton_cpu", "--shape", "tiny", "--quick", "--threads", "1"]
     arguments += ["--only", "op=softmax,launch", "--output", str(target)]
@@ -117,10 +117,10 @@ def test_command_writes_json_and_plot(tmp_path, monkeypatch):
     assert target.with_suffix(".png").stat().st_size > 10_000
 
 
-def small_peaks(settings):
-    from bench.peaks import measure_peaks
+def small_limits(settings):
+    from bench.peaks import measure_limits
 
-    return measure_peaks(settings, buffer_bytes=2**22, size=64)
+    return measure_limits(settings, buffer_bytes=2**22, size=64)
 
 
 @compiles
