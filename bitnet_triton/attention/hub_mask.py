@@ -3,8 +3,11 @@
 transformers hands over a function of two indices and a mask of padding. Three such functions are
 known here: causal, causal with a window, and either of them within packed sequences; and one that
 shows everything. Their masks become ``Tokens``. Anything else, and padding with tokens on both
-sides, becomes the matrix that transformers makes for PyTorch's attention; so does, while a graph is
-traced, what only a look at values or closures can tell.
+sides, becomes the matrix that transformers makes for PyTorch's attention.
+
+While a graph is traced, neither values nor closures can be looked at. Padding becomes the matrix
+then. Packed sequences and windows are told by asking the function about a few pairs of each row;
+the graph checks as it runs that the answers are those of such a mask.
 """
 
 from __future__ import annotations
@@ -37,6 +40,12 @@ def describe_mask(
         return attention_mask  # finished before: ``generate`` prepares masks for static caches
     if isinstance(q_offset, Tensor):
         q_offset = q_offset.clone()  # a static cache counts in place, before its layers attend
+    by_user = kwargs.get("use_vmap") or allow_is_bidirectional_skip
+    if not by_user and _is_traced_packing(
+        mask_function, attention_mask, q_length, kv_length, q_offset
+    ):
+        size = (batch_size, q_length)
+        return _described_by_asking(mask_function, size, local_size, kwargs.get("device"))
     tokens = _describe(mask_function, attention_mask, q_length, q_offset, local_size)
     if tokens is not None:
         may_skip = allow_is_causal_skip if tokens.causal else allow_is_bidirectional_skip
@@ -106,6 +115,57 @@ def _packed(function: Callable, window: int | None) -> tuple[dict[str, Any] | No
         if known is not None and _same(function, expected):
             return known, _starts(ids)
     return None, None
+
+
+def _is_traced_packing(
+    function: Callable, padding: Tensor | None, Tq: int, Tk: int, offset: int | Tensor
+) -> bool:
+    """Tell whether a graph is traced in which ``function`` joins masks of one whole text a row.
+
+    transformers builds such joints for packed sequences, which it cannot rule out while a graph is
+    traced, for windows and for chunks. Joints of users come with ``use_vmap``.
+    """
+    if not torch.compiler.is_compiling() or padding is not None or Tq != Tk:
+        return False
+    joint = getattr(function, "__code__", None) is hf.and_masks(hf.causal_mask_function).__code__
+    return joint and isinstance(offset, int) and offset == 0
+
+
+def _described_by_asking(
+    sees: Callable, size: tuple[int, int], window: int | None, device: Any
+) -> Tokens:
+    """Describe a joint of masks by what it says about neighbours, whatever their values are.
+
+    A text starts where a token does not see the one before it. Each row of the matrix must then be
+    an interval from there, or from the window's edge, up to its own token; the graph asks about the
+    pairs at both ends of it and raises RuntimeError where they say otherwise.
+    """
+    B, T = size
+    row = torch.arange(B, device=device)[:, None]
+    place = torch.arange(T, device=device).expand(B, T)
+    head = torch.zeros_like(row)
+    before, behind = (place - 1).clamp_min(0), (place + 1).clamp_max(T - 1)
+
+    is_first = ~sees(row, head, place, before) | (place == 0)
+    start = torch.where(is_first, place, 0).cummax(-1).values
+    low = start if window is None else torch.maximum(start, place - window + 1)
+    is_interval = (
+        sees(row, head, place, low)
+        & sees(row, head, place, place)
+        & ((low == 0) | ~sees(row, head, place, (low - 1).clamp_min(0)))
+        & ((behind == place) | ~sees(row, head, place, behind))
+    )
+    torch._assert_async(is_interval.all(), "`attention_mask`: not that of packed sequences")
+
+    # as many places as there could be texts: those behind the last one are empty
+    count = B * T
+    first = is_first.flatten()
+    at = torch.where(first, first.cumsum(0) - 1, count)
+    starts = torch.full((count + 1,), count, dtype=torch.int32, device=device)
+    index = torch.arange(count, dtype=torch.int32, device=device)
+    # the last place belongs to the number of tokens, which the others write there
+    values = torch.where(first, index, count)
+    return Tokens(window=window, cu_seqlens=starts.scatter(0, at, values))
 
 
 def _packings(parts: Sequence[Callable], ids: Tensor) -> Iterator[tuple[Callable, Callable]]:

@@ -23,12 +23,17 @@ from bitnet_triton.runtime import register_op, remember_backend, remembered_back
 CAUSAL = Mask()
 
 
+def _is_empty(q: Tensor, k: Tensor, call: Call) -> bool:
+    no_sequence = call.cu_seqlens_q is not None and call.cu_seqlens_q.numel() == 1
+    return q.numel() == 0 or k.numel() == 0 or no_sequence
+
+
 def _launch_fwd(
     q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor | None], numbers: list[int],
     dilation: list[int], tokens: list[int] | None, factors: list[float],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     call = Call.build(tensors, numbers, dilation, tokens, factors)
-    if q.numel() == 0 or k.numel() == 0:
+    if _is_empty(q, k, call):
         out, lse = _fake_fwd(q, k, v, tensors, numbers, dilation, tokens, factors)
         return out.zero_(), lse.fill_(float("-inf"))
     return select("flash_attention", ATTENTION_FWD, q.device, q, v, call)(q, k, v, call)
@@ -51,9 +56,9 @@ def _launch_bwd(
     tensors: list[Tensor | None], numbers: list[int], dilation: list[int],
     tokens: list[int] | None, factors: list[float],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    if q.numel() == 0 or k.numel() == 0:
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     call = Call.build(tensors, numbers, dilation, tokens, factors)
+    if _is_empty(q, k, call):
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     run = select("flash_attention_bwd", ATTENTION_BWD, q.device, q, v, call)
     return run(dout, dlse, q, k, v, out, lse, call)
 

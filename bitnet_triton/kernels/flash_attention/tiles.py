@@ -55,33 +55,41 @@ def _count_tiles(
 
 
 @triton.jit
+def _first_tile(
+    lengths_ptr, starts_ptr, b, step, COLUMN: tl.constexpr, BLOCK: tl.constexpr
+) -> tl.tensor:
+    """Return where the tiles of a packed sequence begin: as if each before it wasted ``step``."""
+    if starts_ptr is not None:
+        return tl.load(starts_ptr + b) // BLOCK + b
+    else:
+        return tl.load(lengths_ptr + 4 * b + COLUMN - 1) // BLOCK + b * step
+
+
+@triton.jit
 def find_tile(
     lengths_ptr, starts_ptr, B, T, step, COLUMN: tl.constexpr, BLOCK: tl.constexpr
 ) -> tuple:
     """Return the sequence of this program, its tile in it, and the tiles that the sequence has.
 
     Tiles are those of a list where ``starts_ptr`` is given, else those of all classes. Those of B
-    packed sequences stand behind one another in one dimension of the grid; a program behind the
-    last one gets a tile that its sequence does not have. B is None where nothing is packed.
+    packed sequences stand behind one another in one dimension of the grid, with a few programs
+    between them that get a tile which their sequence does not have. B is None where nothing is
+    packed.
     """
     tile = tl.program_id(0)
     if B is None:
         b = tl.program_id(2)
-        tiles = _count_tiles(lengths_ptr, starts_ptr, b, T, step, COLUMN, BLOCK)
     else:
+        # there may be as many sequences as tokens, most of them empty: halve, do not count
         b = tile * 0
-        first = tile * 0
-        passed = tile * 0
-        tiles = tile * 0
-        for i in range(B):
-            n = _count_tiles(lengths_ptr, starts_ptr, i, T, step, COLUMN, BLOCK)
-            is_here = (tile >= passed) & (tile < passed + n)
-            b = tl.where(is_here, i, b)
-            first = tl.where(is_here, passed, first)
-            tiles = tl.where(is_here, n, tiles)
-            passed += n
-        tile = tile - first
-    return b, tile, tiles
+        end = b + B
+        while end - b > 1:
+            middle = (b + end) // 2
+            first = _first_tile(lengths_ptr, starts_ptr, middle, step, COLUMN, BLOCK)
+            b = tl.where(first <= tile, middle, b)
+            end = tl.where(first <= tile, end, middle)
+        tile -= _first_tile(lengths_ptr, starts_ptr, b, step, COLUMN, BLOCK)
+    return b, tile, _count_tiles(lengths_ptr, starts_ptr, b, T, step, COLUMN, BLOCK)
 
 
 @triton.jit

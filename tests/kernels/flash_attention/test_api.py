@@ -98,6 +98,32 @@ def test_packed_sequences_are_those_one_by_one(mask, device, backend):
 
 @pytest.mark.backends("triton", "reference")
 @pytest.mark.usefixtures("forced_backend")
+@pytest.mark.parametrize("mask", [MASK, Mask(window=9, dilation=3, dense_from=60)], ids=str)
+def test_empty_sequences_change_nothing(mask, device, backend):
+    q, k, v = draw(175, device=device)
+    ends = torch.tensor([0, 130, 131, 175], dtype=torch.int32)
+    # as many as there are tokens, as torch.compile describes a batch
+    filled = torch.cat([ends[:1].repeat(5), ends[1:2].repeat(9), ends[2:3], ends[3:].repeat(161)])
+
+    def run(cu):
+        both = {"cu_seqlens_q": cu.to(device), "cu_seqlens_k": cu.to(device)}
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        out = flash_attention(*leaves, mask=mask, **both)
+        return out, *torch.autograd.grad(out.square().sum(), leaves)
+
+    for ours, expected in zip(run(filled), run(ends)):
+        assert torch.equal(ours, expected)
+
+
+def test_tokens_of_no_sequence_give_zeros(device):
+    q, k, v = draw(5, device=device)
+    none = int32(0, device=device)
+    out = flash_attention(q, k, v, cu_seqlens_q=none, cu_seqlens_k=none)
+    assert torch.equal(out, torch.zeros_like(out))
+
+
+@pytest.mark.backends("triton", "reference")
+@pytest.mark.usefixtures("forced_backend")
 def test_strided_and_empty_inputs(device, backend):
     q, k, v = draw(2, 40, device=device)
     expected = flash_attention(q, k, v, mask=MASK)
