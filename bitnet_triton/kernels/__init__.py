@@ -10,9 +10,19 @@ from bitnet_triton.kernels.int8_linear import Int8Weight, int8_linear, int8_line
 from bitnet_triton.kernels.int8_linear.op import INT8_FWD, INT8_TOPK
 from bitnet_triton.kernels.packing import TernaryWeight
 from bitnet_triton.kernels.quantize import quantize_activations, quantize_weight
-from bitnet_triton.kernels.quantize.op import ACTIVATIONS_FWD, WEIGHT_STATS
-from bitnet_triton.kernels.rms_norm import relu2_mul_norm_quantize, rms_norm, rms_norm_quantize
-from bitnet_triton.kernels.rms_norm.op import NORM_BWD, NORM_FWD, NORM_QUANTIZE_FWD, RELU2_FWD
+from bitnet_triton.kernels.quantize.op import (
+    ACTIVATIONS_FWD,
+    ACTIVATIONS_SUMS_FWD,
+    WEIGHT_STATS,
+)
+from bitnet_triton.kernels.rms_norm import (
+    relu2_mul_norm_quantize,
+    rms_norm,
+    rms_norm_quantize,
+    silu_mul_quantize,
+)
+from bitnet_triton.kernels.rms_norm.op import NORM_BWD, NORM_FWD
+from bitnet_triton.kernels.rms_norm.quantized import NORM_QUANTIZE_FWD, RELU2_FWD, SILU_FWD
 from bitnet_triton.kernels.rotary import apply_rotary, rotary_and_store
 from bitnet_triton.kernels.rotary.op import ROTARY, ROTARY_AND_STORE
 from bitnet_triton.kernels.ternary_linear import (
@@ -29,11 +39,13 @@ from bitnet_triton.kernels.ternary_linear.launchers import (
 # op -> backend -> implementation: what `bitnet-triton doctor` reports on
 IMPLEMENTATIONS = {
     "quantize_activations": ACTIVATIONS_FWD,
+    "quantize_activations_sums": ACTIVATIONS_SUMS_FWD,
     "weight_stats": WEIGHT_STATS,
     "rms_norm": NORM_FWD,
     "rms_norm_bwd": NORM_BWD,
     "rms_norm_quantize": NORM_QUANTIZE_FWD,
     "relu2_mul_norm_quantize": RELU2_FWD,
+    "silu_mul_quantize": SILU_FWD,
     "rotary": ROTARY,
     "rotary_and_store": ROTARY_AND_STORE,
     "ternary_linear": TERNARY_FWD,
@@ -70,6 +82,7 @@ __all__ = [
     "rms_norm",
     "rms_norm_quantize",
     "rotary_and_store",
+    "silu_mul_quantize",
     "ternary_linear",
     "ternary_linear_quantized",
 ]

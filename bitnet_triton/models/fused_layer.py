@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from bitnet_triton.kernels import flash_attention
-from bitnet_triton.kernels.rms_norm.op import (
+from bitnet_triton.kernels.rms_norm.quantized import (
     NORM_QUANTIZE_FWD,
     RELU2_FWD,
     relu2_mul_norm_quantize_rows,

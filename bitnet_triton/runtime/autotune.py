@@ -53,6 +53,11 @@ _GPU: dict[str, dict[int, Tiles]] = {
         8192: {"BLOCK_F": 8192, "num_warps": 8},
         16384: {"BLOCK_F": 16384, "num_warps": 16},
     },
+    "silu_mul_quantize_fwd": {
+        1024: {"BLOCK_F": 1024, "num_warps": 4},
+        8192: {"BLOCK_F": 8192, "num_warps": 8},
+        32768: {"BLOCK_F": 32768, "num_warps": 16},
+    },
     "ternary_linear_fwd": {
         32: {"BLOCK_M": 16, "BLOCK_R": 16, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3},
         _ANY: {"BLOCK_M": 64, "BLOCK_R": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
@@ -158,6 +163,12 @@ _CPU: dict[str, dict[int, Tiles]] = {
         1024: {"BLOCK_F": 1024},
         8192: {"BLOCK_F": 8192},
         16384: {"BLOCK_F": 16384},
+    },
+    "silu_mul_quantize_fwd": {
+        1024: {"BLOCK_F": 1024},
+        8192: {"BLOCK_F": 8192},
+        16384: {"BLOCK_F": 16384},
+        32768: {"BLOCK_F": 32768},
     },
     "ternary_linear_fwd": {
         # whole rows, up to 8192: memory is read in one stream

@@ -46,6 +46,23 @@ ACTIVATIONS_FWD = {
 }
 
 
+def _triton_sums(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    from bitnet_triton.kernels.quantize.forward import launch_quantize_with_sums
+
+    return launch_quantize_with_sums(x)
+
+
+def _reference_sums(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    codes, scale = _reference_activations(x)
+    return codes, scale, codes.sum(-1, dtype=torch.int32)
+
+
+ACTIVATIONS_SUMS_FWD = {
+    "triton": Implementation(_triton_sums, _triton_activations_objection),
+    "reference": Implementation(_reference_sums),
+}
+
+
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Quantise x [M, K] by rows without checks; for the ops above this one."""
     if x.shape[0] == 0:
@@ -58,6 +75,20 @@ def _fake(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 _quantize_activations_fwd = register_op("quantize_activations_fwd", quantize_rows, _fake)
+
+
+def _launch_sums(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if x.shape[0] == 0:
+        return _fake_sums(x)
+    return select("quantize_activations_sums", ACTIVATIONS_SUMS_FWD, x.device, x)(x)
+
+
+def _fake_sums(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return *_fake(x), x.new_empty(x.shape[:1], dtype=torch.int32)
+
+
+# what layers call that multiply packed weights next: contiguous rows, and the sums of their codes
+quantize_rows_with_sums = register_op("quantize_activations_sums_fwd", _launch_sums, _fake_sums)
 
 
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
-"""Triton forward of RMSNorm, alone and with what BitNet does around it. One program takes one row.
+"""Triton forward of RMSNorm, and of what stands between the products of ternary models.
 
-Values are rounded to the dtype of the activations wherever transformers' BitNet rounds them, so
-that the codes of the fused kernels are those of the steps taken one by one.
+One program takes one row. Values are rounded to the dtype of the activations wherever transformers
+rounds them, so that the codes of the fused kernels are those of the steps taken one by one.
 """
 
 from __future__ import annotations
@@ -99,6 +99,31 @@ def _relu2_mul_norm_quantize_fwd_kernel(
     store_quantized_row(y, codes_ptr, scale_ptr, sums_ptr, row, F, cols, True)
 
 
+@triton.jit
+def _silu_mul_quantize_fwd_kernel(
+    # tensors: gate_up [M, 2 F]; codes [M, F]; scale [M]; sums [M] int32
+    gate_up_ptr, codes_ptr, scale_ptr, sums_ptr,
+    # strides, in elements
+    gate_up_stride_m,
+    # sizes
+    F,
+    # compile-time
+    BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    # int64: row * stride overflows int32 from 2**31 elements on
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK_F)
+    in_row = cols < F
+
+    gate_ptrs = gate_up_ptr + row * gate_up_stride_m + cols
+    gate = tl.load(gate_ptrs, mask=in_row, other=0.0)  # [BLOCK_F]
+    up = tl.load(gate_ptrs + F, mask=in_row, other=0.0)
+    wide = gate.to(tl.float32)
+    silu = tl.div_rn(wide, 1.0 + tl.exp(-wide)).to(gate.dtype)
+    product = (silu.to(tl.float32) * up.to(tl.float32)).to(gate.dtype).to(tl.float32)
+    store_quantized_row(product, codes_ptr, scale_ptr, sums_ptr, row, F, cols, True)
+
+
 def launch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Map x [M, D] to y [M, D] in the wider dtype of x and weight."""
     M, D = x.shape
@@ -140,6 +165,20 @@ def launch_relu2_mul_norm_quantize(
         gate_up.stride(0),
         F, eps,
         **tiles("relu2_mul_norm_quantize_fwd", F, gate_up.device),
+        enable_fp_fusion=False,
+    )  # fmt: skip
+    return codes, scale, sums
+
+
+def launch_silu_mul_quantize(gate_up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Map gate_up [M, 2 F] to int8 codes [M, F], float32 scale [M, 1] and int32 sums [M]."""
+    M, F = gate_up.shape[0], gate_up.shape[1] // 2
+    codes, scale, sums = _empty_quantized(gate_up, F)
+    launch(_silu_mul_quantize_fwd_kernel, (M,))(
+        gate_up, codes, scale, sums,
+        gate_up.stride(0),
+        F,
+        **tiles("silu_mul_quantize_fwd", F, gate_up.device),
         enable_fp_fusion=False,
     )  # fmt: skip
     return codes, scale, sums

@@ -1,4 +1,4 @@
-"""The public norms; those that quantise are for inference and not differentiable."""
+"""The public norm."""
 
 from __future__ import annotations
 
@@ -15,11 +15,7 @@ from bitnet_triton.kernels.common.checks import (
     check_tensor,
 )
 from bitnet_triton.kernels.common.linear import FLOATS, wants_gradient
-from bitnet_triton.kernels.rms_norm.reference import (
-    relu2_mul_norm_quantize_reference,
-    rms_norm_quantize_reference,
-    rms_norm_reference,
-)
+from bitnet_triton.kernels.rms_norm.reference import rms_norm_reference
 from bitnet_triton.runtime import (
     Implementation,
     compile_by_kind,
@@ -29,8 +25,6 @@ from bitnet_triton.runtime import (
     select,
 )
 from bitnet_triton.runtime.autotune import largest_size
-
-Quantized = tuple[Tensor, Tensor, Tensor]
 
 
 def _triton_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -46,18 +40,6 @@ def _triton_norm_bwd(
     from bitnet_triton.kernels.rms_norm.backward import launch_rms_norm_bwd
 
     return launch_rms_norm_bwd(dy, x, weight, eps, with_dweight)
-
-
-def _triton_norm_quantize(x: Tensor, weight: Tensor, eps: float) -> Quantized:
-    from bitnet_triton.kernels.rms_norm.forward import launch_rms_norm_quantize
-
-    return launch_rms_norm_quantize(x, weight, eps)
-
-
-def _triton_relu2(gate_up: Tensor, weight: Tensor, eps: float) -> Quantized:
-    from bitnet_triton.kernels.rms_norm.forward import launch_relu2_mul_norm_quantize
-
-    return launch_relu2_mul_norm_quantize(gate_up, weight, eps)
 
 
 def _reference_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -79,46 +61,24 @@ def _reference_norm_bwd(
     return dx.to(x.dtype), dweight.to(weight.dtype)
 
 
-def _reference_norm_quantize(x: Tensor, weight: Tensor, eps: float) -> Quantized:
-    return _integers(
-        *rms_norm_quantize_reference(x.float(), weight.float(), eps=eps, dtype=x.dtype)
-    )
-
-
-def _reference_relu2(gate_up: Tensor, weight: Tensor, eps: float) -> Quantized:
-    wide, dtype = gate_up.float(), gate_up.dtype
-    return _integers(*relu2_mul_norm_quantize_reference(wide, weight.float(), eps=eps, dtype=dtype))
-
-
-def _integers(codes: Tensor, scale: Tensor, sums: Tensor) -> Quantized:
-    return codes.to(torch.int8), scale, sums.to(torch.int32)
-
-
 _LARGEST = largest_size("rms_norm_fwd")
 
 
-def _triton_objection(weight: Tensor) -> str | None:
+def program_objection(weight: Tensor) -> str | None:
+    """Say why a program cannot hold a row of as many values as ``weight``; None when it can."""
     fits = weight.shape[0] <= _LARGEST
     return None if fits else f"a program holds a row of at most {_LARGEST} values"
 
 
 NORM_FWD = {
-    "triton": Implementation(_triton_norm, _triton_objection),
+    "triton": Implementation(_triton_norm, program_objection),
     "compile": Implementation(compile_by_kind(_reference_norm)),
     "reference": Implementation(_reference_norm),
 }
 NORM_BWD = {
-    "triton": Implementation(_triton_norm_bwd, _triton_objection),
+    "triton": Implementation(_triton_norm_bwd, program_objection),
     "compile": Implementation(compile_by_kind(_reference_norm_bwd)),
     "reference": Implementation(_reference_norm_bwd),
-}
-NORM_QUANTIZE_FWD = {
-    "triton": Implementation(_triton_norm_quantize, _triton_objection),
-    "reference": Implementation(_reference_norm_quantize),
-}
-RELU2_FWD = {
-    "triton": Implementation(_triton_relu2, _triton_objection),
-    "reference": Implementation(_reference_relu2),
 }
 
 
@@ -148,28 +108,6 @@ def _fake_norm_bwd(
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
-def _launch_norm_quantize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    if x.shape[0] == 0:
-        return _fake_quantize(x, weight, eps)
-    return select("rms_norm_quantize", NORM_QUANTIZE_FWD, x.device, weight)(x, weight, eps)
-
-
-def _launch_relu2(gate_up: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    if gate_up.shape[0] == 0:
-        return _fake_quantize(gate_up, weight, eps)
-    run = select("relu2_mul_norm_quantize", RELU2_FWD, gate_up.device, weight)
-    return run(gate_up, weight, eps)
-
-
-def _fake_quantize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    M, D = x.shape[0], weight.shape[0]
-    return (
-        x.new_empty((M, D), dtype=torch.int8),
-        x.new_empty((M, 1), dtype=torch.float32),
-        x.new_empty((M,), dtype=torch.int32),
-    )
-
-
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -194,13 +132,9 @@ class _RMSNorm(torch.autograd.Function):
 _rms_norm_bwd = register_op("rms_norm_bwd", _launch_norm_bwd, _fake_norm_bwd)
 # what layers that have checked their arguments call: rows whose last dimension is contiguous
 rms_norm_rows = register_op("rms_norm_fwd", _launch_norm, _fake_norm, function=_RMSNorm)
-rms_norm_quantize_rows = register_op("rms_norm_quantize_fwd", _launch_norm_quantize, _fake_quantize)
-relu2_mul_norm_quantize_rows = register_op(
-    "relu2_mul_norm_quantize_fwd", _launch_relu2, _fake_quantize
-)
 
 
-def _rows(
+def rows_of(
     name: str, x: Tensor, weight: Tensor, eps: float, widths: int, *, mixed: bool = False
 ) -> Tensor:
     """Check the arguments of a norm; return ``x`` as a matrix of rows."""
@@ -241,63 +175,6 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
         ValueError: shapes do not fit, a tensor is on another device, or ``eps`` is negative.
         BackendUnavailableError: the forced backend cannot run.
     """
-    rows = _rows("x", x, weight, eps, 1, mixed=True)
+    rows = rows_of("x", x, weight, eps, 1, mixed=True)
     run = _RMSNorm.apply if wants_gradient(x, weight) else rms_norm_rows
     return run(rows, weight, eps).view(x.shape)
-
-
-def rms_norm_quantize(
-    x: Tensor, weight: Tensor, *, eps: float = 1e-5
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalise as ``rms_norm`` does and quantise as ``quantize_activations`` does, in one pass.
-
-    For inference, not differentiable. The codes are those of the two ops one after the other.
-
-    Args:
-        x: [..., D] float16, bfloat16 or float32.
-        weight: [D] in the dtype and on the device of ``x``.
-        eps: added to the mean square, in units of x squared. Default: 1e-5.
-
-    Returns:
-        int8 codes [..., D], float32 scale [..., 1] and int32 sums of the codes [...], which
-        ``ternary_linear_quantized`` takes.
-
-    Raises:
-        TypeError: a tensor has a wrong dtype.
-        ValueError: shapes do not fit, a tensor is on another device, or ``eps`` is negative.
-        BackendUnavailableError: the forced backend cannot run.
-    """
-    rows = _rows("x", x, weight, eps, 1).detach()
-    return _shaped(x, rms_norm_quantize_rows(rows, weight.detach(), eps))
-
-
-def relu2_mul_norm_quantize(
-    gate_up: Tensor, weight: Tensor, *, eps: float = 1e-5
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute ``relu(gate)**2 * up``, normalise and quantise it, in one pass.
-
-    The inside of BitNet's feed-forward layer (arXiv:2504.12285), between its packed linears. For
-    inference, not differentiable. Rounded to the dtype of ``gate_up`` after the square, the
-    product and as ``rms_norm``.
-
-    Args:
-        gate_up: [..., 2 F] float16, bfloat16 or float32: gate, then up.
-        weight: [F] of the sub-norm, in the dtype and on the device of ``gate_up``.
-        eps: added to the mean square, in units of the product squared. Default: 1e-5.
-
-    Returns:
-        int8 codes [..., F], float32 scale [..., 1] and int32 sums of the codes [...].
-
-    Raises:
-        TypeError: a tensor has a wrong dtype.
-        ValueError: shapes do not fit, a tensor is on another device, or ``eps`` is negative.
-        BackendUnavailableError: the forced backend cannot run.
-    """
-    rows = _rows("gate_up", gate_up, weight, eps, 2).detach()
-    return _shaped(gate_up, relu2_mul_norm_quantize_rows(rows, weight.detach(), eps))
-
-
-def _shaped(x: Tensor, quantized: Quantized) -> Quantized:
-    codes, scale, sums = quantized
-    leading = x.shape[:-1]
-    return codes.view(*leading, codes.shape[1]), scale.view(*leading, 1), sums.view(leading)

@@ -1,4 +1,4 @@
-"""RMSNorm (arXiv:1910.07467, eq. 4) in plain PyTorch, and what BitNet does around it.
+"""RMSNorm (arXiv:1910.07467, eq. 4) in plain PyTorch, and what ternary models do around it.
 
 Rounding follows transformers' BitNet: the caller of a 16-bit model gives the 16-bit ``dtype`` that
 activations are rounded to between the steps; None rounds nowhere, which is the oracle of the tests.
@@ -7,6 +7,7 @@ activations are rounded to between the steps; None rounds nowhere, which is the 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bitnet_triton.kernels.quantize.reference import quantize_activations_reference
@@ -42,3 +43,13 @@ def relu2_mul_norm_quantize_reference(
     gate, up = gate_up.chunk(2, dim=-1)
     product = _rounded(_rounded(gate.relu().square(), dtype) * up, dtype)
     return rms_norm_quantize_reference(product, weight, eps=eps, dtype=dtype)
+
+
+def silu_mul_quantize_reference(
+    gate_up: Tensor, *, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Map ``gate_up`` [M, 2 F] to silu(gate) * up and quantise it (arXiv:2002.05202, eq. 6)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    product = _rounded(_rounded(F.silu(gate), dtype) * up, dtype)
+    codes, scale = quantize_activations_reference(product)
+    return codes, scale, codes.sum(-1)
