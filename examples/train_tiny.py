@@ -121,6 +121,7 @@ def new_model() -> BitNetForCausalLM:
         eos_token_id=0,
         pad_token_id=0,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        attn_implementation="bitnet_triton",
     )
     return BitNetForCausalLM(config)
 
