@@ -56,7 +56,7 @@ _GPU: dict[str, dict[int, Tiles]] = {
     "silu_mul_quantize_fwd": {
         1024: {"BLOCK_F": 1024, "num_warps": 4},
         8192: {"BLOCK_F": 8192, "num_warps": 8},
-        32768: {"BLOCK_F": 32768, "num_warps": 16},
+        32768: {"BLOCK_F": 32768, "num_warps": 32},
     },
     "ternary_linear_fwd": {
         32: {"BLOCK_M": 16, "BLOCK_R": 16, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3},
