@@ -36,6 +36,9 @@ from bench.report import point_name, read_json
 from bench.run import console, plot_file, run_case
 from bench.table import print_table
 
+# Threads of llama.cpp go on spinning after a call, for up to a tenth of a second
+_MODEL_PAUSE_S = 0.2
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -138,21 +141,28 @@ def _model_command(
         int, typer.Option(help="How many; 0 takes as many as the free memory allows.")
     ] = 0,
     prompt: Annotated[int, typer.Option(help="Tokens of the prefill.")] = 512,
-    context: Annotated[int, typer.Option(help="Tokens in the cache before decoding.")] = 64,
+    context: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Tokens in the cache before decoding; repeat for more.",
+            show_default="512 and 4096",
+        ),
+    ] = None,
     shape: Annotated[str, typer.Option(help="2b4t, or tiny to see that it runs.")] = "2b4t",
     only: Only = None,
     provider: Names = None,
     device: Device = "auto",
     threads: Threads = None,
     rounds: Rounds = 9,
-    budget: Budget = 60.0,
+    budget: Budget = 20.0,
     quick: Quick = False,
     output: Output = None,
 ) -> None:
-    case = make_case("model", shape=shape, layers=layers or None, prompt=prompt, context=context)
-    settings = read_settings(device, rounds, budget, quick)
+    contexts = context or [512, 4096]
+    case = make_case("model", shape=shape, layers=layers or None, prompt=prompt, contexts=contexts)
+    settings = read_settings(device, rounds, budget, quick, pause=_MODEL_PAUSE_S)
     points = steps(case.select_points(read_only(only)), settings, ["bf16"], read_threads(threads))
-    partial = bool(quick or only or provider or layers or shape != "2b4t")
+    partial = bool(quick or only or provider or layers or context or shape != "2b4t")
     run_case(case, points, provider or [], target("model", output, partial))
 
 

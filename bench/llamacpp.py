@@ -8,8 +8,10 @@ As a script: ``python bench/llamacpp.py MODEL.gguf``, which is what ``LlamaCpp``
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -124,6 +126,22 @@ class LlamaCpp:
         """Forget all but the first tokens."""
         return self._ask("crop", tokens=tokens)
 
+    def set_threads(self, threads: int) -> float:
+        """Compute with so many threads from now on."""
+        return self._ask("set_threads", threads=threads)
+
+    def save(self, path: Path) -> float:
+        """Write the cache to a file; a model with another head can ``restore`` it."""
+        return self._ask("save", path=str(path))
+
+    def restore(self, path: Path) -> float:
+        """Replace the cache by that of a file."""
+        return self._ask("restore", path=str(path))
+
+    def peak_memory(self) -> int:
+        """Return the largest resident size of the process so far, in bytes."""
+        return int(self._ask("peak_memory"))
+
     def close(self) -> None:
         """End the process."""
         self._process.kill()
@@ -138,6 +156,12 @@ class LlamaCpp:
         if not answer:
             raise RuntimeError(f"llama.cpp has ended with code {self._process.wait()}")
         return float(answer)
+
+
+def peak_resident_bytes() -> int:
+    """Return the largest resident size of this process so far."""
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes * (1 if sys.platform == "darwin" else 1024)
 
 
 class _Worker:
@@ -184,6 +208,25 @@ class _Worker:
         memory = self.c.llama_get_memory(self.context)
         self.c.llama_memory_seq_rm(memory, 0, tokens, -1)
 
+    def set_threads(self, threads: int) -> None:
+        self.c.llama_set_n_threads(self.context, threads, threads)
+
+    def save(self, path: str) -> None:
+        data = (ctypes.c_uint8 * self.c.llama_state_seq_get_size(self.context, 0))()
+        written = self.c.llama_state_seq_get_data(self.context, data, len(data), 0)
+        assert written == len(data), "the cache cannot be saved"
+        Path(path).write_bytes(data)
+
+    def restore(self, path: str) -> None:
+        self.c.llama_memory_clear(self.c.llama_get_memory(self.context), True)
+        stored = Path(path).read_bytes()
+        data = (ctypes.c_uint8 * len(stored)).from_buffer_copy(stored)
+        read = self.c.llama_state_seq_set_data(self.context, data, len(data), 0)
+        assert read == len(data), "the cache does not fit"
+
+    def peak_memory(self) -> int:
+        return peak_resident_bytes()
+
 
 def _serve(path: str) -> None:
     worker = _Worker(path)
@@ -191,8 +234,8 @@ def _serve(path: str) -> None:
         request = json.loads(line)
         command = request.pop("command")
         start = time.perf_counter()
-        getattr(worker, command)(**request)
-        print(time.perf_counter() - start, flush=True)
+        answer = getattr(worker, command)(**request)
+        print(time.perf_counter() - start if answer is None else answer, flush=True)
 
 
 if __name__ == "__main__":

@@ -108,10 +108,15 @@ def point_name(point: Mapping[str, Any]) -> str:
     return " ".join(f"{key}={value}" for key, value in point.items())
 
 
+def count(value: float) -> str:
+    """Return a number with three digits, or all of those before the point."""
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+
+
 def speed(row: dict[str, Any], unit: str) -> str:
     """Return the median of a row: a rate where the case counts units, else a time."""
     median = row["seconds"]["median"]
-    return f"{row['units'] / median:.3g} {unit}/s" if unit else duration(median)
+    return f"{count(row['units'] / median)} {unit}/s" if unit else duration(median)
 
 
 def times(ratio: float) -> str:
@@ -131,7 +136,7 @@ def axes_of(data: dict[str, Any]) -> list[str]:
 def setup_line(data: dict[str, Any]) -> str:
     """Return machine and versions in one line."""
     machine, versions = data["machine"], data["software"]["versions"]
-    threads = " and ".join(str(count) for count in data["settings"]["threads"])
+    threads = " and ".join(str(number) for number in data["settings"]["threads"])
     device = machine.get("gpu") or f"{machine['cpu']}, {threads} threads"
     return (
         f"{device}; {', '.join(data['settings']['dtypes'])}; torch {versions['torch']}, "

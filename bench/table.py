@@ -10,10 +10,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bench.report import axes_of, duration, point_name, setup_line, size, speed, times
+from bench.report import axes_of, count, duration, point_name, setup_line, size, times
 
 # Narrower terminals get fewer columns
 _DETAILED_WIDTH = 130
+_NARROW_BASELINES = 2
 _DETAILS = (
     "bound", "moves per\n{unit}", "reads\nbeside", "p20 - p80", "first call", "memory\nof a call",
     "error",
@@ -58,11 +59,13 @@ def _table(
 ) -> Table:
     labels = {row["provider"]: row["label"] for row in data["rows"]}
     baselines = [name for name in data["baselines"] if name in labels]
+    if not detailed:
+        baselines = baselines[:_NARROW_BASELINES]
     table = Table(title=escape(point_name(point)), **_PLAIN)
     table.add_column("", min_width=16)
     for axis in axes:
         table.add_column(axis, justify="right")
-    table.add_column("median", min_width=9)
+    table.add_column(f"{data['unit']}/s" if data["unit"] else "median", min_width=9)
     for baseline in baselines:
         name = escape(labels[baseline])
         table.add_column(f"times as fast as\n{name}", min_width=17, no_wrap=True)
@@ -81,7 +84,8 @@ def _cells(row: dict[str, Any], unit: str, baselines: Sequence[str], detailed: b
         colour = "red" if row["status"] == "failed" else "yellow"
         return [f"[{colour}]{row['status']}[/]"]
     share, beside = row["share_of_peak"], row["read_bytes_per_s"]
-    cells = [speed(row, unit), *(_ratio(row, baseline) for baseline in baselines)]
+    median = _rate(row) if unit else duration(row["seconds"]["median"])
+    cells = [median, *(_ratio(row, baseline) for baseline in baselines)]
     cells.append("" if share is None else f"{share:.0%}")
     if detailed:
         cells += [
@@ -99,7 +103,7 @@ def _cells(row: dict[str, Any], unit: str, baselines: Sequence[str], detailed: b
 def _spread(row: dict[str, Any], unit: str) -> str:
     low, high = row["seconds"]["p20"], row["seconds"]["p80"]
     if unit:
-        return f"{row['units'] / high:.3g} - {row['units'] / low:.3g}"
+        return f"{count(row['units'] / high)} - {count(row['units'] / low)}"
     return f"{duration(low)} - {duration(high)}"
 
 
@@ -133,7 +137,7 @@ def _overview(data: dict[str, Any]) -> Table:
 def _rate(row: dict[str, Any]) -> str:
     if row["status"] != "timed":
         return row["status"]
-    return f"{row['units'] / row['seconds']['median']:.3g}"
+    return count(row["units"] / row["seconds"]["median"])
 
 
 def remarks(data: dict[str, Any]) -> list[str]:

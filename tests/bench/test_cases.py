@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 from bench.__main__ import app
 from bench.case import PeerMissingError, Settings
 from bench.cases import bit_linear, int8_linear, make_case, model, ternary_linear
+from bench.decoding import STEPS
 from bench.measure import measure_point, relative_error
 from bench.models import SHAPES, RandomModels, state_bytes
 from bench.peers import PEERS, from_transformers
@@ -70,24 +71,36 @@ def test_state_counts_tied_weights_once():
 
 
 def test_decoding_can_be_started_again():
-    case = model.case(shape="tiny", prompt=8, context=3)
+    case = model.case(shape="tiny", prompt=8, contexts=[3])
     inputs = case.inputs(**case.grid[1], settings=Settings())
     work = case.providers["bitnet_triton"].build(inputs)
     with torch.no_grad():
         before = work.output()
-        for _ in range(5):  # beyond the point where the cache is cut back
+        for _ in range(STEPS + 1):  # beyond the point where the cache is cut back
             work.call()
         assert torch.equal(before, work.output())
 
 
 def test_decoding_gives_the_logits_of_one_long_prefill():
-    case = model.case(shape="tiny", prompt=8, context=6)
+    case = model.case(shape="tiny", prompt=8, contexts=[6])
     inputs = case.inputs(**case.grid[1], settings=Settings())
     work = case.providers["transformers_bf16"].build(inputs)
-    whole = inputs.models.get("autobitlinear")
+    whole = inputs.models.random.get("autobitlinear")
     with torch.no_grad():
-        expected = whole(inputs.ids, use_cache=False).logits[:, -1:]
+        expected = whole(inputs.models.ids[:, :7], use_cache=False).logits[:, -1:]
         assert relative_error(work.output(), expected) < model.TOLERANCE
+
+
+def test_shorter_contexts_are_the_first_tokens_of_the_longest():
+    case = model.case(shape="tiny", prompt=8, contexts=[3, 7])
+    (short, long) = (case.inputs(**point, settings=Settings()) for point in case.grid[1:])
+    ours = short.models.random.get("fused")
+    decoders = [inputs.models.decoder(ours, inputs.context) for inputs in (short, long)]
+    assert [decoder.cache.get_seq_length() for decoder in decoders] == [3, 7]
+    keys = [decoder.cache.layers[1].keys for decoder in decoders]
+    assert torch.equal(keys[0], keys[1][:, :, :3])
+    decoders[0].cache.layers[1].keys.zero_()  # the copies have memory of their own
+    assert keys[1].any()
 
 
 def test_layers_are_limited_by_memory():
@@ -95,13 +108,15 @@ def test_layers_are_limited_by_memory():
     assert model.layers_that_fit(full, 2**40) == 30
     assert 0 < model.layers_that_fit(full, 6 * 2**30) < 30
     assert model.layers_that_fit(full, 2**30) == 0
+    fewer = model.layers_that_fit(full, 6 * 2**30, longest=32768)
+    assert fewer < model.layers_that_fit(full, 6 * 2**30)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"shape": "7b"}, "`shape`: expected one of 2b4t, tiny, got '7b'"),
-        ({"context": 0}, "`context`: expected at least 1, got 0"),
+        ({"contexts": [8, 0]}, "`contexts`: expected at least 1, got 0"),
         ({"layers": -1}, "`layers`: not one layer fits"),
     ],
 )
@@ -123,15 +138,20 @@ def test_model_command_writes_json_and_plot(tmp_path, monkeypatch):
     monkeypatch.setattr("bench.run.measure_limits", small_limits)
     target = tmp_path / "model.json"
     arguments = ["model", "--shape", "tiny", "--quick", "--prompt", "8", "--context", "4"]
+    arguments += ["--context", "9"]
     arguments += ["--threads", "1", "--device", "cpu", "--output", str(target)]
     outcome = CliRunner().invoke(app, arguments)
     assert outcome.exit_code == 0, outcome.output
     data = json.loads(target.read_text())
     status = {(row["provider"], row["status"]) for row in data["rows"]}
     # rows as short as these are no blocks of llama.cpp's
-    peer = {(name, found) for name, found in status if name == "llama_cpp"}
-    assert peer == {("llama_cpp", "missing")}
-    assert {found for _, found in status - peer} == {"timed"}, outcome.output
+    peers = {(name, found) for name, found in status if name.startswith("llama_cpp")}
+    assert peers == {("llama_cpp", "missing"), ("llama_cpp_q8_head", "missing")}
+    assert {found for _, found in status - peers} == {"timed"}, outcome.output
+    contexts = [row["point"]["context"] for row in data["rows"] if row["provider"] == "llama_cpp"]
+    assert contexts == [0, 4, 9]
+    beside = {row["read_bytes_per_s"] is None for row in data["rows"] if row["status"] == "timed"}
+    assert beside == {False}
     assert data["rows"][0]["details"]["layers"] == 2
     assert target.with_suffix(".png").stat().st_size > 10_000
 
