@@ -131,7 +131,7 @@ def _op_command(name: str) -> Callable[..., None]:
     return command
 
 
-for _name in ("ternary_linear", "bit_linear", "flash_attention", "int8_linear"):
+for _name in ("ternary_linear", "small_batches", "bit_linear", "flash_attention", "int8_linear"):
     app.command(_name, help=CASES[_name].__doc__)(_op_command(_name))
 
 

@@ -84,10 +84,7 @@ def _draw_curves(
     key = data["curve"]
     for name, colour in colours.items():
         points = sorted(
-            (
-                row["point"][key],
-                [row["seconds"][q] / row["units"] for q in ("median", "p20", "p80")],
-            )
+            (row["point"][key], *(1e6 * row["seconds"][q] / row["units"] for q in _QUANTILES))
             for row in rows
             if row["provider"] == name and row["status"] == "timed"
         )

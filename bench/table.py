@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -36,7 +37,10 @@ def print_table(data: dict[str, Any], console: Console) -> None:
     for point in _distinct(_without(row["point"], axes) for row in rows):
         here = [row for row in rows if _without(row["point"], axes) == point]
         console.print(_table(point, here, axes, data, console.width >= _DETAILED_WIDTH))
-    if data["unit"] and len(_distinct(row["point"] for row in rows)) > 1:
+    if data["curve"]:
+        for line in _steps_up(data):
+            console.print(escape(line), highlight=False)
+    elif data["unit"] and len(_distinct(row["point"] for row in rows)) > 1:
         console.print(_overview(data))
     for line in (*remarks(data), setup_line(data), *peaks_lines(data)):
         console.print(escape(line), style="dim", highlight=False)
@@ -132,6 +136,27 @@ def _overview(data: dict[str, Any]) -> Table:
         ]
         table.add_row(escape(label), *cells)
     return table
+
+
+def _steps_up(data: dict[str, Any]) -> list[str]:
+    """Say for each provider where the time of a unit rises along the curve, if it does."""
+    key, lines = data["curve"], []
+    groups: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for row in data["rows"]:
+        if row["status"] == "timed":
+            name = row["label"], point_name(_without(row["point"], [key]))
+            seconds = row["seconds"]["median"] / row["units"]
+            groups.setdefault(name, []).append((row["point"][key], seconds))
+    for (label, rest), points in groups.items():
+        points.sort()
+        rises = [
+            f"{key}={after[0]} (+{after[1] / before[1] - 1:.0%})"
+            for before, after in itertools.pairwise(points)
+            if after[1] > before[1]
+        ]
+        told = f"rises at {', '.join(rises)}" if rises else "falls all along"
+        lines.append(f"{label}, {rest}: the time of one of the {data['unit']} {told}")
+    return lines
 
 
 def _rate(row: dict[str, Any]) -> str:

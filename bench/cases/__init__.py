@@ -9,12 +9,14 @@ from bench.cases import (
     flash_attention,
     int8_linear,
     model,
+    small_batches,
     ternary_linear,
     triton_cpu,
 )
 
 CASES: dict[str, ModuleType] = {
     "ternary_linear": ternary_linear,
+    "small_batches": small_batches,
     "bit_linear": bit_linear,
     "flash_attention": flash_attention,
     "int8_linear": int8_linear,

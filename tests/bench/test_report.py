@@ -10,11 +10,12 @@ from typer.testing import CliRunner
 
 from bench.__main__ import app
 from bench.case import Settings
-from bench.cases import ternary_linear
+from bench.cases import small_batches, ternary_linear
 from bench.machine import command_line, copies_beyond_cache, last_level_cache_bytes
 from bench.measure import Row, spread
 from bench.memory import peak_extra_bytes
 from bench.peaks import Peaks, measure_peaks
+from bench.plot import draw
 from bench.report import duration, read_json, result, size, times, write_json
 from bench.table import print_table
 
@@ -93,6 +94,30 @@ def test_plot_is_drawn_from_the_json_alone(data, tmp_path):
     outcome = CliRunner().invoke(app, ["plot", str(tmp_path / "r.json")])
     assert outcome.exit_code == 0, outcome.output
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_curve_says_where_it_rises_and_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    case, rows = small_batches.case(), []
+    for M, call_s in ((1, 1.0), (2, 1.5), (4, 6.0), (8, 8.0)):  # of a token: 1, 0.75, 1.5, 1
+        point = {"M": M, "cache": "hot", "K": 64, "N": 32}
+        for name, seconds in (("bitnet_triton", call_s), ("torch_bf16", 1.0)):
+            spreads = spread([seconds] * 3)
+            rows.append(
+                Row(point, name, name, seconds=spreads, units=M, first_call_s=1.0, error=0.0)
+            )
+    peaks = Peaks(2e10, "torch.sum of float32", {})
+    data = result(case, rows, [Settings()], {1: peaks}, (0.1, 0.2))
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    print_table(data, console)
+    text = console.export_text()
+    assert (
+        "bitnet_triton, cache=hot K=64 N=32: the time of one of the tokens rises at M=4 (+100%)\n"
+        in text
+    )
+    assert "torch_bf16, cache=hot K=64 N=32: the time of one of the tokens falls all along" in text
+    draw(data, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 10_000
 
 
 def test_digits_of_a_ratio():
