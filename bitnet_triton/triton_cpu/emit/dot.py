@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from bitnet_triton.triton_cpu.analyse import in_seven_bits, walk
+from bitnet_triton.triton_cpu.emit.accumulate import HALVES, accumulator, finish
 from bitnet_triton.triton_cpu.emit.bytes import fill_bytes
 from bitnet_triton.triton_cpu.emit.ctypes import c_type
 from bitnet_triton.triton_cpu.emit.emitter import Emitter, handles
 from bitnet_triton.triton_cpu.emit.lanes import emit_vector_products, vector_product
-from bitnet_triton.triton_cpu.emit.values import Buffer
 from bitnet_triton.triton_cpu.emit.views import View, is_memory, matrix_view, untransposed
 from bitnet_triton.triton_cpu.ir import Op, Value
 
 _EIGHT_BIT_FLOATS = ("f8",)
-_HALVES = frozenset({"f16", "bf16"})
 
 
 def _operand_type(op: Op) -> str | None:
@@ -21,7 +20,7 @@ def _operand_type(op: Op) -> str | None:
     if a.startswith(_EIGHT_BIT_FLOATS) and b.startswith(_EIGHT_BIT_FLOATS):
         return "bf16"  # holds every 8-bit float exactly
     result = op.results[0].type.elem
-    if a != b or result == "f64" or (a == "f32" and result in _HALVES):
+    if a != b or result == "f64" or (a == "f32" and result in HALVES):
         return c_type(op.results[0].type) if result == "f64" else "float"
     return None
 
@@ -90,36 +89,6 @@ def pack_ahead(emitter: Emitter, loop: Op) -> None:
         outside = b.block is not None and emitter.block.inside(b.block)
         if outside and (b, sign) not in emitter.packed and vector_product(emitter, op) is None:
             emitter.packed[b, sign] = _pack(emitter, b, sign, _operand_type(op))
-
-
-def accumulator(emitter: Emitter, op: Op) -> tuple[str, str]:
-    """Return an array that starts as the third operand, and its type: in place if that dies."""
-    start, result = op.operands[2], op.results[0]
-    if result.type.elem in _HALVES:
-        name = emitter.array(result.type.size, "float", "sums")
-        emitter.store_into(start, name, "float")
-        return name, "float"
-    name = emitter.reusable(start) or emitter.array(
-        result.type.size, c_type(result.type), result.name or "sums"
-    )
-    buffer = emitter.buffer(start)
-    if buffer is None or buffer.name != name:
-        emitter.store_into(start, name)
-    return name, c_type(result.type)
-
-
-def finish(emitter: Emitter, op: Op, name: str, c_sum: str) -> None:
-    """Hold the result in the accumulator, rounded if it was summed in float."""
-    result = op.results[0]
-    c_elem = c_type(result.type)
-    if c_sum != c_elem:
-        rounded = emitter.array(result.type.size, c_elem, result.name or "dot")
-        emitter.write("#pragma GCC ivdep")
-        emitter.write(
-            f"for (int i = 0; i < {result.type.size}; ++i) {rounded}[i] = {c_elem}({name}[i]);"
-        )
-        name = rounded
-    emitter.held[result] = Buffer(name, emitter.block)
 
 
 def _batched(emitter: Emitter, op: Op) -> None:

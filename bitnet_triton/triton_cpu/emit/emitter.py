@@ -89,13 +89,13 @@ class Emitter:
         self.lines.append("  " * self._depth + line)
 
     @contextlib.contextmanager
-    def braces(self, head: str = "") -> Iterator[None]:
-        """Write ``head {``, the lines of the with block, and ``}``."""
+    def braces(self, head: str = "", end: str = "}") -> Iterator[None]:
+        """Write ``head {``, the lines of the with block, and ``end``."""
         self.write(f"{head} {{".lstrip())
         self._depth += 1
         yield
         self._depth -= 1
-        self.write("}")
+        self.write(end)
 
     def array(self, size: int, element: str, hint: str = "b", count: str | None = None) -> str:
         """Declare an array.

@@ -96,7 +96,7 @@ def _unit(emitter: Emitter, kernel: Op) -> str:
     return "\n".join(
         [
             '#include "tcpu.h"',
-            '#include "lanes.h"',
+            '#include "byte_rows.h"',
             '#include "program.h"',
             *(['#include "sort.h"'] if sorts else []),
             *(['#include "poll.h"'] if waits else []),

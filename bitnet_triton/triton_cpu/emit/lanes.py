@@ -1,7 +1,8 @@
 """Products of a matrix with one vector or a few: no packing, one pass over the matrix.
 
 Each output is a sum along memory. Sixteen lanes of partial sums an output are kept, over all
-trips of a loop if the products only accumulate there, and added up once at the end.
+trips of a loop if the products only accumulate there, and added up once at the end. Where a row of
+bytes is long, its sums are added up at once: they would only take room in the caches.
 """
 
 from __future__ import annotations
@@ -9,17 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bitnet_triton.triton_cpu.analyse import in_seven_bits
-from bitnet_triton.triton_cpu.emit.bytes import BYTES, byte_expression, in_bytes, prepare
+from bitnet_triton.triton_cpu.emit.accumulate import accumulator, finish
+from bitnet_triton.triton_cpu.emit.byte_rows import LONG_ROW, emit_byte_rows, kind
+from bitnet_triton.triton_cpu.emit.bytes import BYTES, in_bytes
 from bitnet_triton.triton_cpu.emit.ctypes import c_type
 from bitnet_triton.triton_cpu.emit.nest import Nest
 from bitnet_triton.triton_cpu.emit.values import Buffer, Index, Lanes
 from bitnet_triton.triton_cpu.emit.views import (
-    View,
     address_step,
     is_memory,
     matrix_view,
-    prefix_view,
     untransposed,
 )
 from bitnet_triton.triton_cpu.ir import Op, Value
@@ -29,11 +29,9 @@ if TYPE_CHECKING:
 
 LANES = 16
 _MOST_VECTORS = 4
+# of bytes: more than a few pay only where rows are long, as sums are read and written once a row
+_MOST_BYTE_VECTORS = 32
 _ROWS = 4
-# Bytes of a row from which on it is read as one stream, and how far ahead they are fetched
-_LONG_ROW = 2048
-_FETCH_AHEAD = 4096
-_FETCH_FAR = 12288  # beyond that, into the second-level cache
 
 
 @dataclass(frozen=True)
@@ -64,20 +62,36 @@ def vector_product(emitter: Emitter, op: Op) -> VectorProduct | None:
     if a.type.rank != 2 or a.type.elem != b.type.elem:
         return None
     (m, k), n = a.type.shape or (0, 0), (b.type.shape or (0, 0))[1]
-    few = VectorProduct(op, b, a, 0, m, n, k) if m <= n else VectorProduct(op, a, b, 1, n, m, k)
-    if few.rows % _ROWS:
-        return None
+    left, right = VectorProduct(op, b, a, 0, m, n, k), VectorProduct(op, a, b, 1, n, m, k)
     result = op.results[0].type.elem
     if a.type.elem == "i8" and result == "i32":
-        fits = few.count <= _MOST_VECTORS and k % BYTES == 0
-        return few if fits and in_bytes(emitter, few.matrix, few.along) else None
+        both = [product for product in (left, right) if _fits_bytes(emitter, product)]
+        # what has to be unpacked is the matrix: that is done once for all vectors
+        return min(both, key=lambda p: (not _is_plain(emitter, p.vectors), p.count), default=None)
+    few = left if m <= n else right
     # Partial sums of several vectors lie one vector after the other: only as rows of the result
     fits = few.count == 1 or (few.count <= _MOST_VECTORS and few.along == 0)
-    if a.type.elem in ("f32", "bf16", "f16") and result == "f32" and fits:
+    floats = a.type.elem in ("f32", "bf16", "f16") and result == "f32"
+    if floats and fits and few.rows % _ROWS == 0:
         root, order = untransposed(few.matrix)
         if is_memory(emitter, root) and address_step(emitter, root, order[few.along]) == 1:
             return few
     return None
+
+
+def _fits_bytes(emitter: Emitter, product: VectorProduct) -> bool:
+    most = _MOST_BYTE_VECTORS if product.depth >= LONG_ROW else _MOST_VECTORS
+    return (
+        product.count <= most
+        and product.rows % _ROWS == 0
+        and product.depth % BYTES == 0
+        and in_bytes(emitter, product.matrix, product.along)
+    )
+
+
+def _is_plain(emitter: Emitter, value: Value) -> bool:
+    root, _ = untransposed(value)
+    return emitter.buffer(root) is not None or is_memory(emitter, root)
 
 
 def keeps_lanes(emitter: Emitter, argument: Value, yielded: Value) -> bool:
@@ -89,7 +103,8 @@ def keeps_lanes(emitter: Emitter, argument: Value, yielded: Value) -> bool:
         use = value.uses[0]
         if use.name != "tt.dot" or use.operands[2] is not value or use.block is not yielded.block:
             return False
-        if vector_product(emitter, use) is None:
+        product = vector_product(emitter, use)
+        if product is None or _adds_up(product):
             return False
         value = use.results[0]
     return value is not argument and len(value.uses) == 1
@@ -115,10 +130,13 @@ def emit_vector_products(emitter: Emitter, op: Op) -> None:
     Planes of packed weights are one load and several products: together they read it once.
     """
     group = _group(emitter, op)
+    if _adds_up(group[0]):
+        _emit_long_rows(emitter, group)
+        return
     targets = [_target(emitter, product) for product in group]
     with emitter.braces():
         if op.operands[0].type.elem == "i8":
-            _int8_products(emitter, group, targets)
+            emit_byte_rows(emitter, group, [target.name for target in targets], lanes=True)
         else:
             vectors = _vector_array(emitter, group[0])
             for product, target in zip(group, targets):
@@ -126,6 +144,20 @@ def emit_vector_products(emitter: Emitter, op: Op) -> None:
     for product, target in zip(group, targets):
         emitter.done.add(product.op)
         _hold(emitter, product, target)
+
+
+def _adds_up(product: VectorProduct) -> bool:
+    """Tell whether rows are long enough to add up the lanes of a sum after each one."""
+    return product.matrix.type.elem == "i8" and product.depth >= LONG_ROW
+
+
+def _emit_long_rows(emitter: Emitter, group: list[VectorProduct]) -> None:
+    sums = [accumulator(emitter, product.op) for product in group]
+    with emitter.braces():
+        emit_byte_rows(emitter, group, [name for name, _ in sums], lanes=False)
+    for product, (name, c_sum) in zip(group, sums):
+        emitter.done.add(product.op)
+        finish(emitter, product.op, name, c_sum)
 
 
 def _group(emitter: Emitter, op: Op) -> list[VectorProduct]:
@@ -154,6 +186,8 @@ def _belongs(emitter: Emitter, product: VectorProduct, group: list[VectorProduct
     first = group[0]
     shape = (product.vectors, product.along, product.rows, product.depth)
     if shape != (first.vectors, first.along, first.rows, first.depth):
+        return False
+    if product.matrix.type.elem == "i8" and kind(product) != kind(first):
         return False
     # What it starts from must be known by now: a carried value, a constant or an earlier sum
     start = product.op.operands[2]
@@ -209,68 +243,3 @@ def _float_product(emitter: Emitter, product: VectorProduct, target: Lanes, vect
             f"{target.name} + {v * product.rows * LANES}",
         )
         emitter.write(f"dot_lanes<{shape}>({vector}, {view.base}, {step}, {lanes});")
-
-
-def _int8_products(emitter: Emitter, group: list[VectorProduct], targets: list[Lanes]) -> None:
-    first = group[0]
-    view, length = prefix_view(emitter, first.vectors, 1 - first.along, BYTES)
-    vectors = [f"{view.base} + {v} * {view.steps[first.along]}" for v in range(first.count)]
-    leaves: dict[Value, View] = {}
-    for product in group:
-        prepare(emitter, product.matrix, product.along, leaves, length)
-    biased = [not in_seven_bits(p.matrix) and not in_seven_bits(p.vectors) for p in group]
-    for v, vector in enumerate(vectors):
-        if any(biased):
-            emitter.write(f"int32_t const total{v} = sum_bytes({vector}, {length});")
-    with emitter.braces(f"for (int n = 0; n < {first.rows}; ++n)"):
-        _open_rows(emitter, group, targets, biased)
-        with emitter.braces(f"for (int64_t k = 0; k < {length}; k += {BYTES})"):
-            for leaf in leaves.values():
-                ahead = _ahead(leaf, first)
-                if first.depth >= _LONG_ROW:  # to the second level early, to the first in time
-                    emitter.write(f"__builtin_prefetch({ahead} + {_FETCH_FAR}, 0, 2);")
-                emitter.write(f"__builtin_prefetch({ahead});")
-            for v, vector in enumerate(vectors):
-                emitter.write(f"v64u8 const x{v} = load64({vector} + k);")
-            for i, product in enumerate(group):
-                code = byte_expression(emitter, product.matrix, product.along, leaves)
-                emitter.write(f"v64u8 const w{i} = {code};")
-                for v in range(first.count):
-                    emitter.write(_multiply(product, i, v))
-        for i, target in enumerate(targets):
-            for v in range(first.count):
-                emitter.write(f"store_lanes({_row(target, first, v)}, s{i}_{v});")
-
-
-def _ahead(view: View, product: VectorProduct) -> str:
-    """Return the address to fetch early: further along the row, or the next trip's stretch of it.
-
-    The hardware sees long rows coming by itself, but not stretches of less than a page.
-    """
-    distance = product.depth if product.depth < _LONG_ROW else _FETCH_AHEAD
-    return f"{view.base} + n * int64_t({view.steps[0]}) + k + {distance}"
-
-
-def _row(target: Lanes, product: VectorProduct, v: int) -> str:
-    """Return the address of the partial sums of row n and vector v, as the result is laid out."""
-    place = f"{v * product.rows} + n" if product.along == 0 else f"n * {product.count} + {v}"
-    return f"{target.name} + ({place}) * {LANES}"
-
-
-def _open_rows(
-    emitter: Emitter, group: list[VectorProduct], targets: list[Lanes], biased: list[bool]
-) -> None:
-    for i, (product, target) in enumerate(zip(group, targets)):
-        for v in range(product.count):
-            # dot4 multiplies unsigned by signed: bytes biased by 128 are taken back here
-            bias = f", -128 * total{v}" if biased[i] else ""
-            emitter.write(f"v16i32 s{i}_{v} = load_lanes({_row(target, product, v)}{bias});")
-
-
-def _multiply(product: VectorProduct, i: int, v: int) -> str:
-    """Return the statement that adds products of bytes: the unsigned operand comes first."""
-    if in_seven_bits(product.matrix):
-        return f"dot4_u7(s{i}_{v}, w{i}, x{v});"
-    if in_seven_bits(product.vectors):
-        return f"dot4_u7(s{i}_{v}, x{v}, w{i});"
-    return f"dot4(s{i}_{v}, flip64(w{i}), x{v});"

@@ -54,28 +54,50 @@ def prefix(emitter: Emitter, mask: Value, dim: int | None) -> tuple[list[str], l
         Conditions for the rest of the mask to hold everywhere, and numbers of elements that pass
         (the smallest of them do); None if the mask is not of this kind.
     """
+    found = prefixes(emitter, mask, (dim,))
+    return None if found is None else (found[0], found[1][0])
+
+
+def prefixes(
+    emitter: Emitter, mask: Value, dims: tuple[int | None, ...]
+) -> tuple[list[str], list[list[str]]] | None:
+    """Split a mask that lets a corner of the block pass: ``prefix`` for several dimensions at once.
+
+    Returns:
+        Conditions as ``prefix`` does, and for each of ``dims`` numbers of elements that pass.
+    """
     op = mask.op
     if op is not None and mask not in emitter.held:
         if op.name == "arith.andi":
-            parts = [prefix(emitter, operand, dim) for operand in op.operands]
+            parts = [prefixes(emitter, operand, dims) for operand in op.operands]
             known = [part for part in parts if part is not None]
             if len(known) < len(parts):
                 return None
-            return [c for part in known for c in part[0]], [n for part in known for n in part[1]]
+            numbers = [[n for part in known for n in part[1][i]] for i in range(len(dims))]
+            return [c for part in known for c in part[0]], numbers
         if op.name in ("tt.broadcast", "tt.expand_dims", "tt.trans"):
-            source = None if dim is None else source_dim(mask, dim)
-            return prefix(emitter, op.operands[0], source)
-        if dim is not None and op.name == "arith.cmpi" and op.integer("predicate") == 2:
-            left, right = op.operands
-            others = [d for d in range(left.type.rank) if d != dim]
-            flat = all(stride(emitter, v, d) == 0 for v in op.operands for d in others)
-            if flat and stride(emitter, left, dim) == 1 and stride(emitter, right, dim) == 0:
-                first = ("0",) * left.type.rank
-                start, bound = (emitter.element_now(v, first) for v in op.operands)
-                ordered = _unwrapped(emitter, left, dim, start)
-                return ordered, [f"int64_t({bound}) - int64_t({start})"]
+            sources = tuple(None if dim is None else source_dim(mask, dim) for dim in dims)
+            return prefixes(emitter, op.operands[0], sources)
+        for i, dim in enumerate(dims):
+            found = None if dim is None else _first_elements(emitter, op, dim)
+            if found is not None:
+                return found[0], [[found[1]] if i == j else [] for j in range(len(dims))]
     condition = holds_everywhere(emitter, mask)
-    return None if condition is None else ([condition], [])
+    return None if condition is None else ([condition], [[] for _ in dims])
+
+
+def _first_elements(emitter: Emitter, op: Op, dim: int) -> tuple[list[str], str] | None:
+    """Return how many elements along ``dim`` pass a comparison, and what must hold for that."""
+    if op.name != "arith.cmpi" or op.integer("predicate") != 2:
+        return None
+    left, right = op.operands
+    others = [d for d in range(left.type.rank) if d != dim]
+    flat = all(stride(emitter, v, d) == 0 for v in op.operands for d in others)
+    if not flat or stride(emitter, left, dim) != 1 or stride(emitter, right, dim) != 0:
+        return None
+    first = ("0",) * left.type.rank
+    start, bound = (emitter.element_now(v, first) for v in op.operands)
+    return _unwrapped(emitter, left, dim, start), f"int64_t({bound}) - int64_t({start})"
 
 
 def _unwrapped(emitter: Emitter, value: Value, dim: int, start: str) -> list[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from bitnet_triton.triton_cpu.analyse import splat_integer
 from bitnet_triton.triton_cpu.emit.ctypes import c_type
-from bitnet_triton.triton_cpu.emit.masks import holds_everywhere, prefix
+from bitnet_triton.triton_cpu.emit.masks import holds_everywhere, prefix, prefixes
 from bitnet_triton.triton_cpu.emit.nest import Nest
 from bitnet_triton.triton_cpu.emit.strides import contiguous_along, linear, stride
 from bitnet_triton.triton_cpu.emit.values import Index, row_major
@@ -146,35 +146,57 @@ def _condition(emitter: Emitter, root: Value, dim: int | None, upto: str | None)
     return " && ".join([*parts[0], *(f"({n} >= {upto})" for n in parts[1])]) or "true"
 
 
-def prefix_view(emitter: Emitter, value: Value, unit: int, multiple: int) -> tuple[View, str]:
-    """Return where a matrix lies, and how many elements along ``unit`` are not masked off.
+@dataclass(frozen=True)
+class Corner:
+    """The part of a matrix that is not masked off, from its first element on; zeros surround it.
 
-    The others are zeros that a sum need not read. Their number is a multiple of ``multiple``.
+    Attributes:
+        view: where it lies.
+        length: C++ expression of its size along the unit dimension.
+        count: of its size along the other one.
     """
-    size = (value.type.shape or ())[unit]
+
+    view: View
+    length: str
+    count: str
+
+
+def corner(emitter: Emitter, value: Value, unit: int, multiple: int) -> Corner:
+    """Return where a matrix lies, and how much of it is not masked off.
+
+    The others are zeros that a sum need not read. ``length`` is a multiple of ``multiple``, which
+    the size along ``unit`` is as well.
+    """
+    shape = value.type.shape or ()
+    size, other = shape[unit], shape[1 - unit]
     root, order = untransposed(value)
     parts = None
     if is_memory(emitter, root) and address_step(emitter, root, order[unit]) == 1:
-        parts = _zero_beyond(emitter, root, order[unit])
-    if parts is None or not parts[1]:
-        return matrix_view(emitter, value, unit=unit), str(size)
-    names, length = _declare(emitter, value), emitter.fresh("length")
+        parts = _zero_beyond(emitter, root, (order[unit], order[1 - unit]))
+    if parts is None or not any(parts[1]):
+        return Corner(matrix_view(emitter, value, unit=unit), str(size), str(other))
+    names, length, count = _declare(emitter, value), emitter.fresh("length"), emitter.fresh("count")
     array = emitter.array(value.type.size, c_type(value.type), "copy")
-    emitter.write(f"int64_t {length} = shortest({size}, {', '.join(parts[1])});")
-    with emitter.braces(f"if ({' && '.join([*parts[0], f'{length} % {multiple} == 0'])})"):
+    conditions, (lengths, counts) = parts
+    emitter.write(f"int64_t {length} = shortest({', '.join([str(size), *lengths])});")
+    emitter.write(f"int64_t {count} = shortest({', '.join([str(other), *counts])});")
+    with emitter.braces(f"if ({' && '.join([*conditions, f'{length} % {multiple} == 0'])})"):
         _assign(emitter, names, _address_view(emitter, root, order))
     with emitter.braces("else"):
         _assign(emitter, names, fill_array(emitter, value, array, unit))
         emitter.write(f"{length} = {size};")
-    return View(names[0], (names[1], names[2])), length
+        emitter.write(f"{count} = {other};")
+    return Corner(View(names[0], (names[1], names[2])), length, count)
 
 
-def _zero_beyond(emitter: Emitter, root: Value, dim: int) -> tuple[list[str], list[str]] | None:
+def _zero_beyond(
+    emitter: Emitter, root: Value, dims: tuple[int, ...]
+) -> tuple[list[str], list[list[str]]] | None:
     assert root.op is not None
     _, *masked = root.op.operands
     if not masked or (len(masked) > 1 and splat_integer(masked[1]) != 0):
         return None
-    return prefix(emitter, masked[0], dim)
+    return prefixes(emitter, masked[0], dims)
 
 
 def _declare(emitter: Emitter, value: Value) -> tuple[str, str, str]:

@@ -4,6 +4,8 @@
 #include <stdlib.h>
 #include "types.h"
 
+extern "C" int omp_get_thread_num();  // the header of that name comes with some compilers only
+
 namespace tcpu {
 
 // ---- integers that a GPU defines and C++ does not ----------------------------------------------
@@ -132,11 +134,30 @@ struct Arena {
 };
 static thread_local Arena thread_arena;
 
-// WAIT: programs may wait for earlier ones, so that a thread may not take many in a row.
+// Neighbouring programs, for one thread. They read neighbouring memory, and fetch early what comes next.
+struct alignas(64) Share {
+  long next, end;
+  template <class F> TCPU_METHOD void take(long chunk, F run) {
+    for (long first; (first = __atomic_fetch_add(&next, chunk, __ATOMIC_RELAXED)) < end;)
+      for (long p = first; p < end && p < first + chunk; ++p) run(p);
+  }
+};
+
+// A thread that is through with its share goes on with those of the others.
+template <class F> TCPU_INLINE void run_shares(Share* shares, int count, long total, F run) {
+  const long chunk = total > 64L * count ? total / (16L * count) : 1;
+  for (int i = 0, at = omp_get_thread_num() % count; i < count; ++i, at = at + 1 < count ? at + 1 : 0)
+    shares[at].take(chunk, run);
+}
+
+// WAIT: programs may wait for earlier ones, so they are begun in their order.
 template <long ARENA, bool WAIT, class F>
 static int run_grid(int nx, int ny, int nz, int threads, F program) {
+  constexpr int most = 64;
   const long total = long(nx) * ny * nz;
-  const long chunk = !WAIT && total > 64L * threads ? total / (16L * threads) : 1;
+  const int count = WAIT || threads < 1 ? 1 : threads < most ? threads : most;
+  Share shares[most];
+  for (int i = 0; i < count; ++i) shares[i] = {total * i / count, total * (i + 1) / count};
   Failure failure = {0, ""};
 #pragma omp parallel num_threads(threads) if (threads > 1 && total > 1)
   {
@@ -146,9 +167,11 @@ static int run_grid(int nx, int ny, int nz, int threads, F program) {
       arena = thread_arena.reserve(ARENA);
       if (!arena) fail("out of memory", 0, 0, 0);
     }
-#pragma omp for schedule(dynamic, chunk) nowait
-    for (long p = 0; p < total; ++p)
-      if (ARENA == 0 || arena) program(arena, int(p % nx), int(p / nx % ny), int(p / nx / ny));
+    auto run = [&](long p) TCPU_ALWAYS { program(arena, int(p % nx), int(p / nx % ny), int(p / nx / ny)); };
+    if (ARENA == 0 || arena) {
+      if constexpr (WAIT) shares[0].take(1, run);
+      else run_shares(shares, count, total, run);
+    }
   }
   if (failure.happened) memcpy(last_message, failure.text, sizeof last_message);
   return failure.happened;

@@ -3,7 +3,8 @@
 #include <stdint.h>
 #include <string.h>
 
-#define TCPU_METHOD inline __attribute__((always_inline))
+#define TCPU_ALWAYS __attribute__((always_inline))
+#define TCPU_METHOD inline TCPU_ALWAYS
 #define TCPU_INLINE static TCPU_METHOD
 // GCC does not vectorise a loop that copies structures, only one that copies what they hold
 #define TCPU_COPIES_BITS(TYPE)                                                   \

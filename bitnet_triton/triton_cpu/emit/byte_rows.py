@@ -1,0 +1,76 @@
+"""int8 products row by row, through include/byte_rows.h: packed codes are unpacked on the way."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bitnet_triton.triton_cpu.analyse import in_seven_bits
+from bitnet_triton.triton_cpu.emit.bytes import BYTES, byte_expression, prepare
+from bitnet_triton.triton_cpu.emit.views import View, corner
+from bitnet_triton.triton_cpu.ir import Value
+
+if TYPE_CHECKING:
+    from bitnet_triton.triton_cpu.emit.emitter import Emitter
+    from bitnet_triton.triton_cpu.emit.lanes import VectorProduct
+
+# Bytes of a row from which on its sums are added up at once, and more than a few vectors pay
+LONG_ROW = 1024
+# and from which on it is read as one stream, and how far ahead it is fetched
+_STREAM = 2048
+_FETCH_AHEAD = 4096
+_FETCH_FAR = 12288  # beyond that, into the second-level cache
+
+
+def kind(product: VectorProduct) -> str:
+    """Return how bytes of the matrix meet those of the vectors: a type of the header."""
+    if in_seven_bits(product.matrix):
+        return "MatrixU7"
+    return "VectorsU7" if in_seven_bits(product.vectors) else "BothSigned"
+
+
+def emit_byte_rows(
+    emitter: Emitter, group: list[VectorProduct], targets: list[str], *, lanes: bool
+) -> None:
+    """Emit products of several matrices with the same vectors, in one pass over the matrices.
+
+    Args:
+        emitter: writes the code.
+        group: products of one ``kind``.
+        targets: arrays of the sums of each.
+        lanes: these are partial sums, sixteen for each result.
+    """
+    first = group[0]
+    vectors = corner(emitter, first.vectors, 1 - first.along, BYTES)
+    leaves: dict[Value, View] = {}
+    for product in group:
+        prepare(emitter, product.matrix, product.along, leaves, vectors.length)
+    sums = ", ".join(f"{{{target}}}" for target in targets)
+    emitter.write(f"ByteSums<{'true' if lanes else 'false'}> const sums[] = {{{sums}}};")
+    codes = emitter.fresh("codes")
+    head = f"auto const {codes} = [&](int n, int64_t k, v64u8* w) TCPU_ALWAYS"
+    with emitter.braces(head, end="};"):
+        for leaf in leaves.values():
+            ahead = _ahead(leaf, first)
+            if first.depth >= _STREAM:  # to the second level early, to the first in time
+                emitter.write(f"__builtin_prefetch({ahead} + {_FETCH_FAR}, 0, 2);")
+            emitter.write(f"__builtin_prefetch({ahead});")
+        for i, product in enumerate(group):
+            code = byte_expression(emitter, product.matrix, product.along, leaves)
+            emitter.write(f"w[{i}] = {code};")
+    # as the result is laid out: [vectors, rows], or [rows, vectors]
+    steps = f"1, {first.rows}" if first.along == 0 else f"{first.count}, 1"
+    step = vectors.view.steps[first.along]
+    emitter.write(
+        f"byte_rows<{kind(first)}, {first.rows}, {first.count}>"
+        f"({{{vectors.view.base}, {step}, {vectors.length}}}, {vectors.count}, sums, {steps}, "
+        f"{codes});"
+    )
+
+
+def _ahead(view: View, product: VectorProduct) -> str:
+    """Return the address to fetch early: further along the row, or the next trip's stretch of it.
+
+    The hardware sees long rows coming by itself, but not stretches of less than a page.
+    """
+    distance = product.depth if product.depth < _STREAM else _FETCH_AHEAD
+    return f"{view.base} + n * int64_t({view.steps[0]}) + k + {distance}"
