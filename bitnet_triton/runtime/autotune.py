@@ -171,13 +171,12 @@ _CPU: dict[str, dict[int, Tiles]] = {
         32768: {"BLOCK_F": 32768},
     },
     "ternary_linear_fwd": {
-        # whole rows, up to 8192: memory is read in one stream
+        # whole rows, up to 8192: memory is read in one stream, tokens are skipped where M ends
         1: {"BLOCK_M": 1, "BLOCK_R": 32, "BLOCK_K": 8192},
         2: {"BLOCK_M": 2, "BLOCK_R": 32, "BLOCK_K": 8192},
-        16: {"BLOCK_M": 4, "BLOCK_R": 32, "BLOCK_K": 8192},
+        4: {"BLOCK_M": 4, "BLOCK_R": 32, "BLOCK_K": 8192},
+        64: {"BLOCK_M": 8, "BLOCK_R": 32, "BLOCK_K": 8192},
         # weights on the right: that operand is rearranged, once for all tokens of the tile
-        32: {"BLOCK_M": 32, "BLOCK_R": 64, "BLOCK_K": 256, "TOKENS_LEFT": True},
-        64: {"BLOCK_M": 64, "BLOCK_R": 64, "BLOCK_K": 256, "TOKENS_LEFT": True},
         128: {"BLOCK_M": 128, "BLOCK_R": 64, "BLOCK_K": 256, "TOKENS_LEFT": True},
         _ANY: {"BLOCK_M": 256, "BLOCK_R": 64, "BLOCK_K": 256, "TOKENS_LEFT": True},
     },
