@@ -47,6 +47,18 @@ class GrowingLayer(DynamicLayer):
         assert self.values is not None
         return self.keys, self.values
 
+    @property
+    def held(self) -> int:
+        """How many slots of the stores are in use."""
+        return 0 if self.keys is None else self.keys.shape[-2]
+
+    @property
+    def stores(self) -> tuple[Tensor, Tensor]:
+        """Keys and values [B Hk capacity D], as ``reserve`` has left them."""
+        assert self.key_store is not None
+        assert self.value_store is not None
+        return self.key_store, self.value_store
+
     def reserve(self, new: int) -> None:
         """Make room for ``new`` tokens behind those that the layer holds.
 
@@ -62,6 +74,7 @@ class GrowingLayer(DynamicLayer):
                 return
         self.key_store = _with_room(self.keys, self.key_store, new)
         self.value_store = _with_room(self.values, self.value_store, new)
+        self.advance(0)  # what is held lies there from now on
 
     def advance(self, new: int) -> None:
         """Count ``new`` tokens as held, which somebody has written into the stores."""

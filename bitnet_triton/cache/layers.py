@@ -62,7 +62,7 @@ class SinkWindowLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         new = key_states.shape[-2]
         self.columns += new
-        if self._has_room(new, key_states):
+        if self._length and self._has_room(new) and self._may_write(key_states):
             end = self._length + new
             self.keys[..., self._length : end, :] = key_states
             self.values[..., self._length : end, :] = value_states
@@ -79,21 +79,56 @@ class SinkWindowLayer(DynamicLayer):
     def _held(self) -> tuple[Tensor, Tensor]:
         return self.keys[..., : self._length, :], self.values[..., : self._length, :]
 
-    def _has_room(self, new: int, key_states: Tensor) -> bool:
-        if self._length == 0 or self._length + new > self.keys.shape[-2]:
-            return False
+    @property
+    def held(self) -> int:
+        """How many slots of the stores are in use."""
+        return self._length
+
+    @property
+    def stores(self) -> tuple[Tensor, Tensor]:
+        """Keys and values [B Hk capacity D], as ``reserve`` has left them."""
+        return self.keys, self.values
+
+    def reserve(self, new: int) -> None:
+        """Make room for ``new`` tokens behind those that the layer holds.
+
+        Forgets what lies between the first tokens and the latest ones where memory is full; the
+        stores stay where they are, once they have their full size.
+        """
+        if not self._has_room(new):
+            self._store(*self._held(), everything=self.record_past, room=max(new, self.slack))
+
+    def advance(self, new: int) -> None:
+        """Count ``new`` tokens as held, which somebody has written into the stores."""
+        self.columns += new
+        self._length += new
+
+    def _has_room(self, new: int) -> bool:
+        return self._length + new <= self.keys.shape[-2]
+
+    def _may_write(self, key_states: Tensor) -> bool:
         if key_states.requires_grad or self.keys.requires_grad:
             return False  # a step before may need what it read
         # inference mode marks its tensors: nobody else may write to them
         return torch.is_inference_mode_enabled() or not self.keys.is_inference()
 
-    def _store(self, keys: Tensor, values: Tensor, everything: bool) -> None:
-        """Take over keys and values [B Hk T D]: what is kept of them, in memory of our own."""
-        T = keys.shape[-2]
+    def _store(
+        self, keys: Tensor, values: Tensor, everything: bool, room: int | None = None
+    ) -> None:
+        """Take over keys and values [B Hk T D]: what is kept of them, in memory of our own.
+
+        Behind them is ``room`` for further tokens, by default ``slack``.
+        """
+        T, room = keys.shape[-2], self.slack if room is None else room
         length = T if everything else min(T, self.kept)
         slots = self._slots(T, length, keys.device)
-        capacity = length + self.slack
-        self.keys, self.values = (_copied(t, slots, length, capacity) for t in (keys, values))
+        kept = [_kept(t, slots, length) for t in (keys, values)]
+        if self.keys.shape[-2] != length + room or not self._may_write(keys):
+            self.keys, self.values = (_with_room(t, room) for t in kept)
+        else:
+            # in the same memory, of which what is kept may be a part
+            for store, t in zip((self.keys, self.values), kept):
+                store[..., :length, :] = t.clone() if slots is None else t
         self._length = length
 
     def _slots(self, T: int, length: int, device: torch.device) -> Tensor | None:
@@ -234,14 +269,17 @@ def turn_back(keys: Tensor, steps: Tensor, frequencies: Tensor) -> Tensor:
     return turned.to(keys.dtype)
 
 
-def _copied(t: Tensor, slots: Tensor | None, length: int, capacity: int) -> Tensor:
-    """Return t [B Hk T D] with the slots that are kept in front, and room for more behind them."""
-    copy = t.new_empty(*t.shape[:-2], capacity, t.shape[-1])
+def _kept(t: Tensor, slots: Tensor | None, length: int) -> Tensor:
+    """Return of t [B Hk T D] the slots that are kept; of None the last ``length``, as a view."""
     if slots is None:
-        kept = t[..., t.shape[-2] - length :, :]
-    elif slots.ndim == 1:
-        kept = t.index_select(-2, slots)
-    else:
-        kept = t.gather(-2, slots[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[-1]))
-    copy[..., :length, :] = kept
+        return t[..., t.shape[-2] - length :, :]
+    if slots.ndim == 1:
+        return t.index_select(-2, slots)
+    return t.gather(-2, slots[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[-1]))
+
+
+def _with_room(t: Tensor, room: int) -> Tensor:
+    """Return a copy of t [B Hk T D] with ``room`` slots behind it."""
+    copy = t.new_empty(*t.shape[:-2], t.shape[-2] + room, t.shape[-1])
+    copy[..., : t.shape[-2], :] = t
     return copy

@@ -1,4 +1,4 @@
-"""fuse(model): decoder layers of a BitNet model as few kernels, for inference."""
+"""fuse(model): decoder layers of a ternary model as few kernels, for inference."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from typing import Any, TypeVar, cast
 
 import torch
-import transformers.models.bitnet.modeling_bitnet as hf
 from torch import nn
 
-from bitnet_triton.models.decode import DecodeSteps, FusedModel
-from bitnet_triton.models.fused_layer import FusedDecoderLayer, Fusion
+from bitnet_triton.models.decode import FUSED_MODELS, DecodeSteps, FusedModel
+from bitnet_triton.models.fused_layer import FusedDecoderLayer, fused_class
+from bitnet_triton.models.fusion import Architecture, Fusion
 from bitnet_triton.nn import PackedBitLinear
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -21,7 +21,7 @@ logger = logging.getLogger("bitnet_triton")
 
 
 def fuse(model: Model) -> Model:
-    """Run the decoder layers of a BitNet model as few kernels, in place, for inference.
+    """Run the decoder layers of a ternary model as few kernels, in place, for inference.
 
     Each norm quantises its output, queries, keys and values are one product, gate and up another,
     and the residuals are added where the products are stored. Used in ``eval()`` without
@@ -33,23 +33,23 @@ def fuse(model: Model) -> Model:
     (``models/decode.py``).
 
     Args:
-        model: of the BitNet architecture with packed linears: ``BitNetForCausalLM`` of this
-            package, or transformers' after ``use_ternary_kernels``.
+        model: of the architecture BitNet or Llama with packed linears: ``BitNetForCausalLM`` of
+            this package, or one of transformers after ``use_ternary_kernels``.
 
     Returns:
         The same model. ``unfuse`` undoes it; a second call changes nothing.
 
     Raises:
-        ValueError: the model has no BitNet decoder layer, or a layer cannot be fused: its linears
-            are not packed, have a bias or a norm of their own, its activation is not ``relu2``, or
-            its weights are offloaded. Nothing was changed then.
+        ValueError: the model has no decoder layer of these architectures, or a layer cannot be
+            fused: its linears are not packed, have a bias or a norm of their own, its activation is
+            not the architecture's, or its weights are offloaded. Nothing was changed then.
     """
     objection = _objection_to_model(model)
     if objection is not None:
         raise ValueError(f"`model`: {objection}")
-    for _, layer in _decoder_layers(model):
+    for _, layer, kind in _decoder_layers(model):
         if not isinstance(layer, FusedDecoderLayer):
-            _fuse_layer(layer)
+            _fuse_layer(layer, kind)
     for module in model.children():
         _fuse_model(module)
     return model
@@ -83,41 +83,46 @@ def unfuse(model: Model) -> Model:
     for module in model.modules():
         if isinstance(module, FusedDecoderLayer):
             del module.fusion
-            cast("Any", module).__class__ = hf.BitNetDecoderLayer
+            cast("Any", module).__class__ = module.architecture.layer
         elif isinstance(module, FusedModel):
             del module.decode_steps
-            cast("Any", module).__class__ = hf.BitNetModel
+            kinds = {fused: kind for kind, fused in FUSED_MODELS.items()}
+            cast("Any", module).__class__ = kinds[type(module)]
     return model
 
 
-def _decoder_layers(model: nn.Module) -> Iterator[tuple[str, hf.BitNetDecoderLayer]]:
+def _decoder_layers(
+    model: nn.Module,
+) -> Iterator[tuple[str, nn.Module, type[FusedDecoderLayer]]]:
+    """Return names, decoder layers, and the classes that they have or get when they are fused."""
     for name, module in model.named_modules():
-        if type(module) in (hf.BitNetDecoderLayer, FusedDecoderLayer):
-            yield name, cast("hf.BitNetDecoderLayer", module)
+        kind = fused_class(module)
+        if kind is not None:
+            yield name, module, kind
 
 
 def _objection_to_model(model: nn.Module) -> str | None:
     """Say why a model cannot be fused; None when it can."""
-    layers = dict(_decoder_layers(model))
+    layers = list(_decoder_layers(model))
     if not layers:
         return (
-            "expected decoder layers of the BitNet architecture, got "
-            f"{type(model).__name__} without any; Llama-style models stay as they are"
+            "expected decoder layers of the architecture BitNet or Llama, got "
+            f"{type(model).__name__} without any"
         )
-    for name, layer in layers.items():
-        objection = _objection(layer)
+    for name, layer, kind in layers:
+        objection = _objection(layer, kind.architecture)
         if objection is not None:
             return f"layer {name}: {objection}"
     return None
 
 
-def _objection(layer: hf.BitNetDecoderLayer) -> str | None:
+def _objection(layer: Any, architecture: Architecture) -> str | None:
     """Say why a layer cannot be fused; None when it can."""
     if any(hasattr(module, "_hf_hook") for module in layer.modules()):
         return "accelerate moves its weights or inputs; load the model onto one device"
-    if type(layer.self_attn) is not hf.BitNetAttention:
-        found = type(layer.self_attn).__name__
-        return f"self_attn: expected BitNetAttention of transformers, got {found}"
+    if type(layer.self_attn) is not architecture.attention:
+        wanted, found = architecture.attention.__name__, type(layer.self_attn).__name__
+        return f"self_attn: expected {wanted} of transformers, got {found}"
     for name, linear in _linears(layer):
         if not isinstance(linear, PackedBitLinear):
             return f"{name}: expected packed ternary weights, got {type(linear).__name__}"
@@ -127,43 +132,44 @@ def _objection(layer: hf.BitNetDecoderLayer) -> str | None:
             return f"{name}: a linear with a norm of its own cannot be fused yet"
         if linear.weight.device.type == "meta":
             return f"{name}: its weight is not loaded"
-    if layer.mlp.config.hidden_act != "relu2":
-        return f"mlp: expected the activation relu2, got {layer.mlp.config.hidden_act}"
-    return None
+    wanted, found = architecture.activation, layer.mlp.config.hidden_act
+    return None if found == wanted else f"mlp: expected the activation {wanted}, got {found}"
 
 
-def _linears(layer: hf.BitNetDecoderLayer) -> Iterator[tuple[str, nn.Module]]:
+def _linears(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for parent in ("self_attn", "mlp"):
         for name, module in layer.get_submodule(parent).named_children():
             if name.endswith("_proj"):
                 yield f"{parent}.{name}", module
 
 
-def _fuse_layer(layer: hf.BitNetDecoderLayer) -> None:
-    fusion = Fusion(layer)
+def _fuse_layer(layer: nn.Module, kind: type[FusedDecoderLayer]) -> None:
+    fusion = Fusion(layer, kind.architecture)
     # another class, not another forward on the instance: copies and compilers follow classes
     fused = cast("FusedDecoderLayer", layer)
-    cast("Any", fused).__class__ = FusedDecoderLayer
+    cast("Any", fused).__class__ = kind
     fused.fusion = fusion
 
 
 def _fuse_model(module: nn.Module) -> None:
     # not the whole model that the user holds: its class names the architecture of a checkpoint
     for part in module.modules():
-        if type(part) is hf.BitNetModel:
-            _introduce_fused_model()
+        kind = FUSED_MODELS.get(type(part))
+        if kind is not None:
+            _introduce(cast("Any", kind))
             fused = cast("FusedModel", part)
-            cast("Any", fused).__class__ = FusedModel
+            cast("Any", fused).__class__ = kind
             fused.decode_steps = DecodeSteps()
 
 
 @functools.cache
-def _introduce_fused_model() -> None:
-    """Let transformers know the class: what can be captured, it notes when a model is built."""
+def _introduce(kind: Any) -> None:
+    """Let transformers know a class: what can be captured, it notes when a model is built."""
     with torch.device("meta"):
-        FusedModel(
-            hf.BitNetConfig(
+        kind(
+            kind.config_class(
                 vocab_size=1, hidden_size=2, intermediate_size=1, num_hidden_layers=0,
-                num_attention_heads=1, num_key_value_heads=1, pad_token_id=None,
+                num_attention_heads=1, num_key_value_heads=1,
+                bos_token_id=None, eos_token_id=None, pad_token_id=None,
             )
         )  # fmt: skip

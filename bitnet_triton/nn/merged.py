@@ -25,6 +25,7 @@ class MergedLinears:
     def __init__(self, *layers: PackedBitLinear) -> None:
         self._layers = layers
         self._seen: list[tuple[dict[str, Any], Tensor, Tensor, int]] = []
+        self._merged: MergedTernaryWeight
         self._merge()
 
     def __reduce__(self) -> tuple:

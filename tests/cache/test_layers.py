@@ -52,6 +52,28 @@ def test_a_step_finds_the_first_and_the_latest_tokens(sizes, slack, recent, sink
         assert layer.keys.shape[2] <= recent + sinks + slack
 
 
+@pytest.mark.parametrize("lefts", [None, (0, 3), (5, 9)], ids=str)
+@pytest.mark.parametrize(("recent", "sinks"), [(4, 0), (4, 2), (1, 3), (40, 2)])
+@pytest.mark.parametrize("slack", [0, 1, 16])
+def test_tokens_that_others_write_into_the_stores_are_held_alike(slack, recent, sinks, lefts):
+    layer = SinkWindowLayer(recent, sinks)
+    layer.slack = slack
+    layer.leftpad = None if lefts is None else torch.tensor(lefts).int()
+    layer.update(*tokens(range(10)))
+    places = []
+    for column in range(10, 110):
+        layer.reserve(1)
+        slot, (keys, values) = layer.held, layer.stores
+        keys[:, :, slot : slot + 1], values[:, :, slot : slot + 1] = tokens([column])
+        layer.advance(1)
+        assert layer.get_seq_length() == column + 1
+        held = tuple(t[:, :, : layer.held] for t in layer.stores)
+        check(layer, held, column, column + 1, lefts or (0, 0))
+        places.append(layer.keys.data_ptr())
+    # once it is full, memory stays where it is
+    assert len(set(places[-40:])) == 1
+
+
 def test_memory_stays_flat_over_a_hundred_thousand_tokens():
     layer = SinkWindowLayer(recent=60, sinks=4)
     key, value = torch.zeros(1, 1, 1, 2), torch.ones(1, 1, 1, 2)

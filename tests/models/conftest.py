@@ -7,6 +7,7 @@ kernels, unless they ask for the fixture ``default_backend``.
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -257,3 +258,14 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
 def error():
     """``relative_error``."""
     return relative_error
+
+
+@pytest.fixture
+def log(caplog):
+    """The lines that say why a model runs module by module."""
+
+    def lines():
+        return [r.message for r in caplog.records if "module by module" in r.message]
+
+    with caplog.at_level(logging.INFO, logger="bitnet_triton"):
+        yield lines

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import bitnet_triton as bt
-from bitnet_triton.models.decode import DecodeSteps, _Recording
+from bitnet_triton.models.decode import DecodeSteps
+from bitnet_triton.models.recording import Recording
 
 IDS = [[1, 5, 23, 71, 8, 40]]
 
@@ -18,13 +19,13 @@ pytestmark = pytest.mark.usefixtures("default_backend")
 def replays(monkeypatch):
     """Collect the recordings that were replayed."""
     seen = []
-    replay = _Recording.replay
+    replay = Recording.replay
 
     def count(recording, *args):
         seen.append(recording)
         return replay(recording, *args)
 
-    monkeypatch.setattr(_Recording, "replay", count)
+    monkeypatch.setattr(Recording, "replay", count)
     return seen
 
 

@@ -5,12 +5,17 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import MistralConfig, MistralForCausalLM
 
 import bitnet_triton as bt
 from bitnet_triton.models.fuse import FusedDecoderLayer
 from bitnet_triton.nn import PackedBitLinear
 
 IDS = [[1, 5, 23, 71, 8, 40]]
+SIZES = {
+    "vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}  # fmt: skip
 
 
 def unfused(folder, **kwargs):
@@ -294,9 +299,10 @@ def test_a_model_that_cannot_be_fused_is_named_and_left(variant, message, checkp
     assert not layers(model)
 
 
-def test_a_llama_model_is_refused(checkpoint, load_theirs):
-    model = bt.use_ternary_kernels(load_theirs(checkpoint(arch="llama")))
-    with pytest.raises(ValueError, match=r"`model`: .*got LlamaForCausalLM without any"):
+def test_another_architecture_is_refused():
+    config = {**SIZES, "num_hidden_layers": 1}
+    model = MistralForCausalLM(MistralConfig(**config))
+    with pytest.raises(ValueError, match=r"`model`: .*got MistralForCausalLM without any"):
         bt.fuse(model)
     assert bt.unfuse(model) is model
 

@@ -2,7 +2,6 @@
 
 import copy
 import io
-import logging
 import pickle
 
 import pytest
@@ -19,17 +18,6 @@ def fused(model):
 
 def load(folder, **kwargs):
     return bt.BitNetForCausalLM.from_pretrained(folder, **kwargs)
-
-
-@pytest.fixture
-def log(caplog):
-    """The lines that say why a model runs module by module."""
-
-    def lines():
-        return [r.message for r in caplog.records if "module by module" in r.message]
-
-    with caplog.at_level(logging.INFO, logger="bitnet_triton"):
-        yield lines
 
 
 @pytest.fixture

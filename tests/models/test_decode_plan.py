@@ -1,0 +1,152 @@
+"""Recorded decode steps of models with an attention plan: those of the modes one by one."""
+
+import logging
+
+import pytest
+import torch
+
+import bitnet_triton as bt
+from bitnet_triton.models.recording import Recording
+
+SLIDING = {"mode": "sliding", "window": 5, "sinks": 2}
+RECORDED = {
+    "full": "full",
+    "sliding": SLIDING,
+    "no sinks": {"mode": "sliding", "window": 4},
+    "mixed": {"prefill": [SLIDING, "full"], "decode": [SLIDING, "full"]},
+    "full decode": {"prefill": SLIDING, "decode": "full"},
+    "full prefill": {"prefill": "full", "decode": SLIDING},
+    "swaa": {"preset": "swaa-untrained", "window": 6, "sinks": 2},
+    "wide": {"mode": "sliding", "window": 40, "sinks": 1},
+}
+LAUNCHED = {
+    "streaming": {"mode": "streaming", "window": 4, "sinks": 1},
+    "local": {"mode": "local", "block": 4},
+    "top_k": {"mode": "top_k", "keys": 3},
+}
+PADDED = torch.tensor([[0, 0, 0, 1, 9, 30, 7], [1, 5, 23, 71, 8, 40, 6]])
+MASK = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1] * 7])
+
+pytestmark = pytest.mark.usefixtures("default_backend")
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """Collect the recordings that were replayed."""
+    seen = []
+    replay = Recording.replay
+
+    def count(recording, *args):
+        seen.append(recording)
+        return replay(recording, *args)
+
+    monkeypatch.setattr(Recording, "replay", count)
+    return seen
+
+
+@pytest.fixture
+def load(checkpoint):
+    return lambda attention: bt.BitNetForCausalLM.from_pretrained(
+        checkpoint(), attention=attention, fuse=False
+    )
+
+
+def steps(model, ids, start, n, mask=None, **kwargs):
+    """Return the logits of ``n`` steps after ``start`` tokens."""
+
+    def seen(t):
+        return {} if mask is None else {"attention_mask": mask[:, :t]}
+
+    with torch.inference_mode():
+        cache = model(ids[:, :start], use_cache=True, **seen(start), **kwargs).past_key_values
+        found = [
+            model(ids[:, t : t + 1], past_key_values=cache, **seen(t + 1), **kwargs).logits
+            for t in range(start, start + n)
+        ]
+    return torch.cat(found, 1)
+
+
+def close(a, b):
+    # a code beside a tie may fall to its other side; a wrong key moves logits by whole units
+    return (a - b).norm() <= 3e-2 * b.norm()
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_logits_are_those_of_the_modes(name, load, token_ids, replays):
+    model, ids = load(RECORDED[name]), token_ids(2, 40)
+    expected = steps(model, ids, 7, 33, prompt_len=7)
+    assert close(steps(bt.fuse(model), ids, 7, 33, prompt_len=7), expected)
+    assert len(replays) >= 28
+    # where layers drop tokens the groups change, and memory reaches its full size
+    assert len(set(replays)) <= 4
+
+
+def test_a_windows_memory_is_written_anew_in_place(load, token_ids, replays):
+    model, ids = load(SLIDING), token_ids(1, 62)
+    expected = steps(model, ids, 8, 54)
+    assert close(steps(bt.fuse(model), ids, 8, 54), expected)
+    assert len(replays) == 53
+    assert len(set(replays)) == 1  # though it was full three times
+
+
+@pytest.mark.parametrize("name", ["sliding", "mixed", "swaa"])
+def test_padding_on_the_left_changes_no_row(name, load, token_ids, replays):
+    model = load(RECORDED[name])
+    ids = torch.cat([PADDED, token_ids(2, 30)], 1)
+    mask = torch.cat([MASK, torch.ones(2, 30, dtype=MASK.dtype)], 1)
+    expected = steps(model, ids, 7, 30, mask, prompt_len=7)
+    found = steps(bt.fuse(model), ids, 7, 30, mask, prompt_len=7)
+    assert close(found, expected)
+    alone = steps(model, ids[:1, 3:], 4, 30, prompt_len=4)
+    assert close(found[:1], alone)
+    assert replays
+
+
+@pytest.mark.parametrize("name", ["sliding", "mixed", "full decode", "swaa"])
+def test_generate_writes_the_same_tokens(name, load, replays):
+    model = load(RECORDED[name])
+
+    def generate(**kwargs):
+        return model.generate(
+            PADDED, attention_mask=MASK, max_new_tokens=24, eos_token_id=None, pad_token_id=0,
+            do_sample=False, **kwargs,
+        )  # fmt: skip
+
+    expected, beams = generate(), generate(num_beams=2)
+    bt.fuse(model)
+    assert torch.equal(generate(), expected)
+    assert len(replays) >= 18
+    assert torch.equal(generate(num_beams=2), beams)
+
+
+def test_tokens_of_a_prompt_are_read_by_its_mode(load, token_ids, replays):
+    """One by one, before the prompt ends and after: only the latter are recorded."""
+    model, ids = load(RECORDED["full decode"]), token_ids(2, 24)
+    prompt_len = torch.tensor([12, 16])
+    expected = steps(model, ids, 8, 16, prompt_len=prompt_len)
+    assert close(steps(bt.fuse(model), ids, 8, 16, prompt_len=prompt_len), expected)
+    assert len(replays) == 7  # from column 16 on, but for the step that finds the cache in place
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_other_modes_are_launched_and_say_so_once(name, load, token_ids, replays, caplog):
+    model, ids = load(LAUNCHED[name]), token_ids(2, 14)
+    expected = steps(model, ids, 7, 7)
+    bt.fuse(model)
+    with caplog.at_level(logging.INFO, logger="bitnet_triton"):
+        assert close(steps(model, ids, 7, 7), expected)
+    assert not replays
+    (line,) = [r.message for r in caplog.records if "decode step" in r.message]
+    assert line.startswith("BitNetModel launches each kernel of a decode step: attention ")
+    assert "of layer 0: " in line
+
+
+def test_assisted_generation_gives_the_same_tokens(load):
+    model, assistant = load(SLIDING), load(SLIDING)
+    kwargs = {
+        "max_new_tokens": 20, "eos_token_id": None, "pad_token_id": 0, "do_sample": False,
+    }  # fmt: skip
+    expected = model.generate(PADDED[1:], **kwargs)
+    bt.fuse(model)
+    bt.fuse(assistant)
+    assert torch.equal(model.generate(PADDED[1:], assistant_model=assistant, **kwargs), expected)
