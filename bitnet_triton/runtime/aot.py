@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from bitnet_triton.runtime.gpu_targets import TARGETS, Target, resident_warps
 from bitnet_triton.runtime.launch import Launch, record_launches
 
 __all__ = [
@@ -31,13 +32,6 @@ __all__ = [
     "record_launches",
 ]
 
-# name -> arguments of triton.backends.compiler.GPUTarget
-TARGETS: dict[str, tuple[str, int | str, int]] = {
-    "sm_80": ("cuda", 80, 32),
-    "sm_90": ("cuda", 90, 32),
-    "gfx942": ("hip", "gfx942", 64),
-}
-
 _TYPES = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -48,7 +42,7 @@ _TYPES = {
     torch.int64: "*i64",
 }
 _MATRIX_INSTRUCTION = re.compile(
-    r"\b(wgmma\.mma_async\.sync\.aligned\.\S+|mma\.sync\.aligned\.\S+|v_mfma_\w+)"
+    r"\b(wgmma\.mma_async\.sync\.aligned\.\S+|tcgen05\.mma\.\S+|mma\.sync\.aligned\.\S+|v_mfma_\w+)"
 )
 
 
@@ -62,8 +56,9 @@ class Resources:
         dtypes: of its tensor arguments, in order.
         constants: compile-time arguments, ``num_warps`` and ``num_stages``.
         registers: a thread (of a lane: VGPRs on AMD).
-        spills: bytes that a thread spills to memory (registers that it spills, on AMD).
+        spills: bytes that a thread has in local memory (registers that it spills, on AMD).
         shared: bytes of shared memory of a program.
+        warps: that registers and shared memory allow at once on a multiprocessor.
         instructions: the matrix instructions in its code, each once.
     """
 
@@ -74,10 +69,11 @@ class Resources:
     registers: int
     spills: int
     shared: int
+    warps: int
     instructions: tuple[str, ...]
 
 
-def compile_launch(launch: Launch, target: tuple[str, int | str, int]) -> Any:
+def compile_launch(launch: Launch, target: Target) -> Any:
     """Compile the kernel of ``launch``, specialised as the launch would be.
 
     Args:
@@ -103,24 +99,27 @@ def compile_launch(launch: Launch, target: tuple[str, int | str, int]) -> Any:
             if n not in _constants(launch) and _is_aligned(given[n])
         },
     )
-    return triton.compile(source, target=GPUTarget(*target), options=_options(launch))
+    gpu = GPUTarget(target.backend, target.arch, target.warp_size)
+    return triton.compile(source, target=gpu, options=_options(launch))
 
 
-def compile_for(launch: Launch, target: tuple[str, int | str, int]) -> Resources:
+def compile_for(launch: Launch, target: Target) -> Resources:
     """Compile as ``compile_launch`` does, and read what the kernel costs."""
     compiled = compile_launch(launch, target)
-    registers, spills, code = (_nvidia if target[0] == "cuda" else _amd)(compiled)
+    registers, spills, code = (_nvidia if target.backend == "cuda" else _amd)(compiled)
+    shared = compiled.metadata.shared
     given = _arguments(launch)
     types = _signature(launch).values()
     return Resources(
         kernel=launch.kernel.__name__.strip("_").removesuffix("_kernel"),
-        target=f"sm_{target[1]}" if target[0] == "cuda" else str(target[1]),
+        target=target.name,
         dtypes=tuple(t[1:] for t in types if t.startswith("*")),
         constants=tuple((n, given[n]) for n in _constants(launch))
         + tuple(_options(launch).items()),
         registers=registers,
         spills=spills,
-        shared=compiled.metadata.shared,
+        shared=shared,
+        warps=resident_warps(target, compiled.metadata.num_warps, registers, shared),
         instructions=tuple(sorted(set(_MATRIX_INSTRUCTION.findall(code)))),
     )
 
@@ -171,35 +170,17 @@ def _is_aligned(value: Any) -> bool:
 
 
 def _nvidia(compiled: Any) -> tuple[int, int, str]:
-    """Return registers, bytes of spills, and PTX."""
-    ptx = compiled.asm["ptx"]
-    arch = re.search(r"^\.target (\w+)", ptx, re.M)
-    assert arch
-    report = _ptxas(ptx, arch[1])
-    spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", report)
-    used = re.search(r"Used (\d+) registers", report)
-    assert used
-    assert spilled
-    return int(used[1]), sum(map(int, spilled)), ptx
-
-
-def _ptxas(ptx: str, arch: str) -> str:
-    """Return what ptxas, as it comes with Triton, reports about ``ptx``."""
+    """Return registers, bytes of local memory, and PTX; the former of the binary that would run."""
     import triton
 
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
-        source.write_text(ptx)
-        command = ["-v", f"--gpu-name={arch}", str(source), "-o", str(Path(folder, "kernel.cubin"))]
-        # Triton 3.9 writes PTX that only its second assembler reads
-        for tool in ("ptxas", "ptxas-blackwell"):
-            run = subprocess.run(
-                [str(tools / tool), *command], check=False, capture_output=True, text=True
-            )
-            if run.returncode == 0:
-                return run.stderr
-    raise RuntimeError(f"ptxas refuses the code for {arch}: {run.stderr}")
+        binary = Path(folder, "kernel.cubin")
+        binary.write_bytes(compiled.asm["cubin"])
+        command = [str(tool), "--dump-resource-usage", str(binary)]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    used = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report)}
+    return used["REG"], used["STACK"] + used["LOCAL"], compiled.asm["ptx"]
 
 
 def _amd(compiled: Any) -> tuple[int, int, str]:
@@ -220,7 +201,8 @@ def markdown_table(rows: Sequence[Resources]) -> str:
     lines: dict[tuple[str, str, str], dict[str, str]] = {}
     for row in rows:
         constants = " ".join(f"{name}={value}" for name, value in row.constants)
-        cell = f"{row.registers}, {row.spills}, {row.shared}, {_short(row.instructions)}"
+        numbers = f"{row.registers}, {row.spills}, {row.shared}, {row.warps}"
+        cell = f"{numbers}, {_short(row.instructions)}"
         key = (row.kernel, " ".join(row.dtypes), constants)
         lines.setdefault(key, {})[row.target] = cell
     table = [["kernel", "tensors", "constants", *targets], ["---"] * (3 + len(targets))]
@@ -231,9 +213,11 @@ def markdown_table(rows: Sequence[Resources]) -> str:
 
 
 def _short(instructions: Sequence[str]) -> str:
-    """Name family and operand of matrix instructions: "wgmma s8", "mfma bf16"."""
+    """Name family and operand of matrix instructions: "wgmma s8", "mfma bf16", "tcgen05 f16"."""
     names = []
     for instruction in instructions:
         family, *_, operand = re.split(r"[._]", instruction.removeprefix("v_").removesuffix(".s32"))
+        if kind := re.search(r"kind::(\w+)", instruction):
+            operand = kind[1]  # of tcgen05: 16 bits of either format are "f16"
         names.append(f"{family} {'bf16' if '.bf16' in instruction else operand}")
     return " + ".join(dict.fromkeys(names)) or "-"

@@ -16,6 +16,7 @@ Tiles = dict[str, int]
 _ANY = sys.maxsize
 # Added to the size of float32 heads, whose products run on no matrix units
 _FLOAT32 = 1024
+_FLOAT32_SUFFIX = "_float32"
 _SMALLEST_FITTED = 16
 
 # kernel -> the largest size of a shape class -> its tiles. The size is the number of rows of
@@ -56,17 +57,63 @@ _GPU: dict[str, dict[int, Tiles]] = {
     "silu_mul_quantize_fwd": {
         1024: {"BLOCK_F": 1024, "num_warps": 4},
         8192: {"BLOCK_F": 8192, "num_warps": 8},
-        32768: {"BLOCK_F": 32768, "num_warps": 32},
+        # twice as long spills with any number of warps
+        16384: {"BLOCK_F": 16384, "num_warps": 16},
     },
     "ternary_linear_fwd": {
-        32: {"BLOCK_M": 16, "BLOCK_R": 16, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3},
-        _ANY: {"BLOCK_M": 64, "BLOCK_R": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+        # 256 outputs by 64 tokens for 4 warps, two programs a multiprocessor; twice that for 8:
+        # the most accumulators that registers hold, and the fewest bytes read for a product
+        1024: {
+            "BLOCK_M": 64,
+            "BLOCK_R": 64,
+            "BLOCK_K": 64,
+            "IN_PLACE": True,
+            "num_warps": 4,
+            "num_stages": 3,
+        },
+        _ANY: {
+            "BLOCK_M": 64,
+            "BLOCK_R": 128,
+            "BLOCK_K": 128,
+            "IN_PLACE": True,
+            "num_warps": 8,
+            "num_stages": 3,
+        },
     },
-    "ternary_linear_fwd_row": {
-        _ANY: {"BLOCK_R": 4, "BLOCK_K": 512, "num_warps": 4, "num_stages": 2},
+    "ternary_linear_fwd_few": {
+        # 16 columns even for one token: AMD has no instruction for 8. 32 KB of weights in flight
+        16: {
+            "BLOCK_M": 16,
+            "BLOCK_R": 16,
+            "BLOCK_K": 128,
+            "SLICES": 8,
+            "num_warps": 8,
+            "num_stages": 3,
+        },
+        32: {
+            "BLOCK_M": 32,
+            "BLOCK_R": 16,
+            "BLOCK_K": 128,
+            "SLICES": 4,
+            "num_warps": 4,
+            "num_stages": 3,
+        },
+        64: {
+            "BLOCK_M": 64,
+            "BLOCK_R": 16,
+            "BLOCK_K": 64,
+            "SLICES": 4,
+            "num_warps": 4,
+            "num_stages": 3,
+        },
     },
     "ternary_linear_bwd": {
         _ANY: {"BLOCK_M": 32, "BLOCK_K": 64, "BLOCK_R": 32, "num_warps": 4, "num_stages": 2},
+    },
+    # here and below: with 64 rows on the left, Triton 3.7 multiplies float32 as TF32 on sm_100,
+    # whatever precision is asked for
+    "ternary_linear_bwd_float32": {
+        _ANY: {"BLOCK_M": 32, "BLOCK_K": 32, "BLOCK_R": 32, "num_warps": 4, "num_stages": 2},
     },
     "bit_linear_fwd": {
         _ANY: {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
@@ -76,6 +123,9 @@ _GPU: dict[str, dict[int, Tiles]] = {
     },
     "bit_linear_bwd_dweight": {
         _ANY: {"BLOCK_M": 32, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 2},
+    },
+    "bit_linear_bwd_dweight_float32": {
+        _ANY: {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
     },
     "split_activations_fwd": {  # the length of a row
         4096: {"BLOCK_K": 4096, "num_warps": 4},
@@ -107,8 +157,14 @@ _GPU: dict[str, dict[int, Tiles]] = {
         _FLOAT32 + 64: {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
         _FLOAT32 + 128: {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
     },
+    "flash_attention_select": {
+        128: {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
+        256: {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
+        _FLOAT32 + 64: {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
+        _FLOAT32 + 128: {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
+    },
     "flash_attention_bwd_delta": {
-        _ANY: {"BLOCK_M": 32, "num_warps": 4},
+        _ANY: {"BLOCK_M": 32, "num_warps": 8},
     },
     "flash_attention_bwd_dq": {
         128: {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
@@ -119,8 +175,7 @@ _GPU: dict[str, dict[int, Tiles]] = {
     "flash_attention_bwd_dkdv": {
         128: {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
         256: {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
-        _FLOAT32 + 64: {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
-        _FLOAT32 + 128: {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1},
+        _FLOAT32 + 128: {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
     },
     "flash_attention_decode": {
         # with fewer warps, float32 heads of 128 values spill on sm_90
@@ -168,7 +223,6 @@ _CPU: dict[str, dict[int, Tiles]] = {
         1024: {"BLOCK_F": 1024},
         8192: {"BLOCK_F": 8192},
         16384: {"BLOCK_F": 16384},
-        32768: {"BLOCK_F": 32768},
     },
     "ternary_linear_fwd": {
         # whole rows, up to 8192: memory is read in one stream, tokens are skipped where M ends
@@ -231,6 +285,10 @@ _CPU: dict[str, dict[int, Tiles]] = {
     "flash_attention_fwd": {  # the size of a head, here and below
         _ANY: {"BLOCK_M": 128, "BLOCK_N": 128},
     },
+    # the tiles of the forward, so that scores are added up alike
+    "flash_attention_select": {
+        _ANY: {"BLOCK_M": 128, "BLOCK_N": 128},
+    },
     "flash_attention_bwd_delta": {
         _ANY: {"BLOCK_M": 64},
     },
@@ -249,7 +307,7 @@ _CPU: dict[str, dict[int, Tiles]] = {
 }
 
 
-def tiles(kernel: str, size: int, device: torch.device) -> Tiles:
+def tiles(kernel: str, size: int, device: torch.device, dtype: torch.dtype | None = None) -> Tiles:
     """Return block sizes of a kernel; for GPUs ``num_warps`` and ``num_stages`` as well.
 
     Args:
@@ -257,18 +315,23 @@ def tiles(kernel: str, size: int, device: torch.device) -> Tiles:
         size: number of rows of activations, at most ``largest_size``; of kernels whose program
             holds a row ("quantize_activations_fwd", the norms) the length of a row.
         device: that the kernel runs on; any but a CPU counts as a GPU.
+        dtype: of what it multiplies, where float32 has tiles of its own.
     """
     table = _CPU if device.type == "cpu" else _GPU
-    return next(config for largest, config in table[kernel].items() if size <= largest)
+    own = kernel + _FLOAT32_SUFFIX
+    classes = table[own if dtype == torch.float32 and own in table else kernel]
+    return next(config for largest, config in classes.items() if size <= largest)
 
 
-def fitted_tiles(kernel: str, device: torch.device, *, M: int, N: int, K: int) -> Tiles:
+def fitted_tiles(
+    kernel: str, device: torch.device, *, M: int, N: int, K: int, dtype: torch.dtype | None = None
+) -> Tiles:
     """Return block sizes as ``tiles`` does, smaller on a CPU where they would not fill the matrix.
 
     Blocks for a CPU are large, and what hangs over the edge of a matrix is computed all the same:
     each is halved until at most an eighth of what is computed is wasted, or it is small.
     """
-    fitted = dict(tiles(kernel, M, device))
+    fitted = dict(tiles(kernel, M, device, dtype))
     if device.type != "cpu":
         return fitted
     for name, size in (("BLOCK_M", M), ("BLOCK_N", N), ("BLOCK_K", K)):
@@ -289,4 +352,7 @@ def largest_size(kernel: str) -> int:
 
 def all_tiles() -> dict[str, list[Tiles]]:
     """Return every configuration that can be launched on a GPU, by kernel."""
-    return {kernel: list(table.values()) for kernel, table in _GPU.items()}
+    found: dict[str, list[Tiles]] = {}
+    for kernel, classes in _GPU.items():
+        found.setdefault(kernel.removesuffix(_FLOAT32_SUFFIX), []).extend(classes.values())
+    return found

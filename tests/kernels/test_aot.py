@@ -5,8 +5,14 @@ As a script, print what each costs on each target: ``python tests/kernels/test_a
 
 from __future__ import annotations
 
-import functools
+import dataclasses
+import json
+import os
+import re
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,40 +41,68 @@ from bitnet_triton.kernels.rms_norm.forward import (
     launch_relu2_mul_norm_quantize,
     launch_rms_norm,
     launch_rms_norm_quantize,
+    launch_silu_mul_quantize,
 )
 from bitnet_triton.kernels.rotary.decode import launch_rotary_and_store
 from bitnet_triton.kernels.rotary.forward import launch_rotary
 from bitnet_triton.kernels.ternary_linear.backward import launch_ternary_linear_bwd
-from bitnet_triton.kernels.ternary_linear.decode import launch_ternary_linear_fwd_row
+from bitnet_triton.kernels.ternary_linear.decode import launch_ternary_linear_fwd_few
 from bitnet_triton.kernels.ternary_linear.forward import launch_ternary_linear_fwd
 from bitnet_triton.runtime.aot import (
     TARGETS,
+    Resources,
     compile_for,
     compile_launch,
     markdown_table,
     record_launches,
 )
-from bitnet_triton.runtime.autotune import all_tiles
+from bitnet_triton.runtime.autotune import all_tiles, largest_size
+from bitnet_triton.runtime.gpu_targets import resident_warps
 
+ROOT = Path(__file__).parents[2]
 BF16, F32, I8, U8 = torch.bfloat16, torch.float32, torch.int8, torch.uint8
 N, K = 6912, 2560  # the wide layer of the published 2B model
+MMA_INT8 = r"mma\.sync\.aligned\.m16n8k32\.row\.col\.satfinite\.s32\.s8\.s8\.s32"
 INT8_INSTRUCTION = {
-    "sm_80": "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32",
-    "sm_90": ".s32.s8.s8",  # mma.sync or wgmma, by tile size
-    "gfx942": "_i8",
+    "sm_80": MMA_INT8,
+    "sm_90": rf"{MMA_INT8}|wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.s32\.s8\.s8",
+    "sm_100": MMA_INT8,  # Triton has no tcgen05 for integers
+    "sm_120": MMA_INT8,
+    "gfx942": r"v_mfma_i32_\w+_i8",
 }
+MMA_BF16 = r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16\.f32"
+BF16_INSTRUCTION = {
+    "sm_80": MMA_BF16,
+    "sm_90": rf"{MMA_BF16}|wgmma\.mma_async\.sync\.aligned\.m64n\d+k16\.f32\.bf16\.bf16",
+    "sm_100": rf"{MMA_BF16}|tcgen05\.mma\.cta_group::1\.kind::f16",
+    "sm_120": MMA_BF16,
+    "gfx942": r"v_mfma_f32_\w+_bf16",
+}
+# every kernel that multiplies matrices, by the type of its operands where they are bfloat16 or int8
+INT8_PRODUCTS = (
+    "ternary_linear_fwd", "ternary_linear_fwd_few", "bit_linear_fwd", "int8_linear_fwd",
+    "int8_linear_topk_fwd",
+)  # fmt: skip
+FLOAT_PRODUCTS = (
+    "ternary_linear_bwd", "bit_linear_bwd_dx", "bit_linear_bwd_dweight", "flash_attention_fwd",
+    "flash_attention_bwd_dq", "flash_attention_bwd_dkdv", "flash_attention_decode",
+)  # fmt: skip
 
 
 def meta(*shape, dtype=F32):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def packed_launcher(M):
+    few = largest_size("ternary_linear_fwd_few") >= M
+    return launch_ternary_linear_fwd_few if few else launch_ternary_linear_fwd
+
+
 def launch_packed(M, dtype, bias, N=N, K=K):
     """Start the kernels of ternary_linear, forward and backward."""
     a, a_scale, packed, scale = meta(M, K, dtype=I8), meta(M, 1), meta(N // 4, K, dtype=U8), meta(1)
-    launch = launch_ternary_linear_fwd_row if M == 1 else launch_ternary_linear_fwd
     a_sum, R = meta(M, dtype=torch.int32), N // 4
-    launch(a, a_scale, a_sum, packed, scale, bias, None, [R], dtype)
+    packed_launcher(M)(a, a_scale, a_sum, packed, scale, bias, None, [R], dtype)
     if M > 32:
         launch_ternary_linear_bwd(meta(M, N, dtype=dtype), packed, scale)
 
@@ -81,10 +115,12 @@ def launch_fused(M, dtype, N=N, K=K):
     quantized = launch_rms_norm_quantize(x, weight, 1e-5)
     launch_relu2_mul_norm_quantize(gate_up, weight, 1e-5)
     packed, residual = meta(N // 4, K, dtype=U8), meta(M, N, dtype=dtype)
-    launch = launch_ternary_linear_fwd_row if M == 1 else launch_ternary_linear_fwd
+    launch = packed_launcher(M)
     launch(*quantized, packed, meta(1), None, residual, [N // 4], dtype)
     for parts in (2, 3):
-        rows = [N // 4 - parts + 1] + [1] * (parts - 1)
+        # as in every published model, a part starts at a multiple of 16
+        other = 16 if N >= 256 else 1
+        rows = [N // 4 - other * (parts - 1)] + [other] * (parts - 1)
         launch(*quantized, packed, meta(parts), None, None, rows, dtype)
 
 
@@ -133,7 +169,9 @@ def record_all():
             for length in (640, 2560, 6912, 28672):
                 launch_quantize_activations(meta(4, length, dtype=dtype))
                 launch_quantize_with_sums(meta(4, length, dtype=dtype))
-            for M in (1, 16, 2048):
+            for length in (640, 6912, 14336):
+                launch_silu_mul_quantize(meta(4, 2 * length, dtype=dtype))
+            for M in (1, 16, 32, 64, 512, 2048):
                 launch_packed(M, dtype, meta(N, dtype=dtype))
                 launch_fused(M, dtype)
             for width in (640, 6912, 16384):
@@ -158,53 +196,114 @@ def name(launch):
     tensors = [a.dtype for a in launch.args if isinstance(a, torch.Tensor)]
     dtypes = "-".join(str(d).removeprefix("torch.") for d in tensors)
     constants = "-".join(f"{v}" for v in launch.options.values())
-    return f"{launch.kernel.__name__.strip('_')}-{dtypes}-{constants}"
+    return f"{kernel_name(launch)}-{dtypes}-{constants}"
+
+
+def kernel_name(launch):
+    return launch.kernel.__name__.strip("_").removesuffix("_kernel")
 
 
 LAUNCHES = {name(launch): launch for launch in record_all()}
 
 
-@functools.cache
-def resources(launch_name, target):
-    return compile_for(LAUNCHES[launch_name], TARGETS[target])
+def compile_part(target, part, parts):
+    """Compile every ``parts``-th launch for a target."""
+    return {n: compile_for(LAUNCHES[n], TARGETS[target]) for n in list(LAUNCHES)[part::parts]}
+
+
+def compile_all(targets):
+    """Return what every launch costs on every target, by both; processes share the work."""
+    parts = os.cpu_count() or 1
+    commands = [[sys.executable, __file__, target] for target in targets]
+    commands = [[*c, str(part), str(parts)] for part in range(parts) for c in commands]
+
+    def run(command):
+        process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert process.returncode == 0, process.stderr
+        return {(n, command[2]): read_back(r) for n, r in json.loads(process.stdout).items()}
+
+    with ThreadPoolExecutor(parts) as pool:
+        return {key: cost for costs in pool.map(run, commands) for key, cost in costs.items()}
+
+
+def read_back(plain):
+    """Return Resources of what JSON has made of them: lists, where they have tuples."""
+    plain["constants"] = [tuple(pair) for pair in plain["constants"]]
+    return Resources(**{k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()})
+
+
+@pytest.fixture(scope="module")
+def costs():
+    return compile_all(TARGETS)
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("launch_name", LAUNCHES)
-def test_compiles_without_spills_for(launch_name, target):
-    cost = resources(launch_name, target)
-    assert cost.spills == 0
-    assert cost.registers > 8
-    # what a program may use: 64 KB on gfx942, 99 KB on the smallest relatives of sm_80 and sm_90
-    assert cost.shared <= (64 if target == "gfx942" else 99) * 1024
+def test_nothing_spills_and_everything_fits(costs, target):
+    assert {n for n, t in costs if t == target} == set(LAUNCHES)
+    for launch_name in LAUNCHES:
+        cost = costs[launch_name, target]
+        assert cost.spills == 0, launch_name
+        assert cost.registers > 8
+        # what a program may use: 64 KB on gfx942, 99 KB on the smallest relatives of the others
+        assert cost.shared <= (64 if target == "gfx942" else 99) * 1024, launch_name
+        assert cost.warps >= 4, launch_name
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(
-    "launch_name",
-    [
-        n
-        for n in LAUNCHES
-        if n.startswith(("ternary_linear_fwd_kernel", "bit_linear_fwd_kernel", "int8_linear"))
-    ],
-)
-def test_integer_products_run_on_int8_matrix_units(launch_name, target):
-    instructions = resources(launch_name, target).instructions
-    assert instructions
-    assert all(INT8_INSTRUCTION[target] in i for i in instructions)
+@pytest.mark.parametrize("kernel", INT8_PRODUCTS)
+def test_integer_products_run_on_int8_matrix_units(costs, kernel, target):
+    chosen = [n for n, launch in LAUNCHES.items() if kernel_name(launch) == kernel]
+    assert chosen
+    for launch_name in chosen:
+        instructions = costs[launch_name, target].instructions
+        assert instructions, launch_name
+        assert all(re.match(INT8_INSTRUCTION[target], i) for i in instructions), launch_name
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("launch_name", [n for n in LAUNCHES if "linear_bwd" in n])
-def test_gradients_multiply_in_their_own_precision(launch_name, target):
+@pytest.mark.parametrize("kernel", FLOAT_PRODUCTS)
+def test_other_products_run_in_their_own_precision(costs, kernel, target):
     """bfloat16 on matrix units, float32 never rounded to TF32."""
-    launch = LAUNCHES[launch_name]
-    instructions = resources(launch_name, target).instructions
-    if launch.args[0].dtype == BF16:
-        assert instructions
-        assert all("bf16" in i for i in instructions)
-    else:
-        assert all("f32_32x32x2_f32" in i for i in instructions)
+    chosen = [n for n, launch in LAUNCHES.items() if kernel_name(launch) == kernel]
+    assert {LAUNCHES[n].args[0].dtype for n in chosen} == {BF16, F32}
+    for launch_name in chosen:
+        instructions = costs[launch_name, target].instructions
+        if LAUNCHES[launch_name].args[0].dtype == BF16:
+            assert instructions, launch_name
+            assert all(re.match(BF16_INSTRUCTION[target], i) for i in instructions), launch_name
+        else:
+            assert all(re.search(r"v_mfma_f32_\w+_f32", i) for i in instructions), launch_name
+
+
+def test_many_tokens_multiply_by_whole_groups_of_warps_on_hopper(costs):
+    """wgmma, which has twice the rate of mma.sync there, with weights from registers."""
+    chosen = [
+        n
+        for n, launch in LAUNCHES.items()
+        if kernel_name(launch) in ("ternary_linear_fwd", "bit_linear_fwd")
+    ]
+    assert chosen
+    for launch_name in chosen:
+        assert all("wgmma" in i for i in costs[launch_name, "sm_90"].instructions), launch_name
+
+
+def test_kernels_without_products_have_no_matrix_instruction(costs):
+    for (launch_name, target), cost in costs.items():
+        if kernel_name(LAUNCHES[launch_name]) not in INT8_PRODUCTS + FLOAT_PRODUCTS:
+            assert cost.instructions == (), (launch_name, target)
+
+
+def test_warps_on_a_multiprocessor_are_those_that_fit():
+    """By hand: 65536 registers in four quarters, 228 KB less 1 KB a program, 64 warps."""
+    h100, mi300 = TARGETS["sm_90"], TARGETS["gfx942"]
+    assert resident_warps(h100, 8, registers=32, shared=0) == 64
+    assert resident_warps(h100, 8, registers=129, shared=0) == 8  # 136: 3 warps a quarter
+    assert resident_warps(h100, 4, registers=168, shared=0) == 12
+    assert resident_warps(h100, 4, registers=32, shared=75 * 1024) == 12
+    assert resident_warps(h100, 1, registers=32, shared=0) == 32  # programs
+    assert resident_warps(h100, 4, registers=32, shared=228 * 1024) == 0
+    assert resident_warps(mi300, 4, registers=256, shared=0) == 8
+    assert resident_warps(mi300, 4, registers=64, shared=20 * 1024) == 12
 
 
 @pytest.mark.parametrize("launch_name", [n for n in LAUNCHES if "quantize" in n])
@@ -217,7 +316,7 @@ def test_the_quantiser_rounds_its_product_before_it_rounds_to_integers(launch_na
 
 def test_every_tile_size_in_the_table_is_compiled_above():
     launched = {
-        (launch.kernel.__name__.strip("_").removesuffix("_kernel"), key): value
+        (kernel_name(launch), key): value
         for launch in LAUNCHES.values()
         for key, value in [(tuple(sorted(tile_options(launch).items())), launch)]
     }
@@ -230,7 +329,8 @@ def test_every_tile_size_in_the_table_is_compiled_above():
 
 
 def tile_options(launch):
-    return {k: v for k, v in launch.options.items() if k.startswith(("BLOCK", "num_"))}
+    known = {k for tiles in all_tiles()[kernel_name(launch)] for k in tiles}
+    return {k: v for k, v in launch.options.items() if k in known}
 
 
 def test_sizes_of_one_compile():
@@ -251,15 +351,20 @@ def test_sizes_of_one_compile():
 
 def test_the_table_has_a_line_for_a_launch_and_a_column_for_a_target():
     launch_name = next(n for n in LAUNCHES if n.startswith("bit_linear_fwd"))
-    rows = [resources(launch_name, target) for target in ("sm_90", "gfx942")]
+    rows = [compile_for(LAUNCHES[launch_name], TARGETS[t]) for t in ("sm_90", "gfx942")]
     head, _, line = markdown_table(rows).splitlines()
     assert head == "| kernel | tensors | constants | sm_90 | gfx942 |"
     kernel, tensors, constants, *cells = line.strip("| ").split(" | ")
     assert (kernel, tensors.split()[0]) == ("bit_linear_fwd", "i8")
     assert "BLOCK_K=64" in constants
     for cell, row, instruction in zip(cells, rows, ("wgmma s8", "mfma i8")):
-        assert cell == f"{row.registers}, 0, {row.shared}, {instruction}"
+        assert cell == f"{row.registers}, 0, {row.shared}, {row.warps}, {instruction}"
 
 
 if __name__ == "__main__":
-    sys.stdout.write(markdown_table([resources(n, t) for n in LAUNCHES for t in TARGETS]) + "\n")
+    if len(sys.argv) > 1:
+        part = compile_part(sys.argv[1], *map(int, sys.argv[2:]))
+        json.dump({n: dataclasses.asdict(cost) for n, cost in part.items()}, sys.stdout)
+    else:
+        found = compile_all(TARGETS)
+        sys.stdout.write(markdown_table([found[n, t] for n in LAUNCHES for t in TARGETS]) + "\n")

@@ -153,7 +153,7 @@ def launch_bit_linear_bwd_dweight(
     """Map dy [M, N], codes a [M, K] and a_scale [M, 1] to dweight [N, K] in ``dtype``."""
     (M, N), K = dy.shape, a.shape[1]
     dweight = torch.empty((N, K), dtype=dtype, device=dy.device)
-    config = fitted_tiles("bit_linear_bwd_dweight", dy.device, M=M, N=N, K=K)
+    config = fitted_tiles("bit_linear_bwd_dweight", dy.device, M=M, N=N, K=K, dtype=dy.dtype)
     from_codes = bool(config.pop("FROM_CODES", True))
     x = a if from_codes else _dequantize_transposed(a, a_scale, dy.dtype).t()
     # neighbours along K read the same part of dy, the larger of the two

@@ -55,7 +55,7 @@ def launch_ternary_linear_bwd(dy: Tensor, packed: Tensor, scale: Tensor) -> Tens
     """Map dy [M, N] to dx [M, K] in its dtype."""
     M, (R, K) = dy.shape[0], packed.shape
     dx = torch.empty((M, K), dtype=dy.dtype, device=dy.device)
-    config = tiles("ternary_linear_bwd", M, dy.device)
+    config = tiles("ternary_linear_bwd", M, dy.device, dy.dtype)
     grid = (triton.cdiv(K, config["BLOCK_K"]), triton.cdiv(M, config["BLOCK_M"]))
     launch(_ternary_linear_bwd_kernel, grid)(dy, packed, scale, dx, M, R, K, **config)
     return dx

@@ -1,6 +1,11 @@
-"""Triton ternary linear for one row of activations. One program sums BLOCK_R byte rows over K.
+"""Triton ternary linear for few tokens on a GPU, which read every weight once: bound by memory.
 
-Decoding reads every weight once and is bound by memory: no tensor cores, one pass over the bytes.
+One program owns BLOCK_R byte rows and walks along K, SLICES slices of BLOCK_K columns at a time.
+The slices are the batch of one batched product, so that each warp sums a slice of its own and waits
+for no other; they are added at the end. As many bytes are on their way from memory at once as if K
+were split over programs, but there is no second kernel that adds up; and sums of integers do not
+depend on their order. Tensor cores multiply, though most columns may be padding: an instruction for
+each weight and token would take longer than reading the weights.
 """
 
 from __future__ import annotations
@@ -14,90 +19,96 @@ from torch import Tensor
 
 from bitnet_triton.kernels.common.tiles import part_of_tile
 from bitnet_triton.kernels.ternary_linear.merged import count_tiles, part_ends
+from bitnet_triton.kernels.ternary_linear.tiles import planes_in_place, store_plane, sums_in_place
 from bitnet_triton.runtime import launch
 from bitnet_triton.runtime.autotune import tiles
 
 
 @triton.jit
-def _store_rows(
-    sums, y_ptr, bias_ptr, residual_ptr, scale, rows, is_row,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-):  # fmt: skip
-    y = sums.to(tl.float32) * scale
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + rows, mask=is_row, other=0.0).to(tl.float32)
-    y = y.to(y_ptr.dtype.element_ty)
-    if HAS_RESIDUAL:
-        residual = tl.load(residual_ptr + rows, mask=is_row, other=0.0)
-        y = (residual.to(tl.float32) + y.to(tl.float32)).to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + rows, y, mask=is_row)
-
-
-@triton.jit
-def _ternary_linear_fwd_row_kernel(
-    # tensors: a [K] int8; a_scale, a_sum [1]; packed [R, K]; scale [PARTS];
-    # bias, residual, y [4 R]
+def _ternary_linear_fwd_few_kernel(
+    # tensors: a [M, K] int8; a_scale, a_sum [M]; packed [R, K]; scale [PARTS]; bias [4 R];
+    # residual, y [M, 4 R]
     a_ptr, a_scale_ptr, a_sum_ptr, packed_ptr, scale_ptr, bias_ptr, residual_ptr, y_ptr,
     # sizes; where the first and the second part end
-    R, K, end0, end1,
+    M, R, K, end0, end1,
     # compile-time
     PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
+    # int64: token * N and row * K overflow int32 from 2**31 elements on
+    tokens = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     part, start, end, first = part_of_tile(tl.program_id(0), R, end0, end1, PARTS, BLOCK_R)
-    # int64: row * K overflows int32 from 2**31 bytes on
     rows = first.to(tl.int64) + tl.arange(0, BLOCK_R)
-    ks = tl.arange(0, BLOCK_K)
+    ks = tl.arange(0, SLICES)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    is_token = tokens < M
     is_row = rows < end
 
-    sum0 = tl.zeros((BLOCK_R, BLOCK_K), tl.int32)
-    sum1 = tl.zeros((BLOCK_R, BLOCK_K), tl.int32)
-    sum2 = tl.zeros((BLOCK_R, BLOCK_K), tl.int32)
-    sum3 = tl.zeros((BLOCK_R, BLOCK_K), tl.int32)
-    for k in range(0, K, BLOCK_K):
+    acc0 = tl.zeros((SLICES, BLOCK_R, BLOCK_M), tl.int32)
+    acc1 = tl.zeros((SLICES, BLOCK_R, BLOCK_M), tl.int32)
+    acc2 = tl.zeros((SLICES, BLOCK_R, BLOCK_M), tl.int32)
+    acc3 = tl.zeros((SLICES, BLOCK_R, BLOCK_M), tl.int32)
+    for k in range(0, K, SLICES * BLOCK_K):
         in_k = k + ks < K
+        # beyond K the activations are 0, so any code will do there
         packed = tl.load(
-            packed_ptr + rows[:, None] * K + (k + ks)[None, :],
-            mask=is_row[:, None] & in_k[None, :], other=0,
-        ).to(tl.int32)  # [BLOCK_R, BLOCK_K]  # fmt: skip
-        a = tl.load(a_ptr + k + ks, mask=in_k, other=0).to(tl.int32)[None, :]  # [1, BLOCK_K]
-        sum0 += (packed & 3) * a
-        sum1 += ((packed >> 2) & 3) * a
-        sum2 += ((packed >> 4) & 3) * a
-        sum3 += (packed >> 6) * a
+            packed_ptr + rows[None, :, None] * K + (k + ks)[:, None, :],
+            mask=is_row[None, :, None] & in_k[:, None, :], other=0,
+        )  # [SLICES, BLOCK_R, BLOCK_K]  # fmt: skip
+        a = tl.load(
+            a_ptr + tokens[None, None, :] * K + (k + ks)[:, :, None],
+            mask=is_token[None, None, :] & in_k[:, :, None], other=0,
+        )  # [SLICES, BLOCK_K, BLOCK_M]  # fmt: skip
+        w0, w1, w2, w3 = planes_in_place(packed)
+        acc0 = tl.dot(w0, a, acc0, out_dtype=tl.int32)  # [SLICES, BLOCK_R, BLOCK_M], and below
+        acc1 = tl.dot(w1, a, acc1, out_dtype=tl.int32)
+        acc2 = tl.dot(w2, a, acc2, out_dtype=tl.int32)
+        acc3 = tl.dot(w3, a, acc3, out_dtype=tl.int32)
 
-    scale = tl.load(scale_ptr + part) * tl.load(a_scale_ptr)
-    # the bits say code + 1: what that is too much is the sum of the activations
-    surplus = tl.load(a_sum_ptr)
-    y0, y1 = tl.sum(sum0, axis=1) - surplus, tl.sum(sum1, axis=1) - surplus
-    y2, y3 = tl.sum(sum2, axis=1) - surplus, tl.sum(sum3, axis=1) - surplus
+    sums = tl.load(a_sum_ptr + tokens, mask=is_token, other=0)[None, :]
+    y0, y1, y2, y3 = sums_in_place(
+        tl.sum(acc0, 0), tl.sum(acc1, 0), tl.sum(acc2, 0), tl.sum(acc3, 0), sums
+    )  # [BLOCK_R, BLOCK_M] each
+    scales = tl.load(a_scale_ptr + tokens, mask=is_token, other=0.0) * tl.load(scale_ptr + part)
+    in_tile = is_row[:, None] & is_token[None, :]
+    N = 4 * R
     # byte row r of a part holds its rows r, r + plane, r + 2 plane, r + 3 plane
     plane = end - start
-    rows += 3 * start
-    _store_rows(y0, y_ptr, bias_ptr, residual_ptr, scale, rows, is_row, HAS_BIAS, HAS_RESIDUAL)
-    rows += plane
-    _store_rows(y1, y_ptr, bias_ptr, residual_ptr, scale, rows, is_row, HAS_BIAS, HAS_RESIDUAL)
-    rows += plane
-    _store_rows(y2, y_ptr, bias_ptr, residual_ptr, scale, rows, is_row, HAS_BIAS, HAS_RESIDUAL)
-    rows += plane
-    _store_rows(y3, y_ptr, bias_ptr, residual_ptr, scale, rows, is_row, HAS_BIAS, HAS_RESIDUAL)
+    row0 = 3 * start
+    store_plane(
+        y0, y_ptr, bias_ptr, residual_ptr, scales, tokens, rows, row0, in_tile, N,
+        HAS_BIAS, HAS_RESIDUAL,
+    )  # fmt: skip
+    store_plane(
+        y1, y_ptr, bias_ptr, residual_ptr, scales, tokens, rows, row0 + plane, in_tile, N,
+        HAS_BIAS, HAS_RESIDUAL,
+    )  # fmt: skip
+    store_plane(
+        y2, y_ptr, bias_ptr, residual_ptr, scales, tokens, rows, row0 + 2 * plane, in_tile, N,
+        HAS_BIAS, HAS_RESIDUAL,
+    )  # fmt: skip
+    store_plane(
+        y3, y_ptr, bias_ptr, residual_ptr, scales, tokens, rows, row0 + 3 * plane, in_tile, N,
+        HAS_BIAS, HAS_RESIDUAL,
+    )  # fmt: skip
 
 
-def launch_ternary_linear_fwd_row(
+def launch_ternary_linear_fwd_few(
     a: Tensor, a_scale: Tensor, a_sum: Tensor, packed: Tensor, scale: Tensor,
     bias: Tensor | None, residual: Tensor | None, rows: Sequence[int], dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """Map int8 a [1, K], its scale and sum [1] and packed [N / 4, K] to y [1, N] in ``dtype``.
+    """Map int8 a [M, K], its scale and sum [M] and packed [N / 4, K] to y [M, N] in ``dtype``.
 
-    ``packed`` holds a part of each of ``rows`` byte rows, with one of ``scale`` [PARTS].
+    ``packed`` holds a part of each of ``rows`` byte rows, with one of ``scale`` [PARTS]. K is less
+    than ``IN_PLACE_K``.
     """
-    R, K = packed.shape
-    y = torch.empty((1, 4 * R), dtype=dtype, device=a.device)
-    config = tiles("ternary_linear_fwd_row", 1, a.device)
-    launch(_ternary_linear_fwd_row_kernel, (count_tiles(rows, config["BLOCK_R"]),))(
+    (M, K), R = a.shape, packed.shape[0]
+    y = torch.empty((M, 4 * R), dtype=dtype, device=a.device)
+    config = tiles("ternary_linear_fwd_few", M, a.device)
+    grid = (count_tiles(rows, config["BLOCK_R"]), count_tiles((M,), config["BLOCK_M"]))
+    launch(_ternary_linear_fwd_few_kernel, grid)(
         a, a_scale, a_sum, packed, scale, scale if bias is None else bias,
         scale if residual is None else residual, y,
-        R, K, *part_ends(rows),
+        M, R, K, *part_ends(rows),
         PARTS=len(rows), HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
         **config,
         # a fused multiply-add would skip the rounding before the residual

@@ -7,8 +7,9 @@ the left, and weights are rearranged once for all of them.
 
 One tile of bytes holds four planes of rows, so a program keeps four accumulators and never shuffles
 bits between lanes. It multiplies by codes + 1, which are what the bits say, and takes the surplus
-off at the end: sum a w = sum a (w + 1) - sum a. A packed matrix may hold the bytes of several
-matrices below one another (``merged.py``).
+off at the end: sum a w = sum a (w + 1) - sum a. GPUs multiply the codes where they stand in the
+byte (``tiles.py``). A packed matrix may hold the bytes of several matrices below one another
+(``merged.py``).
 """
 
 from __future__ import annotations
@@ -22,29 +23,14 @@ from torch import Tensor
 
 from bitnet_triton.kernels.common.tiles import part_of_tile
 from bitnet_triton.kernels.ternary_linear.merged import count_tiles, part_ends
+from bitnet_triton.kernels.ternary_linear.tiles import (
+    IN_PLACE_K,
+    planes_in_place,
+    store_plane,
+    sums_in_place,
+)
 from bitnet_triton.runtime import launch
 from bitnet_triton.runtime.autotune import tiles
-
-
-@triton.jit
-def _store_plane(
-    acc, y_ptr, bias_ptr, residual_ptr, scales, tokens, rows, first_row, in_tile, N,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-):  # fmt: skip
-    """Scale acc [BLOCK_R, BLOCK_M] once and store it at y[tokens, first_row + rows].
-
-    A residual is added to what has been rounded to the dtype of y, as a sum of two tensors is.
-    """
-    y = acc.to(tl.float32) * scales[None, :]
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + first_row + rows, mask=first_row + rows < N, other=0.0)
-        y += bias.to(tl.float32)[:, None]
-    place = tokens[None, :] * N + (first_row + rows)[:, None]
-    y = y.to(y_ptr.dtype.element_ty)
-    if HAS_RESIDUAL:
-        residual = tl.load(residual_ptr + place, mask=in_tile, other=0.0)
-        y = (residual.to(tl.float32) + y.to(tl.float32)).to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + place, y, mask=in_tile)
 
 
 @triton.jit
@@ -67,7 +53,7 @@ def _ternary_linear_fwd_kernel(
     # compile-time
     PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-    TOKENS_LEFT: tl.constexpr,
+    TOKENS_LEFT: tl.constexpr, IN_PLACE: tl.constexpr,
 ):  # fmt: skip
     # int64: token * N and row * K overflow int32 from 2**31 elements on
     tokens = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -94,10 +80,13 @@ def _ternary_linear_fwd_kernel(
             a_ptr + tokens[None, :] * K + (k + ks)[:, None],
             mask=is_token[None, :] & in_k[:, None], other=0,
         )  # [BLOCK_K, BLOCK_M]  # fmt: skip
-        w0 = (packed & 3).to(tl.int8)  # [BLOCK_R, BLOCK_K], and the three below
-        w1 = ((packed >> 2) & 3).to(tl.int8)
-        w2 = ((packed >> 4) & 3).to(tl.int8)
-        w3 = (packed >> 6).to(tl.int8)
+        if IN_PLACE:
+            w0, w1, w2, w3 = planes_in_place(packed)  # [BLOCK_R, BLOCK_K] each
+        else:
+            w0 = (packed & 3).to(tl.int8)  # [BLOCK_R, BLOCK_K], and the three below
+            w1 = ((packed >> 2) & 3).to(tl.int8)
+            w2 = ((packed >> 4) & 3).to(tl.int8)
+            w3 = (packed >> 6).to(tl.int8)
         acc0 = _multiply(w0, a, acc0, TOKENS_LEFT)  # [LEFT, RIGHT], and the three below
         acc1 = _multiply(w1, a, acc1, TOKENS_LEFT)
         acc2 = _multiply(w2, a, acc2, TOKENS_LEFT)
@@ -106,26 +95,30 @@ def _ternary_linear_fwd_kernel(
         acc0, acc1, acc2, acc3 = tl.trans(acc0), tl.trans(acc1), tl.trans(acc2), tl.trans(acc3)
 
     sums = tl.load(a_sum_ptr + tokens, mask=is_token, other=0)[None, :]
+    if IN_PLACE:
+        y0, y1, y2, y3 = sums_in_place(acc0, acc1, acc2, acc3, sums)
+    else:
+        y0, y1, y2, y3 = acc0 - sums, acc1 - sums, acc2 - sums, acc3 - sums
     scales = tl.load(a_scale_ptr + tokens, mask=is_token, other=0.0) * tl.load(scale_ptr + part)
     in_tile = is_row[:, None] & is_token[None, :]
     N = 4 * R
     # byte row r of a part holds its rows r, r + plane, r + 2 plane, r + 3 plane
     plane = end - start
     row0 = 3 * start
-    _store_plane(
-        acc0 - sums, y_ptr, bias_ptr, residual_ptr, scales, tokens, rows, row0, in_tile, N,
+    store_plane(
+        y0, y_ptr, bias_ptr, residual_ptr, scales, tokens, rows, row0, in_tile, N,
         HAS_BIAS, HAS_RESIDUAL,
     )  # fmt: skip
-    _store_plane(
-        acc1 - sums, y_ptr, bias_ptr, residual_ptr, scales, tokens, rows, row0 + plane, in_tile, N,
+    store_plane(
+        y1, y_ptr, bias_ptr, residual_ptr, scales, tokens, rows, row0 + plane, in_tile, N,
         HAS_BIAS, HAS_RESIDUAL,
     )  # fmt: skip
-    _store_plane(
-        acc2 - sums, y_ptr, bias_ptr, residual_ptr, scales, tokens, rows, row0 + 2 * plane,
+    store_plane(
+        y2, y_ptr, bias_ptr, residual_ptr, scales, tokens, rows, row0 + 2 * plane,
         in_tile, N, HAS_BIAS, HAS_RESIDUAL,
     )  # fmt: skip
-    _store_plane(
-        acc3 - sums, y_ptr, bias_ptr, residual_ptr, scales, tokens, rows, row0 + 3 * plane,
+    store_plane(
+        y3, y_ptr, bias_ptr, residual_ptr, scales, tokens, rows, row0 + 3 * plane,
         in_tile, N, HAS_BIAS, HAS_RESIDUAL,
     )  # fmt: skip
 
@@ -140,14 +133,15 @@ def launch_ternary_linear_fwd(
     """
     (M, K), R = a.shape, packed.shape[0]
     y = torch.empty((M, 4 * R), dtype=dtype, device=a.device)
-    config = tiles("ternary_linear_fwd", M, a.device)
+    config = {"TOKENS_LEFT": False, "IN_PLACE": False, **tiles("ternary_linear_fwd", M, a.device)}
+    config["IN_PLACE"] &= K < IN_PLACE_K
     grid = (count_tiles(rows, config["BLOCK_R"]), count_tiles((M,), config["BLOCK_M"]))
     launch(_ternary_linear_fwd_kernel, grid)(
         a, a_scale, a_sum, packed, scale, scale if bias is None else bias,
         scale if residual is None else residual, y,
         M, R, K, *part_ends(rows),
         PARTS=len(rows), HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
-        **{"TOKENS_LEFT": False, **config},
+        **config,
         # a fused multiply-add would skip the rounding before the residual
         enable_fp_fusion=residual is None,
     )  # fmt: skip

@@ -29,11 +29,16 @@ def _triton_ternary_fwd(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor |
 def _packed_launcher(x: Tensor) -> Callable[..., Tensor]:
     """Return the launcher of the kernel that multiplies as many rows as x [M, K] has."""
     # Triton is imported on first use, here and below: that takes longer than this package
-    from bitnet_triton.kernels.ternary_linear.decode import launch_ternary_linear_fwd_row
+    from bitnet_triton.kernels.ternary_linear.decode import launch_ternary_linear_fwd_few
     from bitnet_triton.kernels.ternary_linear.forward import launch_ternary_linear_fwd
+    from bitnet_triton.kernels.ternary_linear.tiles import IN_PLACE_K
 
-    alone = x.shape[0] == 1 and smallest_dot(x.device) > 1
-    return launch_ternary_linear_fwd_row if alone else launch_ternary_linear_fwd
+    few = (
+        smallest_dot(x.device) > 1
+        and x.shape[0] <= largest_size("ternary_linear_fwd_few")
+        and x.shape[1] < IN_PLACE_K
+    )
+    return launch_ternary_linear_fwd_few if few else launch_ternary_linear_fwd
 
 
 def _triton_quantized_fwd(
