@@ -14,6 +14,7 @@ from bitnet_triton.models.decode import FUSED_MODELS, DecodeSteps, FusedModel
 from bitnet_triton.models.fused_layer import FusedDecoderLayer, fused_class
 from bitnet_triton.models.fusion import Architecture, Fusion
 from bitnet_triton.nn import PackedBitLinear
+from bitnet_triton.runtime.autotune import largest_size
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -42,7 +43,8 @@ def fuse(model: Model) -> Model:
     Raises:
         ValueError: the model has no decoder layer of these architectures, or a layer cannot be
             fused: its linears are not packed, have a bias or a norm of their own, its activation is
-            not the architecture's, or its weights are offloaded. Nothing was changed then.
+            not the architecture's, its rows are longer than the kernels take, or its weights are
+            offloaded. Nothing was changed then.
     """
     objection = _objection_to_model(model)
     if objection is not None:
@@ -133,7 +135,16 @@ def _objection(layer: Any, architecture: Architecture) -> str | None:
         if linear.weight.device.type == "meta":
             return f"{name}: its weight is not loaded"
     wanted, found = architecture.activation, layer.mlp.config.hidden_act
-    return None if found == wanted else f"mlp: expected the activation {wanted}, got {found}"
+    if found != wanted:
+        return f"mlp: expected the activation {wanted}, got {found}"
+    for name, linear, kernel in (
+        ("self_attn.q_proj", layer.self_attn.q_proj, "rms_norm_quantize_fwd"),
+        ("mlp.down_proj", layer.mlp.down_proj, architecture.gate_kernel),
+    ):
+        width, most = linear.in_features, largest_size(kernel)
+        if width > most:
+            return f"{name}: its input has {width} values, a program holds at most {most}"
+    return None
 
 
 def _linears(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -36,14 +36,19 @@ class Architecture(NamedTuple):
 
     layer: type[nn.Module]
     attention: type[nn.Module]
-    # of the gate, as configs name it
+    # of the gate, as configs name it, and the kernel that multiplies it with up
     activation: str
+    gate_kernel: str
     # in front of the two linears that end a branch
     has_sub_norms: bool
 
 
-BITNET = Architecture(bitnet.BitNetDecoderLayer, bitnet.BitNetAttention, "relu2", True)
-LLAMA = Architecture(llama.LlamaDecoderLayer, llama.LlamaAttention, "silu", False)
+BITNET = Architecture(
+    bitnet.BitNetDecoderLayer, bitnet.BitNetAttention, "relu2", "relu2_mul_norm_quantize_fwd", True
+)
+LLAMA = Architecture(
+    llama.LlamaDecoderLayer, llama.LlamaAttention, "silu", "silu_mul_quantize_fwd", False
+)
 
 
 def _merged(*layers: nn.Module) -> MergedLinears:

@@ -19,7 +19,7 @@ from bitnet_triton.kernels.rms_norm.op import NORM_FWD
 from bitnet_triton.kernels.rotary.op import ROTARY_AND_STORE
 from bitnet_triton.models.fused_layer import FusedDecoderLayer
 from bitnet_triton.models.fusion import Launchers
-from bitnet_triton.runtime import capture, forced_backend, select
+from bitnet_triton.runtime import backend_objection, capture, forced_backend, select
 
 Stores = list[tuple[Tensor, Tensor]]
 
@@ -119,7 +119,9 @@ def launchers_of(model: Any) -> Launchers | None:
     is_fused = None not in found and not (
         model.norm._forward_hooks or model.norm._forward_pre_hooks
     )
-    return found[0] if is_fused and forced_backend() in (None, "triton") else None
+    # only its kernels can be recorded
+    has_kernels = backend_objection("triton", like_hidden.device) is None
+    return found[0] if is_fused and has_kernels and forced_backend() in (None, "triton") else None
 
 
 def same_stores(some: Stores, others: Stores) -> bool:

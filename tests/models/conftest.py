@@ -67,10 +67,9 @@ class Variant:
         """Build transformers' dense model with weights in which every tensor matters."""
         config_class, model_class = ARCHITECTURES[self.arch]
         config = config_class(
-            **SIZES,
+            **{**SIZES, **json.loads(self.config)},
             tie_word_embeddings=self.tied,
             attention_bias=self.bias,
-            **json.loads(self.config),
         )
         model = model_class(config)
         for name, parameter in model.named_parameters():

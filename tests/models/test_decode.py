@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import bitnet_triton as bt
+from bitnet_triton.models import recording
 from bitnet_triton.models.decode import DecodeSteps
 from bitnet_triton.models.recording import Recording
 
@@ -241,6 +242,13 @@ def test_a_forced_backend_is_obeyed(model, token_ids, replays):
         cache = model(token_ids(1, 6), use_cache=True).past_key_values
         for _ in range(3):
             model(token, past_key_values=cache)
+    assert not replays
+
+
+def test_nothing_is_recorded_where_triton_cannot_run(model, token_ids, replays, monkeypatch):
+    bt.fuse(model)
+    monkeypatch.setattr(recording, "backend_objection", lambda *_: "there is no compiler")
+    steps(model, token_ids(1, 6), 4)
     assert not replays
 
 
