@@ -14,15 +14,16 @@ COUNTS = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 16]
 
 @triton.jit
 def codes_kernel(
-    x_ptr, packed_ptr, y_ptr, M, K, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr, VECTORS_LEFT: tl.constexpr,
+    x_ptr, packed_ptr, y_ptr, M, R, K, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr, VECTORS_LEFT: tl.constexpr, FLIPPED: tl.constexpr,
 ):  # fmt: skip
     vectors, rows, ks = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K)
     low = tl.zeros((BLOCK_R, BLOCK_M), tl.int32)
     high = tl.full((BLOCK_R, BLOCK_M), 5, tl.int32)
     for k in range(0, K, BLOCK_K):
         in_k = k + ks < K
-        packed = tl.load(packed_ptr + rows[:, None] * K + (k + ks)[None, :], in_k[None, :], other=0)
+        at = packed_ptr + rows[:, None] * K + (k + ks)[None, :]
+        packed = tl.load(at, (rows < R)[:, None] & in_k[None, :], other=0) ^ FLIPPED
         mask = (vectors < M)[None, :] & in_k[:, None]
         x = tl.load(x_ptr + vectors[None, :] * K + (k + ks)[:, None], mask, other=0)
         if VECTORS_LEFT:
@@ -63,11 +64,26 @@ def product(x, w):
 @pytest.mark.parametrize("M", COUNTS)
 @pytest.mark.parametrize("vectors_left", [False, True])
 def test_packed_codes(M, K, vectors_left):
-    x, packed = bytes_of(M, K), torch.randint(0, 256, (ROWS, K), dtype=torch.uint8)
+    check_codes(M, ROWS, K, vectors_left, 0)
+
+
+# flipped: codes of rows that are masked off are not zeros
+@pytest.mark.parametrize("flipped", [0, 255])
+@pytest.mark.parametrize("R", [0, 1, 5, 8])
+@pytest.mark.parametrize("M", [1, 2, 7])
+def test_rows_that_are_masked_off(M, R, flipped):
+    check_codes(M, R, 1024 + 192, False, flipped)
+
+
+def check_codes(M, R, K, vectors_left, flipped):
+    # what lies behind the last row is not zeros
+    x, stored = bytes_of(M, K), torch.randint(0, 256, (ROWS, K), dtype=torch.uint8)
+    packed = torch.where(torch.arange(ROWS)[:, None] < R, stored, 0) ^ flipped
     y = torch.full((M, 2 * ROWS), -1, dtype=torch.int32)
     triton_cpu.launch(codes_kernel, (1,))(
-        x, packed, y, M, K, BLOCK_M=16, BLOCK_R=ROWS, BLOCK_K=1024, VECTORS_LEFT=vectors_left
-    )
+        x, stored, y, M, R, K, BLOCK_M=16, BLOCK_R=ROWS, BLOCK_K=1024, VECTORS_LEFT=vectors_left,
+        FLIPPED=flipped,
+    )  # fmt: skip
     torch.testing.assert_close(y[:, :ROWS], product(x, packed & 7), rtol=0, atol=0)
     torch.testing.assert_close(y[:, ROWS:], product(x, packed >> 5) + 5, rtol=0, atol=0)
 

@@ -5,7 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from bitnet_triton.triton_cpu.analyse import in_seven_bits
-from bitnet_triton.triton_cpu.emit.bytes import BYTES, byte_expression, prepare
+from bitnet_triton.triton_cpu.emit.bytes import (
+    BYTES,
+    byte_expression,
+    loads_below,
+    of_zeros,
+    prepare,
+)
 from bitnet_triton.triton_cpu.emit.views import View, corner
 from bitnet_triton.triton_cpu.ir import Value
 
@@ -42,8 +48,14 @@ def emit_byte_rows(
     first = group[0]
     vectors = corner(emitter, first.vectors, 1 - first.along, BYTES)
     leaves: dict[Value, View] = {}
+    # rows of the one load that are masked off add nothing if zeros are what becomes of its zeros
+    loads = set().union(*(loads_below(emitter, product.matrix) for product in group))
+    skipping = len(loads) == 1 and all(of_zeros(product.matrix) == 0 for product in group)
+    rows: list[str] = []
     for product in group:
-        prepare(emitter, product.matrix, product.along, leaves, vectors.length)
+        where = rows if skipping else None
+        prepare(emitter, product.matrix, product.along, leaves, vectors.length, where)
+    height = f"shortest({', '.join([str(first.rows), *rows])})"
     sums = ", ".join(f"{{{target}}}" for target in targets)
     emitter.write(f"ByteSums<{'true' if lanes else 'false'}> const sums[] = {{{sums}}};")
     codes = emitter.fresh("codes")
@@ -61,9 +73,9 @@ def emit_byte_rows(
     steps = f"1, {first.rows}" if first.along == 0 else f"{first.count}, 1"
     step = vectors.view.steps[first.along]
     emitter.write(
-        f"byte_rows<{kind(first)}, {first.rows}, {first.count}>"
-        f"({{{vectors.view.base}, {step}, {vectors.length}}}, {vectors.count}, sums, {steps}, "
-        f"{codes});"
+        f"byte_rows<{kind(first)}, {first.count}>"
+        f"({{{vectors.view.base}, {step}, {vectors.length}}}, {vectors.count}, {height}, sums, "
+        f"{steps}, {codes});"
     )
 
 

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from bitnet_triton.triton_cpu.analyse import splat_integer
-from bitnet_triton.triton_cpu.emit.views import View, address_step, is_memory, matrix_view
+from bitnet_triton.triton_cpu.emit.views import (
+    View,
+    address_step,
+    is_memory,
+    matrix_view,
+    rows_view,
+)
 from bitnet_triton.triton_cpu.ir import Value
 
 if TYPE_CHECKING:
@@ -14,6 +22,11 @@ if TYPE_CHECKING:
 BYTES = 64
 _BYTE_OPERATIONS = {
     "arith.andi": "&", "arith.ori": "|", "arith.xori": "^", "arith.addi": "+", "arith.subi": "-",
+}  # fmt: skip
+_ON_INTEGERS: dict[str, Callable[[int, int], int]] = {
+    "arith.andi": operator.and_, "arith.ori": operator.or_, "arith.xori": operator.xor,
+    "arith.addi": operator.add, "arith.subi": operator.sub,
+    "arith.shrui": operator.rshift, "arith.shli": operator.lshift,
 }  # fmt: skip
 
 
@@ -38,27 +51,66 @@ def in_bytes(emitter: Emitter, value: Value, along: int) -> bool:
     return op.name in _BYTE_OPERATIONS and all(in_bytes(emitter, v, along) for v in op.operands)
 
 
+def of_zeros(value: Value) -> int | None:
+    """Return the byte that an expression has where all that is loaded is 0; None if unknown."""
+    constant = splat_integer(value)
+    op = value.op
+    if constant is not None or op is None or op.name == "tt.load":
+        return constant if constant is not None or op is None else 0
+    parts = [of_zeros(operand) for operand in op.operands]
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts) or not known:
+        return None
+    if op.name == "tt.trans":
+        return known[0]
+    compute = _ON_INTEGERS.get(op.name)
+    return None if compute is None else compute(known[0] & 255, known[1]) & 255
+
+
+def loads_below(emitter: Emitter, value: Value) -> set[Value]:
+    """Return what ``prepare`` would look for."""
+    if splat_integer(value) is not None:
+        return set()
+    if emitter.buffer(value) is not None or value.op is None or value.op.name == "tt.load":
+        return {value}
+    return set().union(*(loads_below(emitter, operand) for operand in value.op.operands))
+
+
 def prepare(
     emitter: Emitter,
     value: Value,
     along: int,
     leaves: dict[Value, View],
     upto: str | None = None,
+    rows: list[str] | None = None,
 ) -> None:
-    """Find out where the loads below a byte expression read; ``upto`` as in ``matrix_view``."""
+    """Find out where the loads below a byte expression read.
+
+    Args:
+        emitter: writes the code for it.
+        value: the expression.
+        along: the dimension of 64 neighbours.
+        leaves: gets what is found.
+        upto: as in ``matrix_view``.
+        rows: gets numbers of rows, the others of which need not be read; None: all are.
+    """
     op = value.op
     if value in leaves or splat_integer(value) is not None:
         return
     if emitter.buffer(value) is not None or (op is not None and op.name == "tt.load"):
-        view = matrix_view(emitter, value, unit=along, upto=upto)
+        if rows is None or upto is None:
+            view = matrix_view(emitter, value, unit=along, upto=upto)
+        else:
+            view, counts = rows_view(emitter, value, along, upto)
+            rows += counts
         leaves[value] = View(view.base, (view.steps[1 - along], view.steps[along]))
         return
     assert op is not None
     if op.name == "tt.trans":
-        prepare(emitter, op.operands[0], op.integers("order")[along], leaves, upto)
+        prepare(emitter, op.operands[0], op.integers("order")[along], leaves, upto, rows)
         return
     for operand in op.operands:
-        prepare(emitter, operand, along, leaves, upto)
+        prepare(emitter, operand, along, leaves, upto, rows)
 
 
 def byte_expression(emitter: Emitter, value: Value, along: int, leaves: dict[Value, View]) -> str:

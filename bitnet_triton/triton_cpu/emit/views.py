@@ -189,6 +189,35 @@ def corner(emitter: Emitter, value: Value, unit: int, multiple: int) -> Corner:
     return Corner(View(names[0], (names[1], names[2])), length, count)
 
 
+def rows_view(emitter: Emitter, value: Value, unit: int, upto: str) -> tuple[View, list[str]]:
+    """Return where the rows of a matrix lie that are not masked off, and how many these are.
+
+    Args:
+        emitter: writes the code for it.
+        value: a matrix that ``corner`` would find zeros around.
+        unit: the dimension along the rows.
+        upto: how many elements along ``unit`` will be read.
+    """
+    root, order = untransposed(value)
+    parts = None
+    if is_memory(emitter, root) and address_step(emitter, root, order[unit]) == 1:
+        parts = _zero_beyond(emitter, root, (order[unit], order[1 - unit]))
+    if parts is None or not parts[1][1]:
+        return matrix_view(emitter, value, unit=unit, upto=upto), []
+    conditions, (lengths, counts) = parts
+    size = (value.type.shape or ())[1 - unit]
+    names, count = _declare(emitter, value), emitter.fresh("count")
+    array = emitter.array(value.type.size, c_type(value.type), "copy")
+    emitter.write(f"int64_t {count} = {size};")
+    known = [*conditions, *(f"({n} >= {upto})" for n in lengths)]
+    with emitter.braces(f"if ({' && '.join(known) or 'true'})"):
+        _assign(emitter, names, _address_view(emitter, root, order))
+        emitter.write(f"{count} = shortest({', '.join([str(size), *counts])});")
+    with emitter.braces("else"):
+        _assign(emitter, names, fill_array(emitter, value, array, unit))
+    return View(names[0], (names[1], names[2])), [count]
+
+
 def _zero_beyond(
     emitter: Emitter, root: Value, dims: tuple[int, ...]
 ) -> tuple[list[str], list[list[str]]] | None:

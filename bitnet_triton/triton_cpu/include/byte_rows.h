@@ -97,28 +97,31 @@ TCPU_INLINE void multiply_byte_rows(ByteVectors x, const int32_t* totals, const 
   }
 }
 
-// sums += codes x vectors, for the first `count` <= MOST of the vectors. codes(n, k, w) sets w[i] to 64 bytes, from
-// column k on, of row n of matrix i. Enough sums are open at once to hide the latency of an addition, and a pair of
-// rows meets all the vectors before the next one: it is still in the nearest cache then.
-template <class Kind, int ROWS, int MOST, int MATRICES, class Sums, class Codes>
-TCPU_INLINE void byte_rows(ByteVectors x, int count, const Sums (&sums)[MATRICES], int row_step, int vector_step,
-                           Codes codes) {
+// sums += codes x vectors, for the first `count` <= MOST of the vectors and `rows` rows. codes(n, k, w) sets w[i] to 64
+// bytes, from column k on, of row n of matrix i. Enough sums are open at once to hide the latency of an addition, and a
+// pair of rows meets all the vectors before the next one: it is still in the nearest cache then.
+template <class Kind, int MOST, int MATRICES, class Sums, class Codes>
+TCPU_INLINE void byte_rows(ByteVectors x, int count, int rows, const Sums (&sums)[MATRICES], int row_step,
+                           int vector_step, Codes codes) {
   constexpr int room = TCPU_REGISTERS * 5 / 8 / (16 / width<int32_t>);  // wide sums; operands need registers as well
-  constexpr int most = room > MATRICES ? min_of(MOST, min_of(8, room / MATRICES)) : 1, pair = 2;
+  constexpr int most = room > MATRICES ? min_of(MOST, min_of(8, room / MATRICES)) : 1;
   int32_t totals[Kind::biased ? MOST : 1];
   if constexpr (Kind::biased)
     for (int v = 0; v < count; ++v) totals[v] = sum_bytes(x.base + v * x.step, x.length);
-  for (int n = 0; n < ROWS; n += pair) {
-    auto pass = [&](auto width, int v) {
-      constexpr int V = decltype(width)::value, together = 2 * V * MATRICES <= room ? 2 : 1;
-      for (int r = 0; r < pair; r += together)
-        multiply_byte_rows<Kind, MATRICES, together, V>(x, totals, sums, row_step, vector_step, n + r, v, codes);
-    };
+  for (int n = 0; n < rows; n += 2)
     for (int v = 0, left = divide_up(count, most), some; v < count; v += some, --left) {
       some = divide_up(count - v, left);  // passes of about the same size
-      dispatch<most>(some, [&](auto width) TCPU_ALWAYS { pass(width, v); });
+      dispatch<most>(some, [&](auto width) TCPU_ALWAYS {
+        constexpr int V = decltype(width)::value;
+        auto pass = [&](auto together, int row) TCPU_ALWAYS {
+          constexpr int ROWS = decltype(together)::value;
+          multiply_byte_rows<Kind, MATRICES, ROWS, V>(x, totals, sums, row_step, vector_step, row, v, codes);
+        };
+        if constexpr (2 * V * MATRICES <= room)
+          if (n + 1 < rows) return pass(Int<2>(), n);
+        for (int row = n; row < rows && row < n + 2; ++row) pass(Int<1>(), row);
+      });
     }
-  }
 }
 
 }  // namespace tcpu
