@@ -263,20 +263,16 @@ _CPU: dict[str, dict[int, Tiles]] = {
     },
     "int8_linear_fwd": {
         1: {"BLOCK_M": 1, "BLOCK_N": 128, "BLOCK_K": 8192},
-        # two tokens are four vectors: the most that are multiplied as they lie in memory
-        4: {"BLOCK_M": 2, "BLOCK_N": 128, "BLOCK_K": 8192},
-        8: {"BLOCK_M": 8, "BLOCK_N": 128, "BLOCK_K": 256},
-        16: {"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 256},
-        32: {"BLOCK_M": 32, "BLOCK_N": 128, "BLOCK_K": 256},
+        2: {"BLOCK_M": 2, "BLOCK_N": 128, "BLOCK_K": 8192},
+        # four tokens are eight vectors: the most that one pass over the rows takes
+        32: {"BLOCK_M": 4, "BLOCK_N": 128, "BLOCK_K": 8192},
         _ANY: {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 512},
     },
     "int8_linear_topk_fwd": {
         1: {"BLOCK_M": 1, "BLOCK_N": 128, "BLOCK_K": 8192},
-        # two tokens are four vectors: the most that are multiplied as they lie in memory
-        4: {"BLOCK_M": 2, "BLOCK_N": 128, "BLOCK_K": 8192},
-        8: {"BLOCK_M": 8, "BLOCK_N": 128, "BLOCK_K": 256},
-        16: {"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 256},
-        32: {"BLOCK_M": 32, "BLOCK_N": 128, "BLOCK_K": 256},
+        2: {"BLOCK_M": 2, "BLOCK_N": 128, "BLOCK_K": 8192},
+        # four tokens are eight vectors: the most that one pass over the rows takes
+        32: {"BLOCK_M": 4, "BLOCK_N": 128, "BLOCK_K": 8192},
         _ANY: {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 512},
     },
     "merge_best": {_ANY: {"BLOCK_C": 1024}},
