@@ -35,6 +35,7 @@ from bench.peers import PEERS
 from bench.report import point_name, read_json
 from bench.run import console, plot_file, run_case
 from bench.table import print_table
+from bench.tune_command import tune_command
 
 # Threads of llama.cpp go on spinning after a call, for up to a tenth of a second
 _MODEL_PAUSE_S = 0.2
@@ -187,6 +188,9 @@ def _triton_cpu_command(
     points = steps(case.select_points(read_only(only)), settings, ["fp32"], read_threads(threads))
     partial = bool(quick or only or provider or shape != "full")
     run_case(case, points, provider or [], target(case.name, output, partial))
+
+
+app.command("tune")(tune_command)
 
 
 @app.command()

@@ -11,6 +11,8 @@ import sys
 
 import torch
 
+from bitnet_triton.runtime.measured import measured_tiles
+
 Tiles = dict[str, int]
 
 _ANY = sys.maxsize
@@ -157,11 +159,16 @@ _GPU: dict[str, dict[int, Tiles]] = {
         _FLOAT32 + 64: {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
         _FLOAT32 + 128: {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
     },
-    "flash_attention_select": {
-        128: {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
-        256: {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
-        _FLOAT32 + 64: {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
+    # forward and dq of rows that select by scores
+    "flash_attention_selected": {
+        256: {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
+        _FLOAT32 + 64: {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
         _FLOAT32 + 128: {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
+    },
+    "flash_attention_select": {
+        256: {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
+        _FLOAT32 + 64: {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
+        _FLOAT32 + 128: {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1},
     },
     "flash_attention_bwd_delta": {
         _ANY: {"BLOCK_M": 32, "num_warps": 8},
@@ -281,7 +288,10 @@ _CPU: dict[str, dict[int, Tiles]] = {
     "flash_attention_fwd": {  # the size of a head, here and below
         _ANY: {"BLOCK_M": 128, "BLOCK_N": 128},
     },
-    # the tiles of the forward, so that scores are added up alike
+    # one size for both: scores are added up alike
+    "flash_attention_selected": {
+        _ANY: {"BLOCK_M": 128, "BLOCK_N": 128},
+    },
     "flash_attention_select": {
         _ANY: {"BLOCK_M": 128, "BLOCK_N": 128},
     },
@@ -313,10 +323,33 @@ def tiles(kernel: str, size: int, device: torch.device, dtype: torch.dtype | Non
         device: that the kernel runs on; any but a CPU counts as a GPU.
         dtype: of what it multiplies, where float32 has tiles of its own.
     """
-    table = _CPU if device.type == "cpu" else _GPU
-    own = kernel + _FLOAT32_SUFFIX
-    classes = table[own if dtype == torch.float32 and own in table else kernel]
-    return next(config for largest, config in classes.items() if size <= largest)
+    kind = device.type
+    name, classes = _classes(kernel, kind, dtype)
+    for largest in classes:
+        if size <= largest:
+            break
+    else:
+        raise ValueError(f"`size`: {kernel} has tiles up to {largest}, got {size}")
+    # every launch comes by here: the tables are read once, and a GPU asks for its index as well
+    found = measured_tiles(kind) if kind == "cpu" else _measured_on_gpu(device)
+    config = classes[largest]
+    return config if not found else _usable(found.get((name, largest)), config)
+
+
+def _classes(kernel: str, kind: str, dtype: torch.dtype | None) -> tuple[str, dict[int, Tiles]]:
+    table = _CPU if kind == "cpu" else _GPU
+    if dtype == torch.float32 and kernel + _FLOAT32_SUFFIX in table:
+        kernel += _FLOAT32_SUFFIX
+    return kernel, table[kernel]
+
+
+def _measured_on_gpu(device: torch.device) -> dict[tuple[str, int], Tiles]:
+    return measured_tiles(str(device)) if device.type == "cuda" else {}
+
+
+def _usable(measured: Tiles | None, config: Tiles) -> Tiles:
+    """Return measured tiles, if there are any and the kernel still has the same ones."""
+    return config if measured is None or measured.keys() != config.keys() else measured
 
 
 def fitted_tiles(
@@ -346,8 +379,13 @@ def largest_size(kernel: str) -> int:
     return max(_GPU[kernel])
 
 
+def size_classes(kernel: str, device: torch.device) -> dict[int, Tiles]:
+    """Return the tiles of a kernel that stand in the table, by the largest size of their class."""
+    return dict((_CPU if device.type == "cpu" else _GPU)[kernel])
+
+
 def all_tiles() -> dict[str, list[Tiles]]:
-    """Return every configuration that can be launched on a GPU, by kernel."""
+    """Return every configuration that can be launched on a GPU untuned, by kernel."""
     found: dict[str, list[Tiles]] = {}
     for kernel, classes in _GPU.items():
         found.setdefault(kernel.removesuffix(_FLOAT32_SUFFIX), []).extend(classes.values())
