@@ -9,7 +9,6 @@ As a script: ``python bench/llamacpp.py MODEL.gguf``, which is what ``LlamaCpp``
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import json
 import resource
 import subprocess
@@ -27,14 +26,6 @@ BLOCK = 256  # weights that share a scale, in both ternary formats
 # Bytes of codes before the scale, a float16, that ends a block
 _CODES = {"TQ1_0": 52, "TQ2_0": 64}
 _ROPE_THETA = 500000.0
-
-
-def missing() -> str | None:
-    """Say what is not installed; None where llama.cpp can run."""
-    for module, package in (("llama_cpp", "llama-cpp-python"), ("gguf", "gguf")):
-        if importlib.util.find_spec(module) is None:
-            return f"{package} is not installed"
-    return None
 
 
 def write_gguf(path: Path, shape: Shape, *, weights: str = "TQ2_0", head: str = "F16") -> int:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.case import Case, PeerMissingError, Provider, Settings, Work
+from bench.peers import TORCHAO
 from bitnet_triton.kernels import (
     Int8Weight,
     dense_linear,
@@ -110,6 +111,18 @@ def _torch_int8(inputs: Inputs) -> Work:
     )
 
 
+def _torchao(inputs: Inputs) -> Work:
+    """Let torchao quantise the weight anew: each row has a scale, as ours."""
+    TORCHAO.need()
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    N, K = inputs.weight.shape
+    layer = torch.nn.Linear(K, N, bias=False, device="meta")
+    layer.weight = torch.nn.Parameter(_dense(inputs), requires_grad=False)
+    quantize_(layer, Int8WeightOnlyConfig())
+    return _work(inputs, N * K + N * inputs.x.element_size(), layer)
+
+
 def _reference(inputs: Inputs) -> Tensor:
     x, weight = inputs.x.float(), inputs.weight
     parts = zip(weight.codes.split(_ROWS_AT_ONCE), weight.scale.split(_ROWS_AT_ONCE))
@@ -139,6 +152,9 @@ def case() -> Case:
             "torch_int8": Provider(
                 "torch int8", _torch_int8, 2e-2, "bf16",
                 "_weight_int8pack_mm, its scales in the dtype of x",
+            ),
+            "torchao": Provider(
+                "torchao int8", _torchao, 2e-2, "bf16", "Int8WeightOnlyConfig, not compiled"
             ),
         },
         baselines=("bitnet_triton_dense", "torch_bf16"),

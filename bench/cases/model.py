@@ -18,9 +18,10 @@ from transformers import PreTrainedModel
 
 from bench.case import Case, PeerMissingError, Provider, Settings, Work
 from bench.decoding import STEPS, Context, Decoder, LlamaDecoder, LlamaModels, prefill
-from bench.llamacpp import BLOCK, missing
+from bench.llamacpp import BLOCK
 from bench.machine import available_memory_bytes
 from bench.models import DTYPE, SHAPES, RandomModels, Shape, state_bytes
+from bench.peers import LLAMA_CPP
 
 # Of the whole logits, in bf16, against transformers with weights unpacked at load
 TOLERANCE = 2e-2
@@ -128,11 +129,9 @@ def _build_eager(inputs: Inputs) -> Work:
 
 def _build_llama(head: str) -> Callable[[Inputs], Work]:
     def build(inputs: Inputs) -> Work:
-        reason = missing() or (
-            f"needs rows of whole blocks of {BLOCK}" if inputs.shape.hidden % BLOCK else None
-        )
-        if reason:
-            raise PeerMissingError(reason)
+        LLAMA_CPP.need()
+        if inputs.shape.hidden % BLOCK:
+            raise PeerMissingError(f"needs rows of whole blocks of {BLOCK}")
         models = inputs.models.llama
         held = models.path(head).stat().st_size
         details = {"layers": inputs.shape.layers, "state_bytes": held}

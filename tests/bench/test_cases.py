@@ -1,3 +1,4 @@
+import importlib.metadata
 import json
 
 import pytest
@@ -6,11 +7,11 @@ from typer.testing import CliRunner
 
 from bench.__main__ import app
 from bench.case import PeerMissingError, Settings
-from bench.cases import bit_linear, int8_linear, make_case, model, ternary_linear
+from bench.cases import CASES, bit_linear, int8_linear, make_case, model, ternary_linear
 from bench.decoding import STEPS
 from bench.measure import measure_point, relative_error
 from bench.models import SHAPES, RandomModels, state_bytes
-from bench.peers import PEERS, from_transformers
+from bench.peers import PEERS, TORCHAO, Peer, from_transformers
 from bitnet_triton.kernels.packing import unpack_codes
 
 SETTINGS = Settings(rounds=3, block_s=1e-3, budget_s=0.1)
@@ -43,7 +44,10 @@ def test_int8_linear_providers_agree(output):
     rows = measure_point(
         case, {"output": output, "M": 2, "K": 64, "N": 96}, case.providers, SETTINGS
     )
-    assert [(row.provider, row.status) for row in rows] == [(n, "timed") for n in case.providers]
+    expected = dict.fromkeys(case.providers, "timed")
+    if TORCHAO.missing():
+        expected["torchao"] = "missing"
+    assert {row.provider: row.status for row in rows} == expected
 
 
 def test_models_hold_the_same_codes():
@@ -127,10 +131,21 @@ def test_model_refuses_bad_options(options, message):
 
 def test_peers_are_found_or_skipped_by_name():
     states = {peer.name: peer.state() for peer in PEERS}
-    assert "compared in ternary_linear" in states["transformers"]
+    assert states["transformers"].startswith(importlib.metadata.version("transformers"))
+    assert "ternary_linear (BitLinear)" in states["transformers"]
     assert states["bitnet.cpp"].startswith("skipped: a C++ program")
+    absent = Peer("x", ("torch", "no_such_module"), {"a": "b"}, install="pip install x")
+    assert absent.state() == "skipped: no_such_module: not installed; pip install x"
+    with pytest.raises(PeerMissingError, match="no_such_module: not installed; pip install x"):
+        absent.need()
     with pytest.raises(PeerMissingError, match="has no SuperLinear"):
         from_transformers("SuperLinear")
+
+
+def test_every_case_has_a_peer_and_every_peer_a_case_or_a_reason():
+    compared = {case for peer in PEERS for case in peer.compared_in}
+    assert compared == set(CASES)
+    assert all(bool(peer.compared_in) != bool(peer.reason) for peer in PEERS)
 
 
 def test_model_command_writes_json_and_plot(tmp_path, monkeypatch):
