@@ -98,7 +98,8 @@ class DecodeSteps:
         if launchers is None:
             return None
         B, columns = input_ids.shape[0], layers[0].get_seq_length()
-        found = describe_places(attention_mask, position_ids, B, columns, [l.held for l in layers])
+        held = [layer.held for layer in layers]
+        found = describe_places(attention_mask, position_ids, B, columns, held)
         if found is None:
             return None
         tell_padding(cache, found[2])
@@ -109,9 +110,10 @@ class DecodeSteps:
         self._stores = stores
         if not in_place:  # beams move it in every step: no recording would last
             return None
-        # some may have dropped what has left their window
-        found = describe_places(attention_mask, position_ids, B, columns, [l.held for l in layers])
-        assert found is not None
+        left = [layer.held for layer in layers]
+        if left != held:  # some have dropped what has left their window
+            found = describe_places(attention_mask, position_ids, B, columns, left)
+            assert found is not None
         step = Step(stores, found[0], found[1], masks)
         if self._recording is None or not self._recording.fits(model, step):
             self._recording = Recording(model, step, launchers)
@@ -260,10 +262,11 @@ def _layers_in_place(
     if len(cache.layers) != len(model.layers):
         return None
     layers: list[Any] = cache.layers
-    if not all(type(layer) in (GrowingLayer, SinkWindowLayer) for layer in layers):
-        return None
-    if not all(layer.held and layer.keys.shape[0] == B for layer in layers):
-        return None
-    if len({layer.get_seq_length() for layer in layers}) > 1:
-        return None
-    return layers if layers[-1].keys.dtype == model.norm.weight.dtype else None
+    dtype, columns = model.norm.weight.dtype, layers[0].get_seq_length()
+    for layer in layers:
+        if type(layer) not in (GrowingLayer, SinkWindowLayer) or not layer.held:
+            return None
+        keys = layer.keys
+        if keys.shape[0] != B or keys.dtype != dtype or layer.get_seq_length() != columns:
+            return None
+    return layers

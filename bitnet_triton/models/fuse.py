@@ -137,11 +137,11 @@ def _objection(layer: Any, architecture: Architecture) -> str | None:
     wanted, found = architecture.activation, layer.mlp.config.hidden_act
     if found != wanted:
         return f"mlp: expected the activation {wanted}, got {found}"
-    for name, linear, kernel in (
-        ("self_attn.q_proj", layer.self_attn.q_proj, "rms_norm_quantize_fwd"),
-        ("mlp.down_proj", layer.mlp.down_proj, architecture.gate_kernel),
+    for name, kernel in (
+        ("self_attn.q_proj", "rms_norm_quantize_fwd"),
+        ("mlp.down_proj", architecture.gate_kernel),
     ):
-        width, most = linear.in_features, largest_size(kernel)
+        width, most = int(layer.get_submodule(name).in_features), largest_size(kernel)
         if width > most:
             return f"{name}: its input has {width} values, a program holds at most {most}"
     return None

@@ -142,12 +142,9 @@ class Fusion:
         """Return what a fused forward runs; None where the layer's own forward has to."""
         if (
             torch.is_grad_enabled()
-            or layer.training
             or x.numel() == 0
-            or x.dtype != self.input_norm.weight.dtype
             or autocast_dtype(x.device.type) is not None
-            or self._has_other_parts()
-            or (any(self._hooks) and self._is_watched(kwargs))
+            or not self.stands_for(layer, x.dtype, kwargs)
         ):
             return None
         if torch.compiler.is_compiling() or type(x) is not Tensor:
@@ -158,6 +155,15 @@ class Fusion:
         # chosen once, not in every step of every layer
         key = backend, x.device
         return self._launchers.get(key) or self._choose(key, x.device)
+
+    def stands_for(self, layer: nn.Module, dtype: torch.dtype, kwargs: dict[str, Any]) -> bool:
+        """Tell whether a layer, as it is now, computes what was fused; ``launchers`` asks too."""
+        return not (
+            layer.training
+            or dtype != self.input_norm.weight.dtype
+            or self._has_other_parts()
+            or (any(self._hooks) and self._is_watched(kwargs))
+        )
 
     def run(self, run: Launchers, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
         """Map x [M, D] to [M, D]; ``attend`` maps the product with q, k and v to heads [M, H D]."""
@@ -194,14 +200,12 @@ class Fusion:
         for linears in (self.qkv, self.o, self.gate_up, self.down):
             linears.weight()
 
-    def addresses(self) -> list[int]:
-        """Return where the weights are that a forward reads."""
-        weights = [part.weight() for part in (self.qkv, self.o, self.gate_up, self.down)]
+    def weights(self) -> tuple[list[Any], list[int]]:
+        """Return the weights that a forward reads; and the addresses of those that may move."""
         norms = (self.input_norm, self.attention_norm, self.mlp_norm, self.down_norm)
-        return [
-            *(t.data_ptr() for weight in weights for t in (weight.packed, weight.scale)),
-            *(norm.weight.data_ptr() for norm in norms if norm is not None),
-        ]
+        scales = [norm.weight for norm in norms if norm is not None]
+        merged = [part.weight() for part in (self.qkv, self.o, self.gate_up, self.down)]
+        return [*merged, *scales], [scale.data_ptr() for scale in scales]
 
     def _has_other_parts(self) -> bool:
         if type(self.attention) is not self._kind:

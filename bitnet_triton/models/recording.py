@@ -7,6 +7,7 @@ groups where some layers drop what has left a window.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -96,7 +97,7 @@ class Recording:
             and step.masks == self._step.masks
             and same_stores(step.stores, self._step.stores)
             and _last_position(step) < self._positions
-            and _weights(model) == self._weights
+            and _same_weights(_weights(model), self._weights)
         )
 
     def replay(self, model: Any, input_ids: Tensor, places: Tensor) -> Tensor:
@@ -114,14 +115,16 @@ def fused_layers(model: Any) -> Iterator[FusedDecoderLayer]:
 
 def launchers_of(model: Any) -> Launchers | None:
     """Return what every layer runs; None where one of them, or the backend, has objections."""
+    # only Triton's kernels can be recorded
     like_hidden = model.norm.weight.data  # a plain tensor of their dtype
-    found = [layer.fusion.launchers(layer, like_hidden, {}) for layer in fused_layers(model)]
-    is_fused = None not in found and not (
-        model.norm._forward_hooks or model.norm._forward_pre_hooks
-    )
-    # only its kernels can be recorded
-    has_kernels = backend_objection("triton", like_hidden.device) is None
-    return found[0] if is_fused and has_kernels and forced_backend() in (None, "triton") else None
+    if forced_backend() not in (None, "triton") or backend_objection("triton", like_hidden.device):
+        return None
+    if model.norm._forward_hooks or model.norm._forward_pre_hooks:
+        return None
+    dtype, (first, *others) = like_hidden.dtype, fused_layers(model)
+    if not all(layer.fusion.stands_for(layer, dtype, {}) for layer in others):
+        return None
+    return first.fusion.launchers(first, like_hidden, {})
 
 
 def same_stores(some: Stores, others: Stores) -> bool:
@@ -172,9 +175,16 @@ def _last_position(step: Step) -> int:
     return int(step.places[0, 1].max())
 
 
-def _weights(model: Any) -> list[Any]:
-    """Return what tells whether weights are where they were: addresses of all that is recorded."""
-    seen: list[Any] = [model.norm.weight.dtype, model.norm.weight.data_ptr()]
+def _weights(model: Any) -> tuple[list[Any], list[Any]]:
+    """Return what tells whether weights are where they were: tensors, and their addresses."""
+    norm = model.norm.weight
+    weights, addresses = [norm], [norm.dtype, norm.data_ptr()]
     for layer in fused_layers(model):
-        seen += layer.fusion.addresses()
-    return seen
+        more, places = layer.fusion.weights()
+        weights += more
+        addresses += places
+    return weights, addresses
+
+
+def _same_weights(some: tuple[list, list], others: tuple[list, list]) -> bool:
+    return some[1] == others[1] and all(map(operator.is_, some[0], others[0]))

@@ -50,6 +50,8 @@ def silu_mul_quantize_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Map ``gate_up`` [M, 2 F] to silu(gate) * up and quantise it (arXiv:2002.05202, eq. 6)."""
     gate, up = gate_up.chunk(2, dim=-1)
+    # as a layer has it: PyTorch's exponential of strided rows differs in the last bit at their ends
+    gate = gate.contiguous()
     product = _rounded(_rounded(F.silu(gate), dtype) * up, dtype)
     codes, scale = quantize_activations_reference(product)
     return codes, scale, codes.sum(-1)
