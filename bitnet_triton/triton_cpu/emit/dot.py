@@ -8,7 +8,13 @@ from bitnet_triton.triton_cpu.emit.bytes import fill_bytes
 from bitnet_triton.triton_cpu.emit.ctypes import c_type
 from bitnet_triton.triton_cpu.emit.emitter import Emitter, handles
 from bitnet_triton.triton_cpu.emit.lanes import emit_vector_products, vector_product
-from bitnet_triton.triton_cpu.emit.views import View, is_memory, matrix_view, untransposed
+from bitnet_triton.triton_cpu.emit.views import (
+    View,
+    is_memory,
+    matrix_view,
+    rows_in_use,
+    untransposed,
+)
 from bitnet_triton.triton_cpu.ir import Op, Value
 
 _EIGHT_BIT_FLOATS = ("f8",)
@@ -54,7 +60,10 @@ def _matrix_product(emitter: Emitter, op: Op) -> None:
     with emitter.braces():
         left = _left(emitter, a, elem)
         right = right or _pack(emitter, b, sign, elem)
-        emitter.write(f"dot<{m}, {n}, {k}, {sign}>({left.base}, {left.steps[0]}, {right}, {name});")
+        # not of floats: zero times infinity is NaN
+        rows = rows_in_use(emitter, a) if a.type.elem == "i8" else m
+        arguments = f"{left.base}, {left.steps[0]}, {right}, {name}, {rows}"
+        emitter.write(f"dot<{m}, {n}, {k}, {sign}>({arguments});")
     finish(emitter, op, name, c_sum)
 
 

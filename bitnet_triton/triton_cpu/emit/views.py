@@ -218,6 +218,23 @@ def rows_view(emitter: Emitter, value: Value, unit: int, upto: str) -> tuple[Vie
     return View(names[0], (names[1], names[2])), [count]
 
 
+def rows_in_use(emitter: Emitter, value: Value) -> str:
+    """Return how many rows of a matrix may hold anything but zeros."""
+    rows = str((value.type.shape or ())[0])
+    root, order = untransposed(value)
+    if not is_memory(emitter, root):
+        return rows
+    parts = _zero_beyond(emitter, root, order)
+    if parts is None or not parts[1][0]:
+        return rows
+    count = emitter.fresh("rows")
+    conditions, numbers = parts
+    smallest = f"shortest({', '.join([rows, *numbers[0]])})"
+    known = " && ".join(conditions) or "true"
+    emitter.write(f"int const {count} = {known} ? {smallest} : {rows};")
+    return count
+
+
 def _zero_beyond(
     emitter: Emitter, root: Value, dims: tuple[int, ...]
 ) -> tuple[list[str], list[list[str]]] | None:

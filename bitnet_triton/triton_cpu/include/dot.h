@@ -95,7 +95,7 @@ TCPU_INLINE void convert_rows(const T* a, int64_t lda, typename P::Packed* rows,
 
 template <class P, int M, int V, int K, int LAST, class T, class C>
 static __attribute__((noinline)) void multiply_panel(const T* a, int64_t lda, const typename P::Packed* b, C* c,
-                                                     int64_t ldc, const int32_t* a_sums) {
+                                                     int64_t ldc, const int32_t* a_sums, int used) {
   typedef typename P::Packed D;
   typedef Split<M, min_of(16, (TCPU_REGISTERS - V - 1 - P::spare) / V)> Blocks;
   auto multiply_rows = [&](auto rows) {
@@ -108,16 +108,16 @@ static __attribute__((noinline)) void multiply_panel(const T* a, int64_t lda, co
       convert_rows<P, R, K>(a, lda, converted, row_length);
       multiply_tile<P, R, V, K, LAST>(converted, row_length, b, c, ldc, a_sums);
     }
-    a += R * lda, c += R * ldc, a_sums += R;
+    a += R * lda, c += R * ldc, a_sums += R, used -= R;
   };
-  for (int i = 0; i < Blocks::bigs; ++i) multiply_rows(Int<Blocks::big>());
+  for (int i = 0; i < Blocks::bigs && used > 0; ++i) multiply_rows(Int<Blocks::big>());
   if constexpr (Blocks::smalls > 0)
-    for (int i = 0; i < Blocks::smalls; ++i) multiply_rows(Int<Blocks::big - 1>());
+    for (int i = 0; i < Blocks::smalls && used > 0; ++i) multiply_rows(Int<Blocks::big - 1>());
 }
 
-// c [M, N] += a [M, K] b [K, N]; rows of a lie lda elements apart, those of c are contiguous.
+// c [M, N] += a [M, K] b [K, N]; rows of a lie lda elements apart, those of c are contiguous. From row `used` on, a is zero.
 template <int M, int N, int K, Sign S = Sign::both, class T, class C>
-TCPU_INLINE void dot(const T* a, int64_t lda, const T* packed, C* c) {
+TCPU_INLINE void dot(const T* a, int64_t lda, const T* packed, C* c, int used = M) {
   typedef Policy<T, S> P;
   typedef typename P::Acc Acc;
   if constexpr (reads_directly<C, Acc>) {
@@ -127,11 +127,11 @@ TCPU_INLINE void dot(const T* a, int64_t lda, const T* packed, C* c) {
     for_panels<L>([&](auto vectors, auto last, int first) {
       const typename P::Packed* panel = (const typename P::Packed*)packed + (int64_t)first * L::vector_elements;
       multiply_panel<P, M, decltype(vectors)::value, K, decltype(last)::value>(a, lda, panel, c + first * L::W, N,
-                                                                               a_sums);
+                                                                               a_sums, used);
     });
   } else {
     Acc sums[M * N] = {};
-    dot<M, N, K, S>(a, lda, packed, sums);
+    dot<M, N, K, S>(a, lda, packed, sums, used);
     typedef typename Choose<is_integer<T>::value && T(-1) < T(0), signed_of<Acc>, Acc>::type Sum;
     for (int i = 0; i < M * N; ++i) c[i] = C(c[i] + (Sum)sums[i]);
   }
