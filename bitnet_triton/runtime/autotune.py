@@ -19,7 +19,15 @@ _ANY = sys.maxsize
 # Added to the size of float32 heads, whose products run on no matrix units
 _FLOAT32 = 1024
 _FLOAT32_SUFFIX = "_float32"
+_SELECTED_SUFFIX = "_selected"
 _SMALLEST_FITTED = 16
+
+# Forward and dq where rows select by scores: as large as fits beside what the selection needs
+_SELECTED: dict[int, Tiles] = {
+    256: {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
+    _FLOAT32 + 64: {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
+    _FLOAT32 + 128: {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
+}
 
 # kernel -> the largest size of a shape class -> its tiles. The size is the number of rows of
 # activations (few for decoding, many for prefill and training), or what the launcher says
@@ -159,12 +167,8 @@ _GPU: dict[str, dict[int, Tiles]] = {
         _FLOAT32 + 64: {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
         _FLOAT32 + 128: {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
     },
-    # forward and dq of rows that select by scores
-    "flash_attention_selected": {
-        256: {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
-        _FLOAT32 + 64: {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
-        _FLOAT32 + 128: {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
-    },
+    "flash_attention_fwd_selected": _SELECTED,
+    "flash_attention_bwd_dq_selected": _SELECTED,
     "flash_attention_select": {
         256: {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
         _FLOAT32 + 64: {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
@@ -288,8 +292,11 @@ _CPU: dict[str, dict[int, Tiles]] = {
     "flash_attention_fwd": {  # the size of a head, here and below
         _ANY: {"BLOCK_M": 128, "BLOCK_N": 128},
     },
-    # one size for both: scores are added up alike
-    "flash_attention_selected": {
+    # one size for all three: scores are added up alike
+    "flash_attention_fwd_selected": {
+        _ANY: {"BLOCK_M": 128, "BLOCK_N": 128},
+    },
+    "flash_attention_bwd_dq_selected": {
         _ANY: {"BLOCK_M": 128, "BLOCK_N": 128},
     },
     "flash_attention_select": {
@@ -388,5 +395,6 @@ def all_tiles() -> dict[str, list[Tiles]]:
     """Return every configuration that can be launched on a GPU untuned, by kernel."""
     found: dict[str, list[Tiles]] = {}
     for kernel, classes in _GPU.items():
-        found.setdefault(kernel.removesuffix(_FLOAT32_SUFFIX), []).extend(classes.values())
+        name = kernel.removesuffix(_FLOAT32_SUFFIX).removesuffix(_SELECTED_SUFFIX)
+        found.setdefault(name, []).extend(classes.values())
     return found

@@ -81,7 +81,7 @@ def source_of(kernel: str) -> str | None:
     Args:
         kernel: its name in the table of tiles.
     """
-    name = kernel.removesuffix("_float32")
+    name = kernel.removesuffix("_float32").removesuffix("_selected")
     for path in sorted(_KERNELS.rglob("*.py")):
         if f"def _{name}_kernel(" in path.read_text(encoding="utf-8"):
             parts = sorted([*path.parent.glob("*.py"), *(_KERNELS / "common").glob("*.py")])

@@ -18,6 +18,7 @@ from bitnet_triton.kernels.flash_attention.tiles import (
     find_rows,
     find_tile,
     floor_div,
+    is_taken,
     key_positions,
     list_range,
     load_rows,
@@ -80,9 +81,11 @@ def _score_scale(scale_log2, softcap_log2) -> tl.tensor:
 
 
 @triton.jit
-def _add_dq(acc, q, dout, lse, delta, k, v, visible, scale_log2, softcap_log2) -> tl.tensor:
+def _add_dq(acc, q, dout, lse, delta, cut, j, k, v, visible, scale_log2, softcap_log2) -> tl.tensor:
     """Add what one tile of keys gives to dq, without the scale; visible is None for all pairs."""
     scores, slope = score_tile(q, k, scale_log2, softcap_log2)  # [BLOCK_M, BLOCK_N]
+    if cut is not None:
+        visible = visible & is_taken(scores, j[None, :], cut[:, None])
     weights = tl.exp2(scores - lse[:, None])
     if visible is not None:
         weights = tl.where(visible, weights, 0.0)
@@ -94,8 +97,8 @@ def _add_dq(acc, q, dout, lse, delta, k, v, visible, scale_log2, softcap_log2) -
 @triton.jit
 def _flash_attention_bwd_dq_kernel(
     # tensors: q [B Tq H D]; k [B Tk Hk D]; v [B Tk Hk DV]; dout [B Tq H DV]; lse, delta [B H Tq];
-    # dq [B Tq H D]
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr,
+    # cuts as in the forward, or None; dq [B Tq H D]
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, cuts_ptr, dq_ptr,
     # int32 [H 4]: step, left, right, dilation; int32 [B 4]: lengths of sequences, or None
     heads_ptr, lengths_ptr,
     # keys that everybody sees: the list, where sequences start in it, flags of all keys; or None
@@ -148,6 +151,9 @@ def _flash_attention_bwd_dq_kernel(
     at_lse = (flat * H + head) * Tq + rows
     lse = _load_lse(lse_ptr, at_lse, is_row)
     delta = tl.load(delta_ptr + at_lse, mask=is_row, other=0.0)
+    cut = None
+    if cuts_ptr is not None:
+        cut = tl.load(cuts_ptr + at_lse, mask=is_row, other=0)
 
     n = count_keys(n_k, c, step, block, summary, KIND, DILATED)
     low, high = row_bounds(R, c, step, left, right, n, block, summary, sinks, KIND)
@@ -155,7 +161,7 @@ def _flash_attention_bwd_dq_kernel(
     low1, high1 = row_bounds(last, c, step, left, right, n, block, summary, sinks, KIND)
     high1 = tl.where(tl.max(is_row.to(tl.int32), 0) > 0, high1, low0)
     edges, whole, more = split_tiles(low0, low1, high0, high1, BLOCK_N)
-    if (key_flags_ptr is not None) or (KIND != CLASS and DILATED):
+    if (key_flags_ptr is not None) or (cuts_ptr is not None) or (KIND != CLASS and DILATED):
         edges, whole, more = edges + whole + more, 0, 0
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -164,7 +170,7 @@ def _flash_attention_bwd_dq_kernel(
         j = key_positions(s, c, step, block, summary, KIND, DILATED)
         k = load_rows(k_ptr, j, k_stride_t, None, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
         v = load_rows(v_ptr, j, v_stride_t, None, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
-        acc = _add_dq(acc, q, dout, lse, delta, k, v, None, scale_log2, softcap_log2)
+        acc = _add_dq(acc, q, dout, lse, delta, None, j, k, v, None, scale_log2, softcap_log2)
 
     for t in range(edges + more):
         s = low0 + tl.where(t < edges, t, t + whole) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -172,7 +178,7 @@ def _flash_attention_bwd_dq_kernel(
         k = load_rows(k_ptr, j, k_stride_t, s < n, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
         v = load_rows(v_ptr, j, v_stride_t, s < n, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
         visible = visible_tile(s, low, high, p, j, dilation, key_flags_ptr, s < n, KIND, DILATED)
-        acc = _add_dq(acc, q, dout, lse, delta, k, v, visible, scale_log2, softcap_log2)
+        acc = _add_dq(acc, q, dout, lse, delta, cut, j, k, v, visible, scale_log2, softcap_log2)
 
     if keys_ptr is not None:
         start, listed = list_range(keys_start_ptr, b)
@@ -187,7 +193,7 @@ def _flash_attention_bwd_dq_kernel(
             visible = (at < listed)[None, :]
             if CAUSAL:
                 visible = visible & (j[None, :] <= p[:, None])
-            acc = _add_dq(acc, q, dout, lse, delta, k, v, visible, scale_log2, softcap_log2)
+            acc = _add_dq(acc, q, dout, lse, delta, cut, j, k, v, visible, scale_log2, softcap_log2)
 
     acc *= _score_scale(scale_log2, softcap_log2)
     if ACCUMULATE:
@@ -196,9 +202,13 @@ def _flash_attention_bwd_dq_kernel(
 
 
 @triton.jit
-def _add_dkdv(dk, dv, q, dout, lse, delta, k, v, visible, scale_log2, softcap_log2) -> tuple:
+def _add_dkdv(
+    dk, dv, q, dout, lse, delta, cut, j, k, v, visible, scale_log2, softcap_log2
+) -> tuple:
     """Add what one tile of rows gives to dk (without the scale) and dv."""
     scores, slope = score_tile(k, q, scale_log2, softcap_log2)  # [BLOCK_N, BLOCK_M]
+    if cut is not None:
+        visible = visible & is_taken(scores, j[:, None], cut[None, :])
     weights = tl.exp2(scores - lse[None, :])
     if visible is not None:
         weights = tl.where(visible, weights, 0.0)
@@ -235,8 +245,8 @@ def _load_row_tile(
 @triton.jit
 def _flash_attention_bwd_dkdv_kernel(
     # tensors: q [B Tq H D]; k [B Tk Hk D]; v [B Tk Hk DV]; dout [B Tq H DV]; lse, delta [B H Tq];
-    # dk, dv as k, v but contiguous
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    # cuts as in the forward, or None; dk, dv as k, v but contiguous
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, cuts_ptr, dk_ptr, dv_ptr,
     # int32 [H 4]: step, left, right, dilation; int32 [B 4]: lengths of sequences, or None
     heads_ptr, lengths_ptr,
     # keys that everybody sees: their list and its starts in their own launch, else their flags
@@ -333,7 +343,7 @@ def _flash_attention_bwd_dkdv_kernel(
             skipped = count_up_to(rows_ptr, start, listed, low0 - offset - 1, BLOCK_M)
             edges = tl.where(any_here, tl.cdiv(listed - skipped, BLOCK_M), 0)
             whole, more = 0, 0
-        elif KIND != CLASS and DILATED:
+        elif (cuts_ptr is not None) or (KIND != CLASS and DILATED):
             edges, whole, more = edges + whole + more, 0, 0
 
         at_head = (flat * Tq + start_q) * H + head
@@ -348,7 +358,9 @@ def _flash_attention_bwd_dkdv_kernel(
                 q_head, dout_ptr + at_head * DV, lse_ptr + at_lse, delta_ptr + at_lse, flags_head,
                 i, None, q_stride_t, H, D, DV, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
-            dk, dv = _add_dkdv(dk, dv, q, dout, lse, delta, k, v, None, scale_log2, softcap_log2)
+            dk, dv = _add_dkdv(
+                dk, dv, q, dout, lse, delta, None, j, k, v, None, scale_log2, softcap_log2
+            )
         for t in range(edges + more):
             if rows_ptr is not None:
                 at = skipped + t * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -366,7 +378,12 @@ def _flash_attention_bwd_dkdv_kernel(
             visible = (R[None, :] >= low[:, None]) & (R[None, :] < high[:, None])
             if KIND != CLASS and DILATED:
                 visible = visible & ((R[None, :] - j[:, None]) % dilation == 0)
-            dk, dv = _add_dkdv(dk, dv, q, dout, lse, delta, k, v, visible, scale_log2, softcap_log2)
+            cut = None
+            if cuts_ptr is not None:
+                cut = tl.load(cuts_ptr + at_lse + i, mask=is_row, other=0)
+            dk, dv = _add_dkdv(
+                dk, dv, q, dout, lse, delta, cut, j, k, v, visible, scale_log2, softcap_log2
+            )
 
     dk = tl.where(is_here[:, None], dk * _score_scale(scale_log2, softcap_log2), 0.0)
     dv = tl.where(is_here[:, None], dv, 0.0)

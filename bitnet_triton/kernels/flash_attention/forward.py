@@ -17,6 +17,7 @@ from bitnet_triton.kernels.flash_attention.tiles import (
     count_up_to,
     find_rows,
     find_tile,
+    is_taken,
     key_positions,
     list_range,
     load_rows,
@@ -65,8 +66,9 @@ def _flash_attention_fwd_kernel(
     keys_ptr, keys_start_ptr, key_flags_ptr,
     # rows that see everything: their list and its starts in their own launch, else their flags
     rows_ptr, rows_start_ptr, row_flags_ptr,
-    # int32 [B H tiles]: the tiles of keys that each program loads, or None
-    visited_ptr,
+    # int32 [B H tiles]: the tiles of keys that each program loads; int64 [B H Tq]: where rows
+    # select by scores, the order of the last pair that each takes; or None
+    visited_ptr, cuts_ptr,
     # strides, in elements; those of a sequence are 0 where sequences are packed
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
     v_stride_b, v_stride_t, v_stride_h,
@@ -117,8 +119,11 @@ def _flash_attention_fwd_kernel(
     # a tile of rows that all belong to another launch has nothing to see
     high1 = tl.where(tl.max(is_row.to(tl.int32), 0) > 0, high1, low0)
     edges, whole, more = split_tiles(low0, low1, high0, high1, BLOCK_N)
-    if (key_flags_ptr is not None) or (KIND != 0 and DILATED):
+    if (key_flags_ptr is not None) or (cuts_ptr is not None) or (KIND != 0 and DILATED):
         edges, whole, more = edges + whole + more, 0, 0
+    cut = None
+    if cuts_ptr is not None:
+        cut = tl.load(cuts_ptr + (flat * H + head) * Tq + rows, mask=is_row, other=0)
 
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -138,6 +143,8 @@ def _flash_attention_fwd_kernel(
         v = load_rows(v_ptr, j, v_stride_t, s < n, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
         scores, _ = score_tile(q, k, scale_log2, softcap_log2)  # [BLOCK_M, BLOCK_N]
         visible = visible_tile(s, low, high, p, j, dilation, key_flags_ptr, s < n, KIND, DILATED)
+        if cut is not None:
+            visible = visible & is_taken(scores, j[None, :], cut[:, None])
         acc, top, total = accumulate(acc, top, total, tl.where(visible, scores, float("-inf")), v)
 
     listed = 0
@@ -155,6 +162,8 @@ def _flash_attention_fwd_kernel(
             visible = (at < listed)[None, :]
             if CAUSAL:
                 visible = visible & (j[None, :] <= p[:, None])
+            if cut is not None:
+                visible = visible & is_taken(scores, j[None, :], cut[:, None])
             acc, top, total = accumulate(
                 acc, top, total, tl.where(visible, scores, float("-inf")), v
             )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bitnet_triton.kernels.flash_attention.arguments import Call
+from bitnet_triton.kernels.flash_attention.bands import bands_of
 from bitnet_triton.kernels.flash_attention.reference import (
     attention_backward_reference,
     attention_reference,
@@ -53,8 +54,9 @@ def _inner_contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _triton_objection(q: Tensor, v: Tensor, call: Call) -> str | None:
-    if call.mask.selects:
-        return "the selection of scores (top_k, threshold) has no kernel"
+    if call.mask.selects and len(bands_of(call.mask)) > 1:
+        # its rows are those of several launches, of which none sees all scores
+        return f"no kernel selects scores (top_k, threshold) under pattern {call.mask.pattern!r}"
     widest, largest = max(q.shape[-1], v.shape[-1]), LARGEST_HEAD
     if q.dtype == torch.float32 and smallest_dot(q.device) > 1:
         # products of float32 run in registers there, and larger heads do not fit into them

@@ -54,10 +54,12 @@ def compare(device):
 
     def check(
         mask, *, B=2, Tq=150, Tk=150, H=4, Hk=2, D=32, Dv=32, dtype=torch.float32, softcap=None,
-        with_lse=True, worst=None, **lengths,
+        with_lse=True, worst=None, lattice=False, **lengths,
     ):  # fmt: skip
         inputs = [t.to(dtype) for t in draw(B, Tq, Tk, H, Hk, D, Dv, device)]
         inputs[4] *= with_lse
+        if lattice:
+            inputs[:2] = [t.mul(2).round().div(2) for t in inputs[:2]]
         settings = {"mask": mask, "scale": D**-0.5, "softcap": softcap, **lengths}
         ours, seen = run(
             lambda q, k, v: flash_attention(q, k, v, return_lse=True, **settings), *inputs

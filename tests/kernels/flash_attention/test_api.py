@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from bitnet_triton import BackendUnavailableError, use_backend
 from bitnet_triton.kernels import Mask, flash_attention, merge_attention
 from bitnet_triton.kernels.flash_attention.arguments import Call
 from bitnet_triton.kernels.flash_attention.launchers import ATTENTION_FWD
@@ -226,29 +225,6 @@ def test_the_reference_passes_gradcheck():
         return attention_reference(q, k, v, mask=MASK, scale=0.5, softcap=2.0)
 
     assert torch.autograd.gradcheck(attend, (q, k, v))
-
-
-def test_selection_is_exact():
-    q, k, v = draw(1, 12, H=1, Hk=1)
-    scores = (q[0, :, 0] @ k[0, :, 0].t() * 32**-0.5).masked_fill(~Mask().visible(12)[0, 0], -1e9)
-    out = flash_attention(q, k, v, mask=Mask(top_k=3))
-    for i in range(12):
-        best, at = scores[i, : i + 1].topk(min(3, i + 1))
-        torch.testing.assert_close(out[0, i, 0], best.softmax(0) @ v[0, at, 0])
-    dense = flash_attention(q, k, v)
-    torch.testing.assert_close(flash_attention(q, k, v, mask=Mask(top_k=12)), dense)
-    equal = flash_attention(q * 0, k, v, mask=Mask(top_k=1))
-    torch.testing.assert_close(equal, v[:, :1].expand_as(equal))  # ties go to the earliest key
-    largest = flash_attention(q, k, v, mask=Mask(threshold=1.0))
-    torch.testing.assert_close(largest, v[:, scores.argmax(-1)])
-
-
-def test_selection_has_no_kernel():
-    with (
-        use_backend("triton"),
-        pytest.raises(BackendUnavailableError, match="has no kernel"),
-    ):
-        flash_attention(*draw(1, 8), mask=Mask(top_k=3))
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -1,0 +1,56 @@
+"""What the attention kernels of a call take, beside their own tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+from torch import Tensor
+
+from bitnet_triton.kernels.flash_attention.arguments import Call
+from bitnet_triton.kernels.flash_attention.bands import Band, Plan, TokenList
+from bitnet_triton.kernels.flash_attention.forward import score_factors
+
+
+def strides(t: Tensor) -> tuple[int, int, int]:
+    """Return the strides of sequences (0 where packed), rows and heads."""
+    return (0, *t.stride()[:2]) if t.ndim == 3 else t.stride()[:3]  # type: ignore[return-value]
+
+
+def grid_tiles(t: Tensor, block: int, band: Band, batch: int) -> int:
+    """Return the programs that all tiles of rows of ``t`` need, without asking for lengths."""
+    steps = {step for step, *_ in band.heads}
+    if t.ndim == 4:
+        return max(step * triton.cdiv(triton.cdiv(t.shape[1], step), block) for step in steps)
+    # each class of each sequence may end in a tile of its own
+    return triton.cdiv(t.shape[0], block) + batch * max(steps)
+
+
+def common(q: Tensor, k: Tensor, v: Tensor, call: Call, plan: Plan, band: Band) -> dict[str, Any]:
+    """Return the keyword arguments that all kernels take."""
+    H, Hk = q.shape[-2], k.shape[-2]
+    packed = plan.packed
+    scale_log2, softcap_log2 = score_factors(call.scale, call.softcap)
+    return {
+        "B": plan.lengths.shape[0] if packed and plan.lengths is not None else None,
+        "Tq": q.shape[-3], "Tk": k.shape[-3],
+        "block": band.block, "summary": band.summary,
+        "scale_log2": scale_log2, "softcap_log2": softcap_log2,
+        "GROUP": H // Hk, "D": q.shape[-1], "DV": v.shape[-1],
+        "KIND": band.kind, "DILATED": band.is_dilated, "CAUSAL": call.mask.causal,
+    }  # fmt: skip
+
+
+def tokens_of(listed: TokenList | None) -> tuple[Tensor | None, Tensor | None]:
+    """Return a list of tokens and where sequences start in it, as kernels take them."""
+    return (None, None) if listed is None else (listed.tokens, listed.starts)
+
+
+def key_flags(plan: Plan) -> Tensor | None:
+    """Return the flags of keys to leave out; the first ``sinks`` are left out by their number."""
+    return plan.keys.flags if plan.keys is not None and plan.flagged else None
+
+
+def row_flags(plan: Plan, dense: bool) -> Tensor | None:
+    """Return the flags of rows to leave out, where they are not the ones to compute."""
+    return plan.rows.flags if plan.rows is not None and not dense else None
