@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from bench.cases import CASES, make_case
+from bench.footprint_command import footprint_command
 from bench.grid import steps
 from bench.options import (
     Budget,
@@ -191,6 +192,9 @@ def _triton_cpu_command(
 
 
 app.command("tune")(tune_command)
+
+
+app.command("footprint")(footprint_command)
 
 
 @app.command()

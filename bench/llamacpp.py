@@ -150,9 +150,17 @@ class LlamaCpp:
 
 
 def peak_resident_bytes() -> int:
-    """Return the largest resident size of this process so far."""
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kilobytes * (1 if sys.platform == "darwin" else 1024)
+    """Return the largest resident size of this process so far.
+
+    Where /proc tells it, it is that of this program: ``getrusage`` counts what a parent had when it
+    started it.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = status.read_text(encoding="ascii", errors="replace").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else 1024 * largest
 
 
 class _Worker:
