@@ -11,7 +11,7 @@ from bitnet_triton.kernels import Mask
 
 @dataclass(frozen=True)
 class TopK(MaskMode):
-    """The keys of the largest scores. All scores are computed: this saves nothing.
+    """The keys of the largest scores. All scores are computed, several times: this saves nothing.
 
     Attributes:
         keys: how many each query and head keeps; the earlier key where scores are equal.
@@ -30,7 +30,7 @@ class TopK(MaskMode):
 
 @dataclass(frozen=True)
 class Threshold(MaskMode):
-    """The keys of large weights. All scores are computed: this saves nothing.
+    """The keys of large weights. All scores are computed, several times: this saves nothing.
 
     Attributes:
         share: least weight, as a share of the largest one of the row; the rest is renormalised.
