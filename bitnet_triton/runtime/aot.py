@@ -197,7 +197,8 @@ def _amd(compiled: Any) -> tuple[int, int, str]:
 
 def markdown_table(rows: Sequence[Resources]) -> str:
     """Write a Markdown table: a line for a kernel, its dtypes and tiles; a column for a target."""
-    targets = list(dict.fromkeys(row.target for row in rows))
+    present = {row.target for row in rows}
+    targets = [target for target in TARGETS if target in present]
     lines: dict[tuple[str, str, str], dict[str, str]] = {}
     for row in rows:
         constants = " ".join(f"{name}={value}" for name, value in row.constants)

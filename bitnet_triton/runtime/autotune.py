@@ -7,7 +7,10 @@ CPUs were measured: a tile fills the caches of a core, not the registers of a mu
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
+from contextvars import ContextVar
 
 import torch
 
@@ -162,7 +165,8 @@ _GPU: dict[str, dict[int, Tiles]] = {
         _ANY: {"BLOCK_H": 8, "num_warps": 4},
     },
     "flash_attention_fwd": {  # the size of a head, and _FLOAT32 more of float32, here and below
-        128: {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
+        # a tile of keys serves 128 queries: with 64, the second-level cache would be the limit
+        128: {"BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
         256: {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
         _FLOAT32 + 64: {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
         _FLOAT32 + 128: {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
@@ -178,13 +182,13 @@ _GPU: dict[str, dict[int, Tiles]] = {
         _ANY: {"BLOCK_M": 32, "num_warps": 8},
     },
     "flash_attention_bwd_dq": {
-        128: {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
+        128: {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
         256: {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
         _FLOAT32 + 64: {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
         _FLOAT32 + 128: {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
     },
     "flash_attention_bwd_dkdv": {
-        128: {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
+        128: {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 8, "num_stages": 1},
         256: {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
         _FLOAT32 + 128: {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
     },
@@ -196,6 +200,26 @@ _GPU: dict[str, dict[int, Tiles]] = {
         _ANY: {"num_warps": 4},
     },
 }
+
+# What is not as on NVIDIA: larger tiles spill on gfx942, or exceed its 64 KB of shared memory
+_AMD: dict[str, dict[int, Tiles]] = {
+    "flash_attention_fwd": {
+        **_GPU["flash_attention_fwd"],
+        128: {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
+    },
+    "flash_attention_bwd_dq": {
+        **_GPU["flash_attention_bwd_dq"],
+        128: {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
+    },
+    "flash_attention_bwd_dkdv": {
+        **_GPU["flash_attention_bwd_dkdv"],
+        128: {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
+    },
+}
+_GPU_TABLES = {"cuda": _GPU, "hip": {**_GPU, **_AMD}}
+_backend: ContextVar[str] = ContextVar(
+    "bitnet_triton_gpu_backend", default="cuda" if torch.version.hip is None else "hip"
+)
 
 _CPU: dict[str, dict[int, Tiles]] = {
     "quantize_activations_fwd": {
@@ -344,10 +368,27 @@ def tiles(kernel: str, size: int, device: torch.device, dtype: torch.dtype | Non
 
 
 def _classes(kernel: str, kind: str, dtype: torch.dtype | None) -> tuple[str, dict[int, Tiles]]:
-    table = _CPU if kind == "cpu" else _GPU
+    table = _table(kind)
     if dtype == torch.float32 and kernel + _FLOAT32_SUFFIX in table:
         kernel += _FLOAT32_SUFFIX
     return kernel, table[kernel]
+
+
+def _table(kind: str) -> dict[str, dict[int, Tiles]]:
+    return _CPU if kind == "cpu" else _GPU_TABLES[_backend.get()]
+
+
+@contextlib.contextmanager
+def tiles_for(backend: str) -> Iterator[None]:
+    """Give the tiles of "cuda" or of "hip" inside the block, whatever this PyTorch was built for.
+
+    The ahead-of-time compilation records launches under it.
+    """
+    token = _backend.set(backend)
+    try:
+        yield
+    finally:
+        _backend.reset(token)
 
 
 def _measured_on_gpu(device: torch.device) -> dict[tuple[str, int], Tiles]:
@@ -388,11 +429,11 @@ def largest_size(kernel: str) -> int:
 
 def size_classes(kernel: str, device: torch.device) -> dict[int, Tiles]:
     """Return the tiles of a kernel that stand in the table, by the largest size of their class."""
-    return dict((_CPU if device.type == "cpu" else _GPU)[kernel])
+    return dict(_table(device.type)[kernel])
 
 
 def all_tiles() -> dict[str, list[Tiles]]:
-    """Return every configuration that can be launched on a GPU untuned, by kernel."""
+    """Return every configuration that is launched on such a GPU untuned, by kernel."""
     found: dict[str, list[Tiles]] = {}
     for kernel, classes in _GPU.items():
         name = kernel.removesuffix(_FLOAT32_SUFFIX).removesuffix(_SELECTED_SUFFIX)
