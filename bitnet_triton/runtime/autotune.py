@@ -435,7 +435,7 @@ def size_classes(kernel: str, device: torch.device) -> dict[int, Tiles]:
 def all_tiles() -> dict[str, list[Tiles]]:
     """Return every configuration that is launched on such a GPU untuned, by kernel."""
     found: dict[str, list[Tiles]] = {}
-    for kernel, classes in _GPU.items():
+    for kernel, classes in _table("cuda").items():
         name = kernel.removesuffix(_FLOAT32_SUFFIX).removesuffix(_SELECTED_SUFFIX)
         found.setdefault(name, []).extend(classes.values())
     return found

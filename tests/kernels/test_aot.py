@@ -88,6 +88,7 @@ INT8_PRODUCTS = (
 FLOAT_PRODUCTS = (
     "ternary_linear_bwd", "bit_linear_bwd_dx", "bit_linear_bwd_dweight", "flash_attention_fwd",
     "flash_attention_bwd_dq", "flash_attention_bwd_dkdv", "flash_attention_decode",
+    "flash_attention_select",
 )  # fmt: skip
 
 
@@ -187,6 +188,7 @@ def record_all():
                 launch_split_activations(meta(4, length, dtype=dtype))
         for D, dtype in ((128, BF16), (256, BF16), (64, F32), (128, F32)):
             launch_attention(D, dtype, Mask())
+            launch_attention(D, dtype, Mask(top_k=32, threshold=0.1, sinks=4))
         launch_attention(128, BF16, Mask(window=1024, sinks=4))
         launch_packed(2048, BF16, None)
         launch_trained(2048, BF16, F32, binary=False)  # autocast
