@@ -13,7 +13,7 @@ test: .venv/test.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 # torch alone and first: the pinned version takes a CPU build where pip finds one, and whatever
 # needs torch afterwards is satisfied by it
