@@ -127,10 +127,14 @@ def _flex(inputs: Inputs) -> Work:
         seen = offset >= 0
         return seen if mask.window is None else seen & (offset < mask.window)
 
+    # after eight shapes torch.compile gives up on a function, which then runs uncompiled
+    torch._dynamo.reset()
     block_mask = None
     if mask.causal:
-        block_mask = create_block_mask(visible, None, None, Tq, Tk, device=inputs.q.device)
-    compiled = torch.compile(flex_attention)
+        # uncompiled, it would make the whole matrix
+        make_mask = torch.compile(create_block_mask)
+        block_mask = make_mask(visible, None, None, Tq, Tk, device=inputs.q.device)
+    compiled = torch.compile(flex_attention, fullgraph=True)
     grouped = inputs.q.shape[2] != inputs.k.shape[2]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
