@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +15,8 @@ from bitnet_triton.attention.masked import MaskMode, masked_attention
 from bitnet_triton.attention.tokens import CAUSAL
 from bitnet_triton.kernels import Mask
 
+logger = logging.getLogger("bitnet_triton")
+
 
 @dataclass(frozen=True)
 class Full(MaskMode):
@@ -20,7 +24,7 @@ class Full(MaskMode):
 
     Two calls that no mask describes run on PyTorch's own attention: those with a matrix for a mask,
     which a user passed or transformers made of more than padding, and those with dropout; in plain
-    PyTorch, if scores are bounded as well.
+    PyTorch, if scores are bounded as well. The log says so once (not from inside a compiled graph).
     """
 
     @property
@@ -32,6 +36,8 @@ class Full(MaskMode):
         """Map q [B Tq H D] and k, v [B Tk Hk D] to [B Tq H D]."""
         if context.tokens.matrix is None and not context.dropout:
             return masked_attention(q, k, v, context.tokens.mask, context)[0]
+        if not torch.compiler.is_compiling():  # logging would break the graph
+            _tell("dropout" if context.tokens.matrix is None else "a matrix for a mask")
         q, k, v, matrix = *(t.transpose(1, 2) for t in (q, k, v)), _matrix(q, k, context)
         if context.softcap is not None:
             return _capped(q, k, v, matrix, context.softcap, context).transpose(1, 2)
@@ -45,6 +51,11 @@ class Full(MaskMode):
             enable_gqa=q.shape[1] != k.shape[1],
         )
         return y.transpose(1, 2)
+
+
+@functools.cache
+def _tell(reason: str) -> None:
+    logger.info("attention with %s runs on PyTorch's attention, not on flash_attention", reason)
 
 
 def _capped(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bitnet_triton.attention import AttentionContext
+from bitnet_triton.attention import AttentionContext, full
 from bitnet_triton.attention.full import Full
 from bitnet_triton.attention.tokens import Tokens
 
@@ -70,3 +70,13 @@ def test_a_matrix_goes_with_bounded_scores(added, heads):
     y = Full()(q, k, v, AttentionContext(0, 0.25, Tokens(matrix=matrix), softcap=2.0))
     torch.testing.assert_close(y[0], expected[0])
     torch.testing.assert_close(y[1, 2:], expected[1, 2:])
+
+
+def test_the_log_says_once_that_pytorch_attends(heads, caplog):
+    full._tell.cache_clear()
+    q, k, v = heads(4)
+    tokens = Tokens(matrix=torch.ones(1, 1, 4, 4, dtype=torch.bool))
+    with caplog.at_level("INFO", logger="bitnet_triton"):
+        for _ in range(2):
+            Full()(q, k, v, AttentionContext(0, 0.25, tokens))
+    assert caplog.text.count("runs on PyTorch's attention") == 1
