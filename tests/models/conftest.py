@@ -18,8 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers import BitNetConfig as HfBitNetConfig
 from transformers import BitNetForCausalLM as HfBitNetForCausalLM
-from transformers.integrations.bitnet import AutoBitLinear, pack_weights
-from transformers.integrations.bitnet import BitLinear as HfBitLinear
+from transformers.integrations.bitnet import pack_weights
 
 from bitnet_triton.runtime.select import ENVIRONMENT_VARIABLE
 
@@ -214,37 +213,6 @@ def load_theirs():
 def token_ids():
     """Fresh sequences [B, T] without special tokens."""
     return lambda B=24, T=8: torch.randint(3, SIZES["vocab_size"], (B, T))
-
-
-@pytest.fixture
-def steady_ids(token_ids):
-    """The sequences, among many fresh ones, whose activations stay farthest from rounding ties.
-
-    Two right programs that differ in the last bit may round an activation near a tie to different
-    codes, and the logits then differ a thousand times more than the bit.
-    """
-
-    def draw(model, kept=8, drawn=512, T=5, **kwargs) -> Tensor:
-        ids = token_ids(drawn, T)
-        margin = torch.full((drawn,), 0.5)  # of each sequence's worst activation, in codes
-
-        def look(module, args):
-            x = args[0] if module.rms_norm is None else module.rms_norm(args[0])
-            codes = x * (127 / x.abs().amax(-1, keepdim=True).clamp_min(1e-5))
-            to_tie = (codes - codes.floor() - 0.5).abs()
-            torch.minimum(margin, to_tie.amin((1, 2)), out=margin)
-
-        hooks = [
-            module.register_forward_pre_hook(look)
-            for module in model.modules()
-            if isinstance(module, (HfBitLinear, AutoBitLinear))
-        ]
-        first_output(model, ids, **kwargs)
-        for hook in hooks:
-            hook.remove()
-        return ids[margin.topk(kept).indices]
-
-    return draw
 
 
 def relative_error(value: Tensor, expected: Tensor) -> float:

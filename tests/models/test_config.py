@@ -56,9 +56,9 @@ def test_rope_types_give_the_logits_of_transformers(
     folder = rope_checkpoint(checkpoint, rope)
     theirs = load_theirs(folder)
     positions = torch.arange(start, start + 5).unsqueeze(0)
-    ids = steady_ids(theirs, position_ids=positions)
-    expected = logits(theirs, ids, position_ids=positions)
     model = bt.BitNetForCausalLM.from_pretrained(folder)
+    ids = steady_ids(theirs, model, position_ids=positions)
+    expected = logits(theirs, ids, position_ids=positions)
     assert error(logits(model, ids, position_ids=positions), expected) <= 1e-4
 
 
@@ -124,7 +124,7 @@ def test_a_checkpoint_with_attention_goes_under_our_model_type(
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(again) is bt.BitNetForCausalLM
     assert again.config.attention == model.config.attention
-    ids = steady_ids(model)
+    ids = steady_ids(model, plain)
     assert torch.equal(logits(again, ids), logits(model, ids))
     # another attention than that of PyTorch: equal but for rounding
     assert error(logits(model, ids), logits(plain, ids)) <= 1e-5

@@ -38,9 +38,17 @@ def _reference_backend():
         yield
 
 
-def logits(model_class, folder):
-    with torch.inference_mode():
-        return model_class.from_pretrained(folder)(torch.arange(9).unsqueeze(0)).logits
+@pytest.fixture
+def logits(steady_ids):
+    """A function that loads models by class and folder, and returns their logits of one text."""
+
+    def run(*sources):
+        models = [kind.from_pretrained(folder) for kind, folder in sources]
+        ids = steady_ids(*models, B=1, T=9)
+        with torch.inference_mode():
+            return [model(ids).logits for model in models]
+
+    return run
 
 
 def test_packed_codes_and_scale_are_those_of_the_quantiser(masters, tmp_path):
@@ -55,10 +63,11 @@ def test_packed_codes_and_scale_are_those_of_the_quantiser(masters, tmp_path):
     assert done.bytes_after < done.bytes_before
 
 
-def test_transformers_reads_the_packed_checkpoint(masters, tmp_path):
+def test_transformers_reads_the_packed_checkpoint(masters, tmp_path, logits):
     convert_checkpoint(masters, tmp_path / "packed")
-    theirs = logits(HfBitNetForCausalLM, tmp_path / "packed")
-    ours = logits(bt.BitNetForCausalLM, tmp_path / "packed")
+    theirs, ours = logits(
+        (HfBitNetForCausalLM, tmp_path / "packed"), (bt.BitNetForCausalLM, tmp_path / "packed")
+    )
     assert (theirs - ours).norm() <= 1e-4 * theirs.norm()
 
 
@@ -81,15 +90,14 @@ def test_there_and_back_and_there_keeps_every_code(masters, tmp_path, dtype):
     assert json.loads((back / "config.json").read_text())["quantization_config"] == ONLINE
 
 
-def test_masters_written_back_give_the_logits_of_the_packed_model(masters, tmp_path):
+def test_masters_written_back_give_the_logits_of_the_packed_model(masters, tmp_path, logits):
     convert_checkpoint(masters, tmp_path / "packed")
     convert_checkpoint(tmp_path / "packed", tmp_path / "back", to="masters", dtype=torch.float32)
-    packed = logits(bt.BitNetForCausalLM, tmp_path / "packed")
-    back = logits(bt.BitNetForCausalLM, tmp_path / "back")
+    packed, back = logits(*((bt.BitNetForCausalLM, tmp_path / name) for name in ("packed", "back")))
     assert (packed - back).norm() <= 1e-5 * packed.norm()
 
 
-def test_biases_survive_the_scale_that_autobitlinear_multiplies_them_by(tmp_path):
+def test_biases_survive_the_scale_that_autobitlinear_multiplies_them_by(tmp_path, logits):
     config = bt.BitNetConfig(**SIZES, attention_bias=True, quantization_config=ONLINE)
     model = bt.BitNetForCausalLM(config).eval()
     for name, parameter in model.named_parameters():
@@ -98,12 +106,12 @@ def test_biases_survive_the_scale_that_autobitlinear_multiplies_them_by(tmp_path
     model.save_pretrained(tmp_path / "masters")
     convert_checkpoint(tmp_path / "masters", tmp_path / "packed")
     convert_checkpoint(tmp_path / "packed", tmp_path / "back", to="masters", dtype=torch.float32)
-    masters = logits(bt.BitNetForCausalLM, tmp_path / "masters")
-    for folder in ("packed", "back"):
-        assert (logits(bt.BitNetForCausalLM, tmp_path / folder) - masters).norm() <= (
-            1e-5 * masters.norm()
-        ), folder
-    theirs = logits(HfBitNetForCausalLM, tmp_path / "packed")
+    masters, packed, back, theirs = logits(
+        *((bt.BitNetForCausalLM, tmp_path / name) for name in ("masters", "packed", "back")),
+        (HfBitNetForCausalLM, tmp_path / "packed"),
+    )
+    for name, found in (("packed", packed), ("back", back)):
+        assert (found - masters).norm() <= 1e-5 * masters.norm(), name
     assert (theirs - masters).norm() <= 1e-4 * masters.norm()
 
 
@@ -119,26 +127,27 @@ def test_other_tensors_and_files_are_kept_and_pickles_are_not(masters, tmp_path)
     assert "training_args.bin" not in names
 
 
-def test_shards_stay_shards(tmp_path):
+def test_shards_stay_shards(tmp_path, logits):
     bt.BitNetForCausalLM(bt.BitNetConfig(**SIZES)).save_pretrained(
         tmp_path / "masters", max_shard_size="60KB"
     )
     convert_checkpoint(tmp_path / "masters", tmp_path / "packed")
     shards = sorted(file.name for file in (tmp_path / "packed").glob("*.safetensors"))
     assert len(shards) > 2
-    masters = logits(bt.BitNetForCausalLM, tmp_path / "masters")
-    packed = logits(bt.BitNetForCausalLM, tmp_path / "packed")
+    masters, packed = logits(
+        *((bt.BitNetForCausalLM, tmp_path / name) for name in ("masters", "packed"))
+    )
     assert (packed - masters).norm() <= 1e-5 * masters.norm()
 
 
-def test_other_architectures_are_packed_too(tmp_path):
+def test_other_architectures_are_packed_too(tmp_path, steady_ids):
     config = LlamaConfig(**SIZES, quantization_config=ONLINE)
     model = LlamaForCausalLM(config)
     replace_linears(model, ONLINE)
     model.save_pretrained(tmp_path / "masters")
     convert_checkpoint(tmp_path / "masters", tmp_path / "packed")
-    tokens = torch.arange(9).unsqueeze(0)
     packed = bt.use_ternary_kernels(LlamaForCausalLM.from_pretrained(tmp_path / "packed"))
+    tokens = steady_ids(model, packed, B=1, T=9)
     with torch.inference_mode():
         before, after = model.eval()(tokens).logits, packed(tokens).logits
     assert (after - before).norm() <= 1e-5 * before.norm()

@@ -41,7 +41,7 @@ def test_llama_style_checkpoints_get_our_linears(
     assert ours_in(model) == 14
     bt.disable()
     theirs = load_theirs(folder)
-    ids = steady_ids(theirs)
+    ids = steady_ids(theirs, model)
     assert error(logits(model, ids), logits(theirs, ids)) <= 1e-4
 
 
