@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from bitnet_triton.kernels import flash_attention
+from bitnet_triton.kernels import Mask, flash_attention
+from bitnet_triton.kernels.flash_attention.pairs import Lengths
 from bitnet_triton.kernels.flash_attention.reference import (
     attention_backward_reference,
     attention_reference,
@@ -35,6 +36,37 @@ def run_steps(settings, q, k, v, dout, dlse):
     dq, dk, dv = attention_backward_reference(dout, dlse, q, k, v, (out, lse), **settings)
     lse = lse.masked_fill(~seen, 0.0)
     return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+
+
+def largest_error(q, k, v, *, mask=None, scale=None, softcap=None, **lengths):
+    """Return how far a right output in float32 may be from the exact one, added in any order.
+
+    A sum of n terms rounds n times, each time by at most u = 2**-24 of the sum of magnitudes. The
+    roundings are as good as independent: they add up to less than 6 sqrt(n) u of it, but once in
+    1e8 times (doi:10.1137/18M1226312). That bounds the errors of scores, which a softcap makes no
+    larger; through its weight an error of a score moves the average by as much of the distance
+    between value and average; and the average is a sum of its own.
+    """
+    mask, scale = mask or Mask(), scale or q.shape[-1] ** -0.5
+    # behind valid keys stands what must not be read
+    q, k, v = (t.double().nan_to_num() for t in (q, k, v))
+    k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], dim=2) for t in (k, v))
+    visible = mask.visible_among(Lengths(q.shape[1], k.shape[1], **lengths), q.device)
+    scores, sizes = (torch.einsum("bihd,bjhd->bhij", *t) for t in ((q, k), (q.abs(), k.abs())))
+    scores = scores * scale if softcap is None else softcap * (scores * scale / softcap).tanh()
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1).nan_to_num()
+    out = torch.einsum("bhij,bjhd->bihd", weights, v)
+    unit = 6 * 2**-24
+    errors = weights * sizes * scale * unit * q.shape[-1] ** 0.5
+    terms = unit * visible.sum(-1).max() ** 0.5 * weights
+    moved = errors.sum(-1).transpose(1, 2)[..., None] * out.abs()
+    return (moved + torch.einsum("bhij,bjhd->bihd", errors + terms, v.abs())).max().item()
+
+
+@pytest.fixture(name="largest_error")
+def _largest_error():
+    """``largest_error``."""
+    return largest_error
 
 
 def gradient_limit(eager, exact):
