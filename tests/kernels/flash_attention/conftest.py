@@ -9,7 +9,7 @@ from bitnet_triton.kernels.flash_attention.reference import (
     attention_backward_reference,
     attention_reference,
 )
-from bitnet_triton.testing import assert_close
+from bitnet_triton.testing import RMS_LIMITS, assert_close
 
 
 def draw(B, Tq, Tk, H, Hk, D, Dv, device):
@@ -67,6 +67,20 @@ def largest_error(q, k, v, *, mask=None, scale=None, softcap=None, **lengths):
 def _largest_error():
     """``largest_error``."""
     return largest_error
+
+
+@pytest.fixture
+def assert_as_right():
+    """A function that compares two outputs of which each may have the errors of a right one."""
+
+    def check(ours, theirs, q, k, v, **settings):
+        limits = {
+            "rms": 2 * RMS_LIMITS[torch.float32],
+            "worst": 2 * largest_error(q, k, v, **settings),
+        }
+        assert_close("out", ours, theirs.double(), **limits)
+
+    return check
 
 
 def gradient_limit(eager, exact):
