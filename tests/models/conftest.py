@@ -215,6 +215,36 @@ def token_ids():
     return lambda B=24, T=8: torch.randint(3, SIZES["vocab_size"], (B, T))
 
 
+@pytest.fixture
+def draw_clear():
+    """A function that draws until no choice on the way of what was drawn is near a tie.
+
+    Two right programs differ by some 2e-6 in scores and logits of small dense models; where two
+    of these are closer than that, each program may choose another token or key.
+    """
+
+    def draw_clear(draw, distance):
+        for _ in range(30):
+            value = draw()
+            if distance(value) >= 1e-4:
+                return value
+        raise AssertionError("every draw had a choice near a tie")
+
+    return draw_clear
+
+
+@pytest.fixture
+def token_distance():
+    """How far the logits [B T V] of chosen tokens [B T] are from those of any other token."""
+
+    def distance(logits, tokens) -> float:
+        chosen = logits.gather(-1, tokens[..., None])
+        others = logits.scatter(-1, tokens[..., None], torch.inf)
+        return (others - chosen).abs().min().item()
+
+    return distance
+
+
 def relative_error(value: Tensor, expected: Tensor) -> float:
     """Return the relative RMS error of the whole tensor."""
     assert value.shape == expected.shape

@@ -122,15 +122,20 @@ def test_padding_between_tokens_becomes_a_matrix(model, padded, seen, error):
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_generation_is_that_of_transformers(cache, model, padded, seen):
-    ids, mask = padded
-    theirs, ours = both(
-        model,
-        lambda m: m.generate(
-            ids, attention_mask=mask, max_new_tokens=8, do_sample=False, eos_token_id=None,
-            cache_implementation=cache,
-        ),
-    )  # fmt: skip
+def test_generation_is_that_of_transformers(cache, model, padded, seen, draw_clear, token_distance):
+    mask = padded[1]
+    kwargs = {
+        "attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "eos_token_id": None,
+        "cache_implementation": cache,
+    }  # fmt: skip
+
+    def distance(ids):
+        output = model.generate(ids, **kwargs, output_logits=True, return_dict_in_generate=True)
+        return token_distance(torch.stack(output.logits, 1), output.sequences[:, T:])
+
+    model.set_attn_implementation("eager")
+    ids = draw_clear(lambda: torch.randint(3, 96, (2, T)) * mask, distance)
+    theirs, ours = both(model, lambda m: m.generate(ids, **kwargs))
     assert torch.equal(theirs, ours)
     assert all(tokens.matrix is None for tokens in seen)
 

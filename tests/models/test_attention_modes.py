@@ -1,6 +1,7 @@
 """Every attention mode through a whole model: cached, uncached, in chunks, padded, generating."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import bitnet_triton as bt
 from bitnet_triton.attention import AttentionPlan, caches
 from bitnet_triton.attention.full import Full
 from bitnet_triton.cache import GrowingLayer, SinkWindowLayer, StreamingLayer
+from bitnet_triton.kernels.flash_attention import reference
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 100, "num_hidden_layers": 3,
@@ -76,11 +78,17 @@ def build():
 
 
 @pytest.fixture
-def padded():
+def padded(request, build, draw_clear):
     """Ids and mask; the first row begins with padding."""
-    ids = torch.randint(3, 96, (2, T))
-    ids[0, :5] = 0
-    return ids, (ids != 0).long()
+
+    def draw():
+        ids = torch.randint(3, 96, (2, T))
+        ids[0, :5] = 0
+        return ids, (ids != 0).long()
+
+    callspec = getattr(request.node, "callspec", None)
+    mode = MODES.get(callspec.params.get("name")) if callspec else None
+    return draw() if mode is None else draw_clear(draw, lambda x: key_distance(build(mode), *x))
 
 
 def run(model, ids, mask=None, chunks=(), **kwargs):
@@ -102,6 +110,30 @@ def run(model, ids, mask=None, chunks=(), **kwargs):
         cache, start = out.past_key_values, end
         outs.append(out.logits)
     return torch.cat(outs, dim=1)
+
+
+def key_distance(model, ids, mask=None):
+    """Return how far the scores of all keys are from being selected, or not, by a mode."""
+    distances, select = [torch.tensor(torch.inf)], reference.select_scores
+
+    def look(mask, scores, visible):
+        kept = select(mask, scores, visible)
+        if mask.top_k is not None:
+            least = scores.masked_fill(~kept, torch.inf).amin(-1)
+            left = scores.masked_fill(kept | ~visible, -torch.inf).amax(-1)
+            distances.append((least - left).min())
+        if mask.threshold is not None:
+            seen = scores.masked_fill(~visible, -torch.inf)
+            weights = seen - seen.amax(-1, keepdim=True)
+            distances.append(
+                (weights - math.log(mask.threshold)).abs()[visible.expand_as(seen)].min()
+            )
+        return kept
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "select_scores", look)
+        run(model, ids, mask, prompt_len=PROMPT)
+    return torch.stack(distances).min().item()
 
 
 CHUNKS = [[T], [7, 1, 5, 7], [PROMPT, *[1] * (T - PROMPT)], [1] * T]
@@ -141,10 +173,12 @@ def test_padding_does_not_change_other_rows(name, build, padded, error):
 
 
 @pytest.mark.parametrize("name", MODES)
-def test_padding_on_the_right_changes_nothing(name, build, error):
-    model, ids = build(MODES[name]), torch.randint(3, 96, (2, T))
-    mask = torch.ones_like(ids)
+def test_padding_on_the_right_changes_nothing(name, build, draw_clear, error):
+    model, mask = build(MODES[name]), torch.ones(2, T, dtype=torch.long)
     mask[0, 13:] = 0
+    ids = draw_clear(
+        lambda: torch.randint(3, 96, (2, T)), lambda ids: key_distance(model, ids, mask)
+    )
     together = run(model, ids, mask, prompt_len=PROMPT)
     assert error(together[:1, :13], run(model, ids[:1, :13], prompt_len=PROMPT)) <= 2e-5
 
@@ -161,19 +195,28 @@ def test_a_mode_that_sees_everything_is_full_attention(name, chunks, build, padd
 @pytest.mark.parametrize("name", [name for name in MODES if name != "full"])
 def test_a_mode_that_does_not_is_not(name, build, padded, error):
     ids, mask = padded
-    got = run(build(MODES[name]), ids, mask, prompt_len=PROMPT)
+    # a long prompt: of the short one a window hides a single key, whose weight may be next to none
+    got = run(build(MODES[name]), ids, mask, prompt_len=14)
     assert error(got[mask.bool()], run(build("full"), ids, mask)[mask.bool()]) > 1e-2
 
 
 @pytest.mark.parametrize("name", MODES)
-def test_generation_is_one_forward_however_it_is_cached(name, build, padded):
-    model, (ids, mask) = build(MODES[name]), padded
+def test_generation_is_one_forward_however_it_is_cached(name, build, draw_clear, token_distance):
+    model, left = build(MODES[name]), torch.ones(2, PROMPT, dtype=torch.long)
+    left[0, :5] = 0
+    whole = torch.nn.functional.pad(left, (0, 9), value=1)
     kwargs = {
-        "attention_mask": mask[:, :PROMPT], "max_new_tokens": 9, "do_sample": False,
-        "eos_token_id": None,
+        "attention_mask": left, "max_new_tokens": 9, "do_sample": False, "eos_token_id": None,
     }  # fmt: skip
-    output = model.generate(ids[:, :PROMPT], **kwargs)
-    whole = torch.nn.functional.pad(mask[:, :PROMPT], (0, 9), value=1)
+
+    def distance(ids):
+        output = model.generate(ids, **kwargs)
+        logits = run(model, output, whole, prompt_len=PROMPT)[:, PROMPT - 1 : -1]
+        keys = key_distance(model, output, whole)
+        return min(keys, token_distance(logits, output[:, PROMPT:]))
+
+    ids = draw_clear(lambda: torch.randint(3, 96, (2, PROMPT)) * left, distance)
+    output = model.generate(ids, **kwargs)
     best = run(model, output, whole, prompt_len=PROMPT).argmax(-1)
     assert torch.equal(output[:, PROMPT:], best[:, PROMPT - 1 : -1])
     for settings in (
@@ -181,7 +224,7 @@ def test_generation_is_one_forward_however_it_is_cached(name, build, padded):
         {"cache_implementation": "static"},
         {"prefill_chunk_size": 3},
     ):
-        assert torch.equal(model.generate(ids[:, :PROMPT], **kwargs, **settings), output), settings
+        assert torch.equal(model.generate(ids, **kwargs, **settings), output), settings
 
 
 @pytest.mark.parametrize("name", ["full", "sliding", "streaming", "swaa-trained-fast", "all mixed"])
@@ -197,14 +240,21 @@ def test_beams_take_their_tokens_along(name, build, padded):
 
 @pytest.mark.parametrize("helper", ["same", "full", "narrow", "prompt"])
 @pytest.mark.parametrize("name", ["sliding", "streaming", "swaa-untrained", "swaa-trained-fast"])
-def test_speculation_changes_nothing(name, helper, build, token_ids):
-    model, ids = build(MODES[name]), token_ids(1, PROMPT)
-    ids[0, 4:] = ids[0, :4]  # something for the lookup in the prompt to find
+def test_speculation_changes_nothing(name, helper, build, token_ids, draw_clear, token_distance):
+    model = build(MODES[name])
     # long enough for windows to have dropped something; transformers takes pad tokens that a helper
     # reads for padding
     kwargs = {
         "max_new_tokens": 44, "do_sample": False, "eos_token_id": None, "suppress_tokens": [0],
     }  # fmt: skip
+
+    def distance(ids):
+        output = model.generate(ids, **kwargs)
+        logits = run(model, output, prompt_len=PROMPT)[:, PROMPT - 1 : -1]
+        return token_distance(logits, output[:, PROMPT:])
+
+    # a half twice: something for the lookup in the prompt to find
+    ids = draw_clear(lambda: token_ids(1, PROMPT // 2).repeat(1, 2), distance)
     plain = model.generate(ids, **kwargs)
     if helper == "prompt":
         assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=3, **kwargs), plain)
