@@ -168,7 +168,9 @@ def test_the_statistics_match_float64(shape, dtype, device, backend):
         stats = weight_stats(weight)
     scale, mean = weight.double().abs().mean(), weight.double().mean()
     assert stats.dtype == torch.float32
-    assert stats.double().tolist() == pytest.approx([scale.item(), mean.item()], rel=1e-6)
+    # of magnitudes: the mean itself may be next to nothing
+    close = 1e-6 * scale.item()
+    assert stats.double().tolist() == pytest.approx([scale.item(), mean.item()], rel=0, abs=close)
 
 
 def test_a_weight_of_zeros_has_the_smallest_scale_and_nan_stays_nan(device, backend):

@@ -7,7 +7,7 @@ from transformers.models.bitnet.modeling_bitnet import apply_rotary_pos_emb
 from bitnet_triton.kernels import apply_rotary, rotary_and_store
 from bitnet_triton.kernels.rotary.reference import rotary_backward_reference, rotary_reference
 from bitnet_triton.runtime import backend_objection, capture
-from bitnet_triton.testing import assert_close
+from bitnet_triton.testing import RMS_LIMITS, assert_close
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # B, T, H, D; the last with more heads than a block holds
@@ -32,6 +32,13 @@ def run(function, x, cos, sin, dy, dtype):
     return {"y": y, "dx": x.grad}
 
 
+def magnitudes(x, cos, sin, dy):
+    """Return the sums of what is added up in each element, without signs."""
+    x, cos, sin, dy = (t.double().abs() for t in (x, cos.unsqueeze(2), sin.unsqueeze(2), dy))
+    half = x.shape[-1] // 2
+    return {"y": x * cos + x.roll(half, -1) * sin, "dx": dy * cos + (dy * sin).roll(half, -1)}
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_reference(shape, dtype, device, backend):
@@ -43,8 +50,11 @@ def test_matches_reference(shape, dtype, device, backend):
     eager = run(rotary_reference, x, cos, sin, dy, dtype)
     exact = run(rotary_reference, x, cos, sin, dy, torch.float64)
 
-    for name in exact:
-        assert_close(name, ours[name], exact[name], eager=eager[name])
+    for name, size in magnitudes(x, cos, sin, dy).items():
+        # two products and their sum are rounded: where few elements nearly cancel, that is more
+        # than a thousandth of them in float16, though no more of what they were made of
+        rms = RMS_LIMITS[dtype] * max(1.0, (size.norm() / exact[name].norm()).item())
+        assert_close(name, ours[name], exact[name], eager=eager[name], rms=rms)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

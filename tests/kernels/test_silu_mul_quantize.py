@@ -25,28 +25,33 @@ def gate_and_up(shape, dtype, device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_codes_are_those_of_the_steps(shape, dtype, device, backend):
+def test_codes_are_those_of_the_steps(shape, dtype, device, backend, assert_rounded):
     gate_up = gate_and_up(shape, dtype, device)
     gate, up = gate_up.chunk(2, dim=-1)
     codes, scale, sums = silu_mul_quantize(gate_up)
-    expected_codes, expected_scale = quantize_activations(F.silu(gate) * up)
+    product = F.silu(gate) * up
+    expected_codes, expected_scale = quantize_activations(product)
     # exponential functions differ in their last bit, which a rounding may make a whole step of
     step = torch.finfo(dtype).eps
     assert_close("scale", scale, expected_scale.double(), rms=step, worst=step * scale.max().item())
     assert (codes.int() - expected_codes).abs().max() <= 1
-    assert (codes != expected_codes).float().mean() <= 0.01
+    if dtype == torch.float32:
+        assert_rounded(codes, product.double() / expected_scale.double())
+    else:
+        # of a row whose largest value fell to its other side all codes have another scale
+        differs = (codes != expected_codes)[(scale == expected_scale).squeeze(-1)]
+        assert differs.sum() <= max(1, 0.01 * differs.numel())
     assert torch.equal(sums, codes.sum(-1, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_codes_match_the_float64_formula(shape, device, backend):
+def test_codes_match_the_float64_formula(shape, device, backend, assert_rounded):
     gate_up = gate_and_up(shape, torch.float32, device)
     codes, scale, _ = silu_mul_quantize(gate_up)
-    exact_codes, exact_scale, _ = silu_mul_quantize_reference(gate_up.double())
+    _, exact_scale, _ = silu_mul_quantize_reference(gate_up.double())
     assert_close("scale", scale, exact_scale)
-    # beside a tie the last bit of float32 decides
-    assert (codes.double() - exact_codes).abs().max() <= 1
-    assert (codes != exact_codes).float().mean() <= 0.01
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    assert_rounded(codes, F.silu(gate) * up / exact_scale)
 
 
 def test_far_gates_saturate(device, backend):
