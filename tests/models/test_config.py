@@ -64,7 +64,7 @@ def test_rope_types_give_the_logits_of_transformers(
 
 @pytest.mark.parametrize("rope", [rope for rope in ROPES if rope != "default"])
 def test_each_rope_type_changes_the_logits(rope, checkpoint, logits, token_ids, error):
-    ids = token_ids(4, 8)
+    ids = token_ids()
     positions = torch.arange(40, 80, 5).expand_as(ids)
     if rope == "dynamic":  # scales only beyond `max_position_embeddings`
         positions = positions + 64
