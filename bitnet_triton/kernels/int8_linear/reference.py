@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 # what two int8 planes hold: 127 * 128 + 63
@@ -15,7 +16,9 @@ def split_activations_reference(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         high and low [M, K], integers in the dtype of ``x`` with 128 high + low steps in each
         element, low between -64 and 64; the step [M].
     """
-    step = x.abs().amax(-1).clamp_min(1e-30) / STEPS
+    largest = x.abs().amax(-1).clamp_min(1e-30)
+    # by a tensor: a number PyTorch turns into its reciprocal on a GPU, and codes beside a tie flip
+    step = largest / torch.full_like(largest, STEPS)
     code = (x / step[:, None]).round()
     high = (code / 128).round()
     return high, code - 128 * high, step

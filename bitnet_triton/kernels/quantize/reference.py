@@ -17,7 +17,8 @@ def quantize_activations_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     """Map ``x`` [..., K] to codes in -128..127 and a scale [..., 1] with x about codes * scale."""
     gamma = x.abs().amax(-1, keepdim=True).clamp_min(SMALLEST_SCALE)
     codes = (x * (INT8_MAX / gamma)).round().clamp(-128, INT8_MAX)
-    return codes, gamma / INT8_MAX
+    # by a tensor: a number PyTorch turns into its reciprocal on a GPU, off by the last bit
+    return codes, gamma / torch.full_like(gamma, INT8_MAX)
 
 
 def weight_stats_reference(weight: Tensor) -> Tensor:
