@@ -24,11 +24,12 @@ from rich.console import Console
 from rich.markup import escape
 
 from bench.case import Settings
+from bench.peaks import measure_peaks
 from bench.report import RESULTS, write_json
 from bench.suite import SECTIONS
-from bench.suite.limits import measure_limits
 from bench.suite.plan import Clock, Outcome, Plan, Section, Tell, run_section
 from bench.suite.show import print_result, result
+from bench.suite.workers import Workers, default_jobs
 
 # Where runs go that are not meant to be published
 SCRATCH = Path("runs") / "bench"
@@ -87,7 +88,12 @@ def default_output(plan: Plan, partial: bool) -> Path:
 
 
 def run_suite(
-    plan: Plan, sections: Sequence[Section], budget_s: float, output: Path, tell: Tell
+    plan: Plan,
+    sections: Sequence[Section],
+    budget_s: float,
+    output: Path,
+    tell: Tell,
+    jobs: int = 1,
 ) -> list[Outcome]:
     """Run sections and write the JSON after each: a run that is killed leaves what it has.
 
@@ -97,19 +103,32 @@ def run_suite(
         budget_s: for all of them.
         output: the JSON.
         tell: is told what happens.
+        jobs: processes that check; timings are taken one after the other, when these have ended.
     """
-    torch.manual_seed(plan.settings.seed)
-    clock, outcomes = Clock(budget_s, sections), []
-    for section in sections:
-        deadline = clock.next_deadline()
-        if section.kind == "speed" and plan.peaks is None:
-            tell("bandwidth and matrix rates")
-            plan.peaks = measure_limits(plan)
-        outcomes.append(run_section(section, plan, deadline, tell))
-        if plan.device.type == "cuda":
-            torch.cuda.empty_cache()
-        write_json(result(plan, command_line(), budget_s, outcomes), output)
+    clock, outcomes, workers = Clock(budget_s, sections), [], Workers(plan, jobs)
+    try:
+        for section in sections:
+            deadline = clock.next_deadline()
+            if section.kind == "check" and jobs > 1:
+                outcomes.append(workers.run_section(section, deadline, tell))
+            else:
+                workers.close()
+                _measure_limits(section, plan, tell)
+                outcomes.append(run_section(section, plan, deadline, tell))
+            if plan.device.type == "cuda":
+                torch.cuda.empty_cache()
+            write_json(result(plan, command_line(), budget_s, outcomes), output)
+    finally:
+        workers.close()
     return outcomes
+
+
+def _measure_limits(section: Section, plan: Plan, tell: Tell) -> None:
+    """Measure what the device can do before the first timing; on a CPU on little memory."""
+    if section.kind == "speed" and plan.peaks is None:
+        tell("bandwidth and matrix rates")
+        sizes = {"buffer_bytes": 2**26, "size": 512} if plan.small else {}
+        plan.peaks = measure_peaks(plan.settings, **sizes)
 
 
 def command_line() -> str:
@@ -130,6 +149,10 @@ def suite(
     budget: Annotated[float, typer.Option(help="Seconds; 0 takes 540, or 120 if quick.")] = 0.0,
     output: Annotated[Path | None, typer.Option(help="The JSON.")] = None,
     seed: Annotated[int | None, typer.Option(help="Repeat a run; its seed is in its JSON.")] = None,
+    jobs: Annotated[
+        int,
+        typer.Option(help="Processes that check; 0 takes half of the CPUs on cuda, one on cpu."),
+    ] = 0,
     list_: Annotated[bool, typer.Option("--list", help="List the sections, and stop.")] = False,
 ) -> None:
     """Check every kernel against float64 on fresh inputs, then time it beside its peers.
@@ -153,7 +176,7 @@ def suite(
     chosen, plan = choose_sections(section or []), make_plan(device, quick, seed)
     target = output or default_output(plan, quick or bool(section))
     budget_s = budget or (QUICK_BUDGET_S if quick else BUDGET_S)
-    outcomes = run_suite(plan, chosen, budget_s, target, tell)
+    outcomes = run_suite(plan, chosen, budget_s, target, tell, jobs or default_jobs(plan.device))
     print_result(result(plan, command_line(), budget_s, outcomes), console)
     console.print(f"wrote {escape(os.path.relpath(target))}")
     if any(outcome.failed for outcome in outcomes):

@@ -6,8 +6,8 @@ from bench.suite import attention, check_attention, check_linear, check_norm, de
 from bench.suite.plan import Section
 
 SECTIONS = (
-    Section("norms", "Quantisers and norms", "check", 2, 10, check_norm.items),
-    Section("linears", "Linears", "check", 6, 10, check_linear.items),
+    Section("norms", "Quantisers and norms", "check", 4, 10, check_norm.items),
+    Section("linears", "Linears", "check", 8, 10, check_linear.items),
     Section("attentions", "Attention and rotation", "check", 12, 10, check_attention.items),
     Section("prefill", "Products of 4096 tokens", "speed", 3, 20, matmul.prefill),
     Section("gemv", "Products of 1 to 16 tokens", "speed", 4, 20, matmul.gemv),

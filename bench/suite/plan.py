@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -68,6 +69,7 @@ class Section:
         weight: its share of the time, relative to the sections after it; what it leaves is theirs.
         guess_s: how long its first item may take, compilation included.
         items: makes the items.
+        most_s: it never gets more time than this.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Section:
     weight: float
     guess_s: float
     items: Callable[[Plan], Sequence[Item]]
+    most_s: float = math.inf
 
 
 @dataclass
@@ -105,14 +108,80 @@ class Clock:
 
     def __init__(self, budget_s: float, sections: Sequence[Section]) -> None:
         self._end = time.monotonic() + budget_s
-        self._weights = [section.weight for section in sections]
+        self._sections = list(sections)
 
     def next_deadline(self) -> float:
         """Return when the next section has to end, on the clock of ``time.monotonic``."""
         now = time.monotonic()
-        share = self._weights[0] / sum(self._weights)
-        del self._weights[0]
-        return now + max(0.0, self._end - now) * share
+        share = self._sections[0].weight / sum(section.weight for section in self._sections)
+        section = self._sections.pop(0)
+        return now + min(max(0.0, self._end - now) * share, section.most_s)
+
+
+@dataclass(frozen=True)
+class Done:
+    """What running an item gave.
+
+    Attributes:
+        results: plain data.
+        seconds: that it took.
+        broken: why nothing else can run here; "" if it can.
+    """
+
+    results: list[Result]
+    seconds: float
+    broken: str = ""
+
+
+class Progress:
+    """What a section has given so far, and whether another item may start.
+
+    Args:
+        section: what is run.
+        plan: how.
+        deadline: when it has to end, on the clock of ``time.monotonic``.
+        tell: is told what happens.
+    """
+
+    def __init__(self, section: Section, plan: Plan, deadline: float, tell: Tell) -> None:
+        self._section, self._quick, self._deadline, self._tell = section, plan.quick, deadline, tell
+        self._start = time.monotonic()
+        self._results: dict[int, list[Result]] = {}
+        self._skipped: list[dict[str, str]] = []
+        self._longest: float | None = None
+        self.broken = ""
+
+    def may_start(self, item: Item) -> bool:
+        """Tell whether the longest item so far would still end in time; if not, list this one."""
+        need = self._section.guess_s if self._longest is None else self._longest
+        reason = self.broken or _no_time(self._deadline - time.monotonic(), need)
+        if self._quick and not item.essential:
+            reason = "not part of --quick"
+        if reason:
+            self._skipped.append({"name": item.name, "reason": reason})
+        else:
+            self._tell(f"{self._section.name}: {item.name}")
+        return not reason
+
+    def add(self, index: int, done: Done) -> None:
+        """Put down what the item at a place in its section gave."""
+        for result in done.results:
+            if result["status"] == "failed":
+                self._tell(f"{self._section.name}: FAILED {result['name']}: {result['reason']}")
+        self._results[index] = done.results
+        self._longest = max(self._longest or 0.0, done.seconds)
+        self.broken = self.broken or done.broken
+
+    def outcome(self) -> Outcome:
+        """Return the results in the order of the items, whichever ended first."""
+        return Outcome(
+            self._section.name,
+            self._section.title,
+            self._section.kind,
+            [result for _, results in sorted(self._results.items()) for result in results],
+            self._skipped,
+            time.monotonic() - self._start,
+        )
 
 
 def run_section(section: Section, plan: Plan, deadline: float, tell: Tell) -> Outcome:
@@ -126,38 +195,32 @@ def run_section(section: Section, plan: Plan, deadline: float, tell: Tell) -> Ou
         deadline: when it has to end, on the clock of ``time.monotonic``.
         tell: is told what happens.
     """
-    outcome, begin, longest = Outcome(section.name, section.title, section.kind), None, None
-    start, broken = time.monotonic(), ""
-    for item in section.items(plan):
-        begin = time.monotonic()
-        need = section.guess_s if longest is None else longest
-        reason = broken or _no_time(deadline - begin, need)
-        if plan.quick and not item.essential:
-            reason = "not part of --quick"
-        if reason:
-            outcome.skipped.append({"name": item.name, "reason": reason})
-            continue
-        tell(f"{section.name}: {item.name}")
-        results = _run_item(item)
-        for result in results:
-            if result["status"] == "failed":
-                tell(f"{section.name}: FAILED {result['name']}: {result['reason']}")
-        outcome.results += results
-        broken = _broken_device(plan.device, item.name)
-        longest = max(longest or 0.0, time.monotonic() - begin)
-    outcome.seconds = time.monotonic() - start
-    return outcome
+    progress = Progress(section, plan, deadline, tell)
+    for index, item in enumerate(section.items(plan)):
+        if progress.may_start(item):
+            progress.add(index, run_item(item, index, plan))
+    return progress.outcome()
+
+
+def run_item(item: Item, index: int, plan: Plan) -> Done:
+    """Run the item at a place in its section, on random inputs that no other item has."""
+    start = time.monotonic()
+    try:
+        torch.manual_seed(plan.settings.seed + index)
+        results = item.run()
+    except Exception as error:  # whatever it raises belongs in the report
+        results = [failed(item, error)]
+    broken = _broken_device(plan.device, item.name)
+    return Done(results, time.monotonic() - start, broken)
+
+
+def failed(item: Item, error: BaseException) -> Result:
+    """Return the result of an item that has raised."""
+    return {"name": item.name, "status": "failed", "reason": first_line(error)}
 
 
 def _no_time(left: float, need: float) -> str:
     return "" if left >= need else f"needs about {need:.0f} s, {max(0.0, left):.0f} s are left"
-
-
-def _run_item(item: Item) -> list[Result]:
-    try:
-        return item.run()
-    except Exception as error:  # whatever it raises belongs in the report
-        return [{"name": item.name, "status": "failed", "reason": first_line(error)}]
 
 
 def first_line(error: BaseException) -> str:

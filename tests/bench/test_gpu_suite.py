@@ -1,7 +1,10 @@
 """The suite for GPUs, on a CPU at small sizes: what it reports, what it skips, when it fails."""
 
 import dataclasses
+import importlib
 import json
+import multiprocessing
+import os
 import subprocess
 import sys
 import time
@@ -235,6 +238,77 @@ def test_after_an_illegal_access_the_rest_is_skipped_with_the_reason(monkeypatch
     outcome = run_section(section(items), Plan(Settings()), time.monotonic() + 9, tell)
     assert len(outcome.results) == 1
     assert {s["reason"] for s in outcome.skipped} == {"stopped in a"}
+
+
+@needs_triton
+@pytest.mark.slow
+def test_several_processes_check_what_one_does_on_inputs_of_their_own(tmp_path):
+    seed = ("--quick", "--section", "norms", "--section", "linears", "--seed", "5")
+    code, output, data = run(tmp_path, *seed, "--jobs", "2")
+    assert code == 0, output
+    _, _, alone = run(tmp_path, *seed, "--jobs", "1")
+    for section, expected in zip(data["sections"], alone["sections"], strict=True):
+        assert [r["name"] for r in section["results"]] == [r["name"] for r in expected["results"]]
+        assert section["skipped"] == expected["skipped"]
+        assert {r["status"] for r in section["results"]} == {"passed"}
+
+
+WORKER_ITEMS = """
+import os
+import torch
+from bench.suite.plan import Item
+
+def drawn():
+    value = torch.rand(1).item()
+    return [{"name": str(value), "status": "passed", "reason": "", "process": os.getpid()}]
+
+def wrong():
+    raise AssertionError("y: off by 3")
+
+def draw(plan):
+    return [Item(str(i), drawn) for i in range(6)] + [Item("wrong", wrong)]
+
+def long():
+    torch.rand(2**22).sort()  # a process takes its time to be gone
+    return drawn()
+
+def die(plan):
+    return [Item("dies", lambda: os._exit(3))] + [Item(str(i), long) for i in range(29)]
+"""
+
+
+def checks_in_processes(name, tmp_path, monkeypatch, heard=tell):
+    """Run a section of a module that processes can import, two items at a time."""
+    (tmp_path / "worker_items.py").write_text(WORKER_ITEMS)
+    monkeypatch.syspath_prepend(tmp_path)
+    items = getattr(importlib.import_module("worker_items"), name)
+    sections = [Section(n, "Some", "check", 1.0, 0.0, items) for n in ("first", "second")]
+    target = tmp_path / "suite.json"
+    return gpu_suite.run_suite(Plan(Settings(seed=4)), sections, 200.0, target, heard, jobs=2)
+
+
+def test_processes_draw_by_the_place_of_an_item_and_tell_failures(tmp_path, monkeypatch):
+    heard = []
+    first, second = checks_in_processes("draw", tmp_path, monkeypatch, heard.append)
+    expected = [torch.rand(1, generator=torch.Generator().manual_seed(4 + i)) for i in range(6)]
+    assert [r["name"] for r in first.results[:6]] == [str(value.item()) for value in expected]
+    used = {r["process"] for r in [*first.results[:6], *second.results[:6]]}
+    assert len(used) <= 2
+    assert os.getpid() not in used
+    assert first.failed == [
+        {"name": "wrong", "status": "failed", "reason": "AssertionError: y: off by 3"}
+    ]
+    assert "first: FAILED wrong: AssertionError: y: off by 3" in heard
+    assert multiprocessing.active_children() == []
+
+
+def test_after_a_process_died_the_rest_is_skipped_and_the_next_section_runs(tmp_path, monkeypatch):
+    for outcome in checks_in_processes("die", tmp_path, monkeypatch):
+        assert outcome.failed[0]["name"] == "dies"
+        assert "BrokenProcessPool" in outcome.failed[0]["reason"]
+        assert outcome.skipped
+        assert all("a process ended in" in s["reason"] for s in outcome.skipped)
+        assert len(outcome.results) + len(outcome.skipped) == 30
 
 
 def test_killed_run_leaves_what_it_has(tmp_path):
