@@ -69,7 +69,7 @@ def make_plan(device: str, quick: bool, seed: int | None) -> Plan:
         device=chosen,
         threads=torch.get_num_threads(),
         rounds=3 if short else 7,
-        block_s=0.02 if short else 0.05,
+        block_s=0.02 if short else 0.03,
         budget_s=0.5 if short else 3.0,
         # fresh inputs in every run
         seed=random.SystemRandom().randrange(2**31) if seed is None else seed,

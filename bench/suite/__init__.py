@@ -2,7 +2,16 @@
 
 import functools
 
-from bench.suite import attention, check_attention, check_linear, check_norm, decode, matmul, model
+from bench.suite import (
+    attention,
+    check_attention,
+    check_linear,
+    check_norm,
+    decode,
+    matmul,
+    model,
+    training,
+)
 from bench.suite.plan import Section
 
 SECTIONS = (
@@ -10,7 +19,8 @@ SECTIONS = (
     Section("linears", "Linears", "check", 8, 10, check_linear.items),
     Section("attentions", "Attention and rotation", "check", 12, 10, check_attention.items),
     Section("prefill", "Products of 4096 tokens", "speed", 3, 20, matmul.prefill),
-    Section("gemv", "Products of 1 to 16 tokens", "speed", 4, 20, matmul.gemv),
+    Section("gemv", "Products of 1 to 16 tokens", "speed", 5, 20, matmul.gemv),
+    Section("training", "Training steps of a linear", "speed", 2, 20, training.items),
     Section(
         "attention", "Attention, forward", "speed", 4, 40,
         functools.partial(attention.attention, "forward"),
@@ -20,7 +30,8 @@ SECTIONS = (
         functools.partial(attention.attention, "backward"),
     ),
     Section("decode", "Attention of one query", "speed", 2, 20, decode.items),
-    Section("model", "A whole model, decoding", "speed", 5, 100, model.items),
+    # one sequence; eight only if that was done in half of the time
+    Section("model", "A whole model, decoding", "speed", 8, 80, model.items, most_s=120),
 )  # fmt: skip
 
 __all__ = ["SECTIONS"]

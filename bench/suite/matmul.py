@@ -24,9 +24,11 @@ from bitnet_triton.kernels.quantize.reference import quantize_activations_refere
 # (K, N): the linears of BitNet b1.58 2B-4T, merged where they share an input; of larger models
 _SHAPES = ((2560, 6912), (6912, 2560), (2560, 3840), (2560, 13824), (2560, 2560))
 _LARGE = ((4096, 14336), (14336, 4096))
+_LARGER = (8192, 28672)
 _SMALL = ((64, 32), (96, 64))
 _TOKENS = 4096
 _ROWS = (1, 2, 4, 8, 16)
+_FEWER_ROWS = (1, 4, 16)
 _OWN_TOLERANCE = 8e-3
 # peers do not quantise the activations
 _PEER_TOLERANCE = 2e-2
@@ -140,9 +142,11 @@ def prefill(plan: Plan) -> Sequence[Item]:
 
 
 def gemv(plan: Plan) -> Sequence[Item]:
-    """Return products of 1 to 16 tokens, with weights that come from memory."""
-    shapes = _SMALL[:1] if plan.small else (*_LARGE, *_SHAPES)
+    """Return products of 1 to 16 tokens, with weights that come from memory; the largest first."""
+    shapes = _SMALL[:1] if plan.small else (*_LARGE, _LARGER)
     grid = [{"M": M, "K": K, "N": N} for M in _ROWS for K, N in shapes]
+    if not plan.small:
+        grid += [{"M": M, "K": K, "N": N} for M in _FEWER_ROWS for K, N in _SHAPES]
     case = _case("gemv", "Few tokens", grid, plan.device)
     quick = [p for p in grid if p["M"] in (1, 16) and (p["K"], p["N"]) == shapes[0]]
     return speed.items(case, plan, quick=quick)

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bench.machine import describe_machine, describe_software
-from bench.report import duration, point_name, times
+from bench.report import count, duration, point_name, times
 from bench.suite.plan import Outcome, Plan, Result
 from bench.suite.targets import TARGETS
 
@@ -72,7 +72,11 @@ def _speed_table(section: dict[str, Any]) -> Table:
     table = Table(
         title=escape(section["title"]), title_justify="left", title_style="bold", **_PLAIN
     )
-    for column in ("point", "", "a call", "TFLOP/s", "of peak", "times as fast as"):
+    columns = ["point", "", "a call", "TFLOP/s", "of peak", "times as fast as"]
+    unit = next((row["unit"] for row in section["results"] if row.get("unit")), "")
+    if unit:
+        columns[2] = f"{unit}/s of at most"
+    for column in columns:
         table.add_column(column, no_wrap=column != "times as fast as")
     previous = None
     for row in section["results"]:
@@ -94,11 +98,17 @@ def _cells(row: Result) -> list[str]:
     ]
     return [
         escape(row["label"]),
-        duration(median / row["units"]),
+        _rate(row) if row["unit"] else duration(median / row["units"]),
         f"{row['flops'] / median / 1e12:.3g}",
         "" if share is None else f"{share:.0%} {row['bound']}",
         ", ".join(ratios),
     ]
+
+
+def _rate(row: Result) -> str:
+    """Return units a second, and as many as the measured limits allow: the floor of the time."""
+    rate, share = row["units"] / row["seconds"]["median"], row["share_of_peak"]
+    return count(rate) if share is None else f"{count(rate)} of {count(rate / share)}"
 
 
 def _print_remarks(section: dict[str, Any], console: Console) -> None:
@@ -126,14 +136,14 @@ def _print_targets(data: dict[str, Any], console: Console) -> None:
     if not any(name in gpu for name in _TARGET_GPUS):
         console.print(f"[yellow]the targets are for an H100 or H200, this is {escape(gpu)}[/]")
     table = Table(title="Targets", title_justify="left", title_style="bold", **_PLAIN)
-    for column in ("", "asked for", "worst", "", "at"):
+    for column in ("", "asked for", "measured", "", "at"):
         table.add_column(column)
     for t in data["targets"]:
-        worst = "" if t["worst"] is None else f"{t['worst']:.3g} {t['unit']}"
+        value = "" if t["value"] is None else f"{t['value']:.3g} {t['unit']}"
         verdict = f"[{_COLOURS[t['verdict']]}]{t['verdict']}[/]"
         # a quick run measures few of the points that a target is about
         at = f"{t['point']} (of {t['points']} measured)" if t["point"] else ""
-        table.add_row(t["title"], f"{t['least']:g} {t['unit']}", worst, verdict, at)
+        table.add_row(t["title"], f"{t['least']:g} {t['unit']}", value, verdict, at)
     console.print(table)
 
 

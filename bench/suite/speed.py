@@ -55,7 +55,7 @@ def _measure(case: Case, point: Point, plan: Plan, backend: str | None) -> list[
         data = row.to_dict()
         data["name"] = f"{point_name(point)}: {row.label}"
         data["peer"] = not is_ours(row.provider)
-        data["flops"] = flops
+        data["flops"], data["unit"] = flops, case.unit
         results.append(data)
     return results
 

@@ -18,13 +18,14 @@ from typer.testing import CliRunner
 from bench import gpu_suite
 from bench.case import Settings
 from bench.measure import Row, spread
-from bench.suite import SECTIONS, check_attention, plan, show
+from bench.suite import SECTIONS, check_attention, check_linear, plan, show
 from bench.suite.checks import Checks, assert_codes_close
 from bench.suite.plan import Clock, Item, Outcome, Plan, Section, run_section
 from bench.suite.targets import QUANTIZED, TARGETS, Target, ratio_to
 from bitnet_triton.kernels.rms_norm.op import NORM_FWD
 from bitnet_triton.kernels.ternary_linear.launchers import QUANTIZED_FWD
 from bitnet_triton.runtime import Implementation, backend_objection
+from bitnet_triton.testing import assert_close
 
 CPU = torch.device("cpu")
 needs_triton = pytest.mark.skipif(
@@ -184,6 +185,27 @@ def test_codes_may_be_off_by_one_beside_a_tie_and_no_more():
         assert_codes_close(many, exact)
 
 
+def test_sums_of_many_terms_in_float32_may_be_added_one_by_one_and_have_to_be_right():
+    terms, shape = 6912, (4, 64)
+    dy, weight = torch.randn(shape[0], terms), torch.randint(-1, 2, (terms, shape[1])).float()
+    one_by_one = torch.zeros(shape)
+    for n in range(terms):
+        one_by_one += dy[:, n : n + 1] * weight[n]
+    exact = dy.double() @ weight.double()
+
+    def check(sums, name="d0"):
+        limits = check_linear._limits_of_sums(name, dy @ weight, exact, {"d0": terms})
+        assert_close(name, sums, exact, eager=dy @ weight, **limits)
+
+    check(one_by_one)
+    with pytest.raises(AssertionError, match="relative RMS error"):
+        check(one_by_one * (1 + 1e-5))
+    with pytest.raises(AssertionError, match="element"):
+        check(one_by_one.index_fill(1, torch.tensor(3), 0.0))
+    assert check_linear._limits_of_sums("y", one_by_one, exact, {"d0": terms}) == {}
+    assert check_linear._limits_of_sums("d0", one_by_one.bfloat16(), exact, {"d0": terms}) == {}
+
+
 def test_what_does_not_fit_into_the_time_is_listed(tmp_path):
     code, output, data = run(tmp_path, "--budget", "0.001", "--section", "norms")
     skipped = data["sections"][0]["skipped"]
@@ -207,6 +229,13 @@ def test_item_starts_only_if_the_longest_so_far_would_end_in_time(monkeypatch):
     assert len(outcome.results) == 3
     assert [s["name"] for s in outcome.skipped] == ["3", "1"]
     assert outcome.skipped[0]["reason"] == "needs about 4 s, 2 s are left"
+
+
+def test_section_gets_no_more_time_than_its_most(monkeypatch):
+    monkeypatch.setattr(plan.time, "monotonic", lambda: 0.0)
+    clock = Clock(100.0, [dataclasses.replace(section([]), most_s=20.0), section([])])
+    assert clock.next_deadline() == 20.0
+    assert clock.next_deadline() == 100.0
 
 
 def test_time_that_a_section_leaves_goes_to_those_after_it(monkeypatch):
@@ -325,15 +354,15 @@ def test_killed_run_leaves_what_it_has(tmp_path):
     assert [s["name"] for s in json.loads(target.read_text())["sections"]] == ["first"]
 
 
-def outcome_of(*ratios, status="timed", M=4096):
+def outcome_of(*ratios, status="timed", M=4096, provider=QUANTIZED):
     rows = []
     for ratio in ratios:
         row = Row(
-            {"M": M, "K": 4096, "N": 14336}, "bitnet_triton", "bitnet_triton", status=status,
+            {"M": M, "K": 4096, "N": 14336}, provider, "bitnet_triton", status=status,
             seconds=spread([2e-3]), ratios={"bf16": spread([ratio])}, share_of_peak=0.75,
             bound="memory",
         )  # fmt: skip
-        rows.append(row.to_dict() | {"name": "row", "flops": 1e12, "peer": False})
+        rows.append(row.to_dict() | {"name": "row", "flops": 1e12, "unit": "", "peer": False})
     return Outcome("prefill", "Prefill", "speed", rows)
 
 
@@ -349,14 +378,47 @@ def outcome_of(*ratios, status="timed", M=4096):
 )
 def test_worst_row_decides_about_a_target(outcomes, verdict, worst):
     judged = TARGETS[0].judge(outcomes)
-    assert (judged["verdict"], judged["worst"]) == (verdict, worst)
+    assert (judged["verdict"], judged["value"]) == (verdict, worst)
+
+
+def test_target_for_the_best_row_of_ours_needs_one_of_them():
+    target = dataclasses.replace(TARGETS[0], provider=None)
+    rows = [outcome_of(1.2), outcome_of(1.5, provider="bitnet_triton")]
+    peer, broken = outcome_of(9.0, provider="bf16"), outcome_of(3.0, status="failed")
+    judged = target.judge([*rows, peer, broken])
+    assert (judged["verdict"], judged["value"]) == ("met", 1.5)
+    assert target.judge([outcome_of(1.2)])["verdict"] == "missed"
+    assert target.judge([peer])["verdict"] == "not measured"
+
+
+def test_product_of_quantised_tokens_and_the_one_that_quantises_have_a_target_each():
+    both = [outcome_of(1.6), outcome_of(1.3, provider="bitnet_triton")]
+    judged = [target.judge(both) for target in TARGETS if target.section == "prefill"]
+    assert [(j["value"], j["verdict"]) for j in judged] == [(1.6, "met"), (1.3, "missed")]
+    few = [outcome_of(5.0, M=1), outcome_of(3.0, M=2), outcome_of(9.0, M=16)]
+    for outcome in few:
+        outcome.name = "gemv"
+    judged = [target.judge(few) for target in TARGETS if target.section == "gemv"]
+    ratios = [(j["value"], j["verdict"], j["points"]) for j in judged if j["unit"] == "x"]
+    assert ratios == [(5.0, "met", 1), (3.0, "missed", 2)]
+
+
+def test_rows_that_make_tokens_show_their_rate_and_the_highest_that_memory_allows():
+    outcome = outcome_of(2.0)
+    outcome.results[0] |= {"unit": "tokens", "units": 4}
+    data = show.result(Plan(Settings()), "command", 540.0, [outcome])
+    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    show.print_result(data, console)
+    text = console.export_text()
+    assert "tokens/s of at most" in text
+    assert "2000 of 2667" in text  # 4 tokens in 2 ms, at 75 % of what is possible
 
 
 def test_figures_of_the_targets_are_those_they_name():
     row = outcome_of(3.0).results[0]
     by_unit = {t.unit: t.figure(row) for t in TARGETS}
-    assert by_unit == {"x": 3.0, "%": 75.0, "TFLOP/s": 500.0}
-    assert TARGETS[1].figure(row | {"bound": "compute"}) is None
+    assert by_unit == {"x": 3.0, "%": 75.0, "TFLOP/s": 500.0, "tokens/s": 500.0}
+    assert TARGETS[2].figure(row | {"bound": "compute"}) is None
     assert ratio_to("flash")(row) is None
 
 
