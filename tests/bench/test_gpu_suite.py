@@ -198,9 +198,9 @@ def test_sums_of_many_terms_in_float32_may_be_added_one_by_one_and_have_to_be_ri
         assert_close(name, sums, exact, eager=dy @ weight, **limits)
 
     check(one_by_one)
-    with pytest.raises(AssertionError, match="relative RMS error"):
+    with pytest.raises(AssertionError, match="d0: "):  # a factor shows in all elements or the largest
         check(one_by_one * (1 + 1e-5))
-    with pytest.raises(AssertionError, match="element"):
+    with pytest.raises(AssertionError, match="elements are off"):
         check(one_by_one.index_fill(1, torch.tensor(3), 0.0))
     assert check_linear._limits_of_sums("y", one_by_one, exact, {"d0": terms}) == {}
     assert check_linear._limits_of_sums("d0", one_by_one.bfloat16(), exact, {"d0": terms}) == {}
