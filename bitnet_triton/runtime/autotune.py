@@ -128,8 +128,24 @@ _GPU: dict[str, dict[int, Tiles]] = {
     "ternary_linear_bwd_float32": {
         _ANY: {"BLOCK_M": 32, "BLOCK_K": 32, "BLOCK_R": 32, "num_warps": 4, "num_stages": 2},
     },
-    "bit_linear_fwd": {
-        _ANY: {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
+    "bit_linear_fwd": {  # for few tokens: more take the kernel from codes
+        256: {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
+    },
+    "bit_linear_fwd_from_codes": {
+        _ANY: {
+            "BLOCK_M": 128,
+            "BLOCK_N": 128,
+            "BLOCK_K": 128,
+            "GROUP": 8,
+            "num_warps": 8,
+            "num_stages": 3,
+        },
+    },
+    "bit_linear_codes": {  # the number of elements
+        _ANY: {"BLOCK": 4096, "num_warps": 8},
+    },
+    "bit_linear_bwd_scale": {
+        _ANY: {"BLOCK_M": 4, "BLOCK_K": 512, "num_warps": 4},
     },
     "bit_linear_bwd_dx": {
         _ANY: {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
@@ -289,6 +305,16 @@ _CPU: dict[str, dict[int, Tiles]] = {
     },
     "bit_linear_bwd_dequantize": {
         _ANY: {"BLOCK_M": 64, "BLOCK_K": 64},
+    },
+    # as on GPUs, which alone launch these: the tests run them on a CPU
+    "bit_linear_fwd_from_codes": {
+        _ANY: {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "GROUP": 8},
+    },
+    "bit_linear_codes": {
+        _ANY: {"BLOCK": 4096},
+    },
+    "bit_linear_bwd_scale": {
+        _ANY: {"BLOCK_M": 4, "BLOCK_K": 512},
     },
     "split_activations_fwd": {
         1024: {"BLOCK_K": 1024},

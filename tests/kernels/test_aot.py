@@ -21,8 +21,13 @@ from bitnet_triton.kernels import Mask
 from bitnet_triton.kernels.bit_linear.backward import (
     launch_bit_linear_bwd_dweight,
     launch_bit_linear_bwd_dx,
+    launch_bit_linear_bwd_scale,
 )
-from bitnet_triton.kernels.bit_linear.forward import launch_bit_linear_fwd
+from bitnet_triton.kernels.bit_linear.forward import (
+    launch_bit_linear_codes,
+    launch_bit_linear_fwd,
+    launch_bit_linear_fwd_from_codes,
+)
 from bitnet_triton.kernels.flash_attention.arguments import Call
 from bitnet_triton.kernels.flash_attention.decode import launch_decode
 from bitnet_triton.kernels.flash_attention.launch import launch_backward, launch_forward
@@ -82,9 +87,10 @@ BF16_INSTRUCTION = {
 LARGEST_KB = {"sm_100": 227, "gfx942": 64}
 # every kernel that multiplies matrices, by the type of its operands where they are bfloat16 or int8
 INT8_PRODUCTS = (
-    "ternary_linear_fwd", "ternary_linear_fwd_few", "bit_linear_fwd", "int8_linear_fwd",
-    "int8_linear_topk_fwd",
+    "ternary_linear_fwd", "ternary_linear_fwd_few", "bit_linear_fwd", "bit_linear_fwd_from_codes",
+    "int8_linear_fwd", "int8_linear_topk_fwd",
 )  # fmt: skip
+MANY_TOKENS = ("ternary_linear_fwd", "bit_linear_fwd", "bit_linear_fwd_from_codes")
 FLOAT_PRODUCTS = (
     "ternary_linear_bwd", "bit_linear_bwd_dx", "bit_linear_bwd_dweight", "flash_attention_fwd",
     "flash_attention_bwd_dq", "flash_attention_bwd_dkdv", "flash_attention_decode",
@@ -151,9 +157,20 @@ def launch_trained(M, dtype, weight_dtype, binary, N=N, K=K):
     a, a_scale, stats = meta(M, K, dtype=I8), meta(M, 1), meta(2)
     weight, dy = meta(N, K, dtype=weight_dtype), meta(M, N, dtype=dtype)
     launch_weight_stats(weight)
-    launch_bit_linear_fwd(a, a_scale, weight, stats, None, binary, dtype)
+    few = min(M, largest_size("bit_linear_fwd"))
+    launch_bit_linear_fwd(a[:few], a_scale[:few], weight, stats, None, binary, dtype)
     launch_bit_linear_bwd_dx(dy, weight, stats, binary)
     launch_bit_linear_bwd_dweight(dy, a, a_scale, weight_dtype)
+
+
+def launch_trained_once(M, dtype, weight_dtype, binary, bias=None, N=N, K=K):
+    """Start the kernels of bit_linear around operands that are made once."""
+    a, a_scale, stats = meta(M, K, dtype=I8), meta(M, 1), meta(2)
+    weight = meta(N, K, dtype=weight_dtype)
+    launch_bit_linear_fwd_from_codes(a, a_scale, weight, stats, bias, binary, dtype)
+    launch_bit_linear_codes(weight, stats, binary, dtype)
+    launch_bit_linear_bwd_scale(meta(M, K), stats, dtype)
+    launch_bit_linear_bwd_scale(a, a_scale, dtype)
 
 
 def launch_attention(D, dtype, mask, softcap=None):
@@ -180,6 +197,9 @@ def record_all():
             for width in (640, 6912, 16384):
                 launch_fused(1, dtype, K=width)
             launch_trained(2048, dtype, dtype, binary=False)
+            launch_trained_once(2048, dtype, dtype, binary=False, bias=meta(N, dtype=dtype))
+            # no whole number of tiles
+            launch_trained_once(2048, dtype, dtype, binary=True, K=K + 16)
             for head in (128, 256):
                 launch_rotated(head, dtype)
             for M in (1, 64):
@@ -193,6 +213,7 @@ def record_all():
         launch_packed(2048, BF16, None)
         launch_trained(2048, BF16, F32, binary=False)  # autocast
         launch_trained(2048, BF16, BF16, binary=True)
+        launch_trained_once(2048, BF16, F32, binary=False)  # autocast
     return launches
 
 
@@ -291,12 +312,8 @@ def test_other_products_run_in_their_own_precision(costs, kernel, target):
 
 
 def test_many_tokens_multiply_by_whole_groups_of_warps_on_hopper(costs):
-    """wgmma, which has twice the rate of mma.sync there, with weights from registers."""
-    chosen = [
-        n
-        for n, launch in CUDA.items()
-        if kernel_name(launch) in ("ternary_linear_fwd", "bit_linear_fwd")
-    ]
+    """wgmma, which has twice the rate of mma.sync there."""
+    chosen = [n for n, launch in CUDA.items() if kernel_name(launch) in MANY_TOKENS]
     assert chosen
     for launch_name in chosen:
         assert all("wgmma" in i for i in costs[launch_name, "sm_90"].instructions), launch_name
@@ -358,11 +375,12 @@ def test_sizes_of_one_compile():
         for M in (1, 2, 64):
             launch_packed(M, F32, meta(4), N=4, K=1)
         launch_trained(1, F32, F32, binary=False, N=1, K=1)
+        launch_trained_once(1, F32, F32, binary=False, N=1, K=1)
         launch_fused(1, F32, N=12, K=1)
         launch_rotated(2, F32, B=1, T=1, H=1, Hk=1)
         for M in (1, 64):
             launch_int8(M, F32, meta(1), N=1, K=1)
-    assert len(launches) == 37
+    assert len(launches) == 42
     for launch in launches:
         assert compile_for(launch, TARGETS["sm_80"]).spills == 0
 

@@ -5,25 +5,49 @@ What it shares with ternary_linear (dtypes, backends, autocast) stands in test_t
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 
 from bitnet_triton import use_backend
 from bitnet_triton.kernels import bit_linear, quantize_activations
+from bitnet_triton.kernels.bit_linear import launchers, products
 from bitnet_triton.kernels.bit_linear.backward import launch_bit_linear_bwd_dweight
+from bitnet_triton.kernels.bit_linear.forward import (
+    launch_bit_linear_codes,
+    launch_bit_linear_fwd_from_codes,
+)
 from bitnet_triton.kernels.bit_linear.reference import bit_linear_reference
 from bitnet_triton.kernels.quantize.op import weight_stats
 from bitnet_triton.kernels.quantize.reference import weight_codes_reference
-from bitnet_triton.runtime.autotune import fitted_tiles, tiles
+from bitnet_triton.runtime import backend_objection
+from bitnet_triton.runtime.autotune import fitted_tiles, tiles, tiles_for
 from bitnet_triton.testing import assert_close, randn, random_codes
 
 LEVELS = ["ternary", "binary"]
-F32, BF16 = torch.float32, torch.bfloat16
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 # activations, master weights
 MIXES = [(F32, F32), (BF16, BF16), (BF16, F32)]
 # M, N, K: one of everything; whole tiles of a CPU and a bit; odd in each dimension
 SHAPES = [(1, 1, 1), (130, 66, 290), (257, 129, 65)]
+CASES = [(shape, mix) for shape in SHAPES for mix in MIXES]
+CASES += [((257, 129, 65), (F16, F16)), ((257, 129, 65), (F32, BF16))]
+CASES += [((39, 20, 256), (BF16, BF16))]  # K in whole tiles of a GPU
 KERNELS = ["bit_linear_fwd", "bit_linear_bwd_dx", "bit_linear_bwd_dweight"]
+needs_triton = pytest.mark.skipif(
+    backend_objection("triton", torch.device("cpu")) is not None, reason="Triton cannot run here"
+)
+
+
+@pytest.fixture(params=["on_the_way", "once"])
+def way(request, monkeypatch):
+    """Make quantised operands for every tile, as on a CPU, or once, as on a GPU, on any device."""
+    once = request.param == "once"
+    monkeypatch.setattr(launchers, "_makes_once", lambda _: once)
+    monkeypatch.setattr(launchers, "largest_size", lambda _: 0)
+    monkeypatch.setattr(products, "product_objection", lambda *_: None)
+    return request.param
 
 
 def rows_with_edges(M, K):
@@ -58,6 +82,8 @@ def limits(ours, eager, exact):
     """Limits of ``assert_close`` beside those of the dtype."""
     if eager.dtype == BF16 and ours.dtype == BF16:
         return {"eager": eager}
+    if ours.dtype == F16:
+        return {}
     error = (eager.double() - exact).abs().max() + exact.abs().max() * torch.finfo(ours.dtype).eps
     # a tile adds up one product after the other, BLAS in several parts: it is the more exact one
     worst = {"worst": 4 * error.item()}
@@ -65,12 +91,11 @@ def limits(ours, eager, exact):
     return worst if eager.dtype == F32 else {**worst, "rms": 8e-3}
 
 
-@pytest.mark.parametrize(("x_dtype", "weight_dtype"), MIXES, ids=str)
+@pytest.mark.parametrize(("shape", "dtypes"), CASES, ids=str)
 @pytest.mark.parametrize("levels", LEVELS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.backends("triton")
-def test_output_and_gradients_match_float64(shape, levels, x_dtype, weight_dtype, device, backend):
-    M, N, K = shape
+def test_output_and_gradients_match_float64(shape, dtypes, levels, device, backend, way):
+    (M, N, K), (x_dtype, weight_dtype) = shape, dtypes
     x = rows_with_edges(M, K).to(x_dtype)
     weight, bias = masters(N, K, levels).to(weight_dtype), randn(N, dtype=weight_dtype)
     dy = randn(M, N, dtype=x_dtype)
@@ -84,7 +109,9 @@ def test_output_and_gradients_match_float64(shape, levels, x_dtype, weight_dtype
 
     ours = run(op, *(t.to(device) for t in (x, weight, bias, dy)))
     exact = run(reference, x.double(), weight.double(), bias.double(), dy.double())
-    eager = run(reference, x.to(x_dtype), weight.to(x_dtype), bias.to(x_dtype), dy)
+    # in float16 the reference overflows where it divides by the magnitude of a row of zeros
+    eager_dtype = F32 if x_dtype == F16 else x_dtype
+    eager = run(reference, *(t.to(eager_dtype) for t in (x, weight, bias, dy)))
     for name, value in exact.items():
         assert_close(name, ours[name], value, **limits(ours[name], eager[name], value))
     assert ours["dweight"].dtype == weight_dtype
@@ -92,7 +119,9 @@ def test_output_and_gradients_match_float64(shape, levels, x_dtype, weight_dtype
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("levels", LEVELS)
-def test_both_directions_round_a_weight_beside_a_threshold_alike(levels, dtype, device, backend):
+def test_both_directions_round_a_weight_beside_a_threshold_alike(
+    levels, dtype, device, backend, way
+):
     """The identity reads the codes out: forward in int8, backward in the dtype of dy."""
     weight = (randn(32, 32, device=device) * 0.02).to(dtype)
     stats = weight_stats(weight)
@@ -112,7 +141,7 @@ def test_both_directions_round_a_weight_beside_a_threshold_alike(levels, dtype, 
 
 
 @pytest.mark.parametrize("levels", LEVELS)
-def test_rows_that_are_zero_or_all_equal_give_what_they_should(levels, device, backend):
+def test_rows_that_are_zero_or_all_equal_give_what_they_should(levels, device, backend, way):
     """A zero row adds nothing to dweight, whatever its dy; a row of c is quantised to c exactly."""
     x = torch.stack([torch.zeros(40), torch.full((40,), 0.3), torch.full((40,), -7.0)])
     weight, dy = masters(8, 40, levels).float(), randn(3, 8)
@@ -142,10 +171,13 @@ def test_tokens_add_up_in_the_weight_gradient(device, backend):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_dweight_equals_the_product_of_what_the_codes_stand_for(dtype, device):
+@pytest.mark.parametrize(
+    "launch", [launch_bit_linear_bwd_dweight, products.library_bit_linear_bwd_dweight]
+)
+def test_dweight_equals_the_product_of_what_the_codes_stand_for(launch, dtype, device):
     x, dy = randn(300, 77, dtype=dtype, device=device), randn(300, 51, dtype=dtype, device=device)
     codes, scale = quantize_activations(x)
-    dweight = launch_bit_linear_bwd_dweight(dy, codes, scale, dtype)
+    dweight = launch(dy, codes, scale, dtype)
     dequantised = (codes * scale).to(dtype)
     exact = dy.double().t() @ (codes.double() * scale.double())
     eager = (dy.float().t() @ dequantised.float()).to(dtype)
@@ -170,12 +202,13 @@ def test_tiles_for_a_cpu_waste_an_eighth_at_most(kernel, size):
 
 def test_tiles_for_a_gpu_are_those_that_were_compiled_ahead_of_time():
     cuda = torch.device("cuda")
-    for kernel in KERNELS:
-        assert fitted_tiles(kernel, cuda, M=3, N=5, K=7) == tiles(kernel, 3, cuda)
+    with tiles_for("cuda"):
+        for kernel in KERNELS:
+            assert fitted_tiles(kernel, cuda, M=3, N=5, K=7) == tiles(kernel, 3, cuda)
 
 
 @pytest.mark.parametrize("frozen", ["weight", "x"])
-def test_what_is_frozen_saves_nothing_for_the_backward(frozen, device):
+def test_what_is_frozen_saves_nothing_for_the_backward(frozen, device, way):
     x, weight = randn(64, 48, device=device), randn(24, 48, device=device)
     (x if frozen == "weight" else weight).requires_grad_()
     saved = []
@@ -186,3 +219,90 @@ def test_what_is_frozen_saves_nothing_for_the_backward(frozen, device):
         assert kept == {((24, 48), F32), ((2,), F32)}
     else:
         assert kept == {((64, 48), torch.int8), ((64, 1), F32)}
+
+
+def quantized(M, N, K, device, dtype=F32):
+    """Codes and scales of activations, master weights and their statistics."""
+    weight = (0.02 * randn(N, K)).to(device, dtype)
+    return (*quantize_activations(randn(M, K, device=device)), weight, weight_stats(weight))
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+@pytest.mark.parametrize("levels", LEVELS)
+def test_codes_that_are_written_once_are_those_of_the_reference(levels, dtype, device):
+    *_, weight, stats = quantized(1, 71, 131, device, dtype)
+    exact = weight_codes_reference(weight.float(), stats, levels=levels)
+    for result in (torch.int8, dtype):
+        codes = launch_bit_linear_codes(weight, stats, levels == "binary", result)
+        assert codes.dtype == result
+        assert torch.equal(codes.float(), exact.float())
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", [(1100, 300, 40), (1, 260, 384), (9, 1, 300)], ids=str)
+def test_every_tile_of_a_grouped_grid_is_the_product(shape, device):
+    """More tiles of tokens than a group has, a last group with less, several tiles of K."""
+    a, scale, weight, stats = quantized(*shape, device)
+    y = launch_bit_linear_fwd_from_codes(a, scale, weight, stats, None, False, F32)
+    codes = weight_codes_reference(weight, stats, levels="ternary")
+    exact = (a.double() @ codes.double().t()) * scale.double() * stats[0].double()
+    assert_close("y", y, exact)
+
+
+@needs_triton
+def test_float16_overflows_in_dx_only_where_the_result_does(device):
+    weight = torch.full((256, 8), 0.02, device=device)
+    dy = torch.full((3, 256), 1000.0, dtype=F16, device=device)
+    dx = products.library_bit_linear_bwd_dx(dy, weight, weight_stats(weight), False)
+    assert_close("dx", dx, torch.full((3, 8), 256 * 1000.0 * 0.02, dtype=torch.float64))
+
+
+@pytest.mark.backends("triton")
+def test_no_tokens_give_no_gradient(device, backend, way):
+    x, weight = torch.empty(0, 48, device=device), randn(24, 48, device=device)
+    with use_backend(backend):
+        y = bit_linear(x.requires_grad_(), weight.requires_grad_())
+        dx, dweight = torch.autograd.grad(y.sum(), (x, weight))
+    assert (y.shape, dx.shape) == ((0, 24), (0, 48))
+    assert torch.equal(dweight, torch.zeros_like(weight))
+
+
+@pytest.mark.backends("triton")
+def test_each_way_is_taken_where_it_is_chosen(device, backend, way, monkeypatch):
+    results = []
+    product = products.product
+    monkeypatch.setattr(products, "product", lambda *a: results.append(a[2]) or product(*a))
+    x, weight = randn(5, 48, device=device, dtype=BF16), randn(24, 48, device=device)
+    with use_backend(backend):
+        bit_linear(x.requires_grad_(), weight.requires_grad_()).sum().backward()
+    assert results == ([F32, F32] if way == "once" else [])
+
+
+def test_few_tokens_make_codes_on_the_way(device):
+    """What decides is the table: a forward of more tokens than it has tiles for reads codes."""
+    assert launchers.largest_size("bit_linear_fwd") == 256
+    assert launchers._makes_once(torch.device(device)) == (device == "cuda")
+
+
+def test_a_library_without_float32_results_is_told_once(monkeypatch, caplog):
+    monkeypatch.setattr(launchers, "_makes_once", lambda _: True)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    launchers._log_own_product.cache_clear()
+    dy = torch.empty(1, 1, dtype=BF16)
+    with caplog.at_level(logging.INFO, logger="bitnet_triton"):
+        for _ in range(2):
+            assert not launchers._library_multiplies("bit_linear_bwd_dx", dy, F32)
+            assert launchers._library_multiplies("bit_linear_bwd_dweight", dy, BF16)
+    [record] = caplog.records
+    assert record.levelname == "WARNING"
+    assert "bit_linear_bwd_dx" in record.message
+    assert "ROCm" in record.message
+
+
+def test_a_tuned_product_has_no_float32_result(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", None)
+    for enabled in (False, True):
+        monkeypatch.setattr(torch.cuda.tunable, "is_enabled", lambda on=enabled: on)
+        assert (products.product_objection(BF16, F32) is None) == (not enabled)
+        assert products.product_objection(F32, F32) is None

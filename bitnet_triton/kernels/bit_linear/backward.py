@@ -4,6 +4,9 @@ Straight-through (arXiv:2310.11453, section 2): dx = dy (beta w), dweight = dy^T
 Sums are float32. dx makes the codes of the weights on the way, and puts them left or right as the
 forward does. dweight is computed as its transpose, x^T dy, so that the quantised activations, the
 operand that is made, stand on the left and dy is read as it lies.
+
+These two products are for CPUs. A GPU takes those of ``products.py``, which read operands that are
+made once, unless its library lacks them.
 """
 
 from __future__ import annotations
@@ -131,6 +134,28 @@ def _bit_linear_bwd_dequantize_kernel(
     tl.store(out, x.to(x_ptr.dtype.element_ty), mask=in_tile)
 
 
+@triton.jit
+def _bit_linear_bwd_scale_kernel(
+    # tensors: x, y [M, K]; scale [M], or one for all rows
+    x_ptr, scale_ptr, y_ptr,
+    # strides, in elements
+    scale_stride_m,
+    # sizes
+    M, K,
+    # compile-time
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # int64: row * K overflows int32 from 2**31 elements on
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    ks = tl.program_id(1).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    is_row = rows < M
+    in_tile = is_row[:, None] & (ks < K)[None, :]
+    at = rows[:, None] * K + ks[None, :]
+    x = tl.load(x_ptr + at, mask=in_tile, other=0).to(tl.float32)  # [BLOCK_M, BLOCK_K]
+    scale = tl.load(scale_ptr + rows * scale_stride_m, mask=is_row, other=0.0)  # [BLOCK_M]
+    tl.store(y_ptr + at, (x * scale[:, None]).to(y_ptr.dtype.element_ty), mask=in_tile)
+
+
 def launch_bit_linear_bwd_dx(dy: Tensor, weight: Tensor, stats: Tensor, binary: bool) -> Tensor:
     """Map dy [M, N] and master weight [N, K] to dx [M, K] in the dtype of dy."""
     M, (N, K) = dy.shape[0], weight.shape
@@ -178,3 +203,18 @@ def _dequantize_transposed(a: Tensor, a_scale: Tensor, dtype: torch.dtype) -> Te
         a, a_scale, padded, padded.stride(0), M, K, **config
     )
     return padded[:, :M]
+
+
+def launch_bit_linear_bwd_scale(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiply x [M, K] by scale, [M, 1] or the first of [2], in float32; round once to ``dtype``.
+
+    A result in the dtype of ``x`` is written over it.
+    """
+    M, K = x.shape
+    y = x if x.dtype == dtype else torch.empty((M, K), dtype=dtype, device=x.device)
+    config = tiles("bit_linear_bwd_scale", M, x.device)
+    grid = (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(K, config["BLOCK_K"]))
+    launch(_bit_linear_bwd_scale_kernel, grid)(
+        x, scale, y, scale.stride(0) if scale.ndim == 2 else 0, M, K, **config
+    )
+    return y

@@ -118,7 +118,9 @@ def bit_linear(
     arXiv:2402.17764, eq. 1-3) or to the sign of its distance from its mean (binary,
     arXiv:2310.11453, eq. 1-3). Backward straight through both quantisers: ``dx = dy (beta w)``,
     ``dweight = dy^T (a gamma / 127)``, nothing through the scales. Memory for the backward: the
-    int8 codes of ``x``.
+    int8 codes of ``x`` and their scales. On a GPU each pass also writes a quantised operand to
+    memory once (codes of the weight, or ``x`` out of its codes) and frees it at once: making it
+    again for every tile of tokens would cost more than the product.
 
     Args:
         x: [..., K] float16, bfloat16 or float32. Under autocast it is cast as for any linear.
