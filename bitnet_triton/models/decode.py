@@ -1,8 +1,8 @@
-"""Decode steps of a fused model on a CPU: recorded once, replayed without Python in between.
+"""Decode steps of a fused model: recorded once, replayed without Python in between.
 
 A step launches some ten kernels a layer. From Python that takes as long as a third of the kernels'
-own time; replayed it does not count. Caches keep their memory, so a recording lasts until a full
-one has to grow.
+own time on a CPU, and longer than all of it on a GPU, where a recording is a CUDA graph; replayed
+it does not count. Caches keep their memory, so a recording lasts until a full one has to grow.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class DecodeSteps:
     ) -> Tensor | None:
         """Return hidden states [B 1 D] of one token a row; None where the model has to do it."""
         B, T = input_ids.shape
-        if T != 1 or not input_ids.is_cpu:
+        if T != 1 or not _can_record(input_ids.device):
             return None
         masks = self._masks(model, cache, prompt_len)
         layers = None if masks is None else _layers_in_place(model, cache, B)
@@ -238,6 +238,12 @@ FUSED_MODELS: dict[type[nn.Module], type[FusedModel]] = {
 }
 
 
+def _can_record(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return not torch.cuda.is_current_stream_capturing()  # somebody else records
+    return device.type == "cpu"
+
+
 def _plan(model: FusedModel) -> AttentionPlan | None:
     return getattr(model.layers[0].self_attn, "attention_plan", None)
 
@@ -268,5 +274,7 @@ def _layers_in_place(
             return None
         keys = layer.keys
         if keys.shape[0] != B or keys.dtype != dtype or layer.get_seq_length() != columns:
+            return None
+        if keys.device != model.norm.weight.device:
             return None
     return layers

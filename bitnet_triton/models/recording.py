@@ -31,8 +31,9 @@ class Step:
 
     Attributes:
         stores: keys and values [B Hk capacity D] of each layer.
-        places: int32 [groups, 4, B], of each row: the slot of the new token in the cache, its
-            position, where the padding on the left ends, and how many slots are in use with it.
+        places: int32 [groups, 4, B] on the CPU, of each row: the slot of the new token in the
+            cache, its position, where the padding on the left ends, and how many slots are in use
+            with it.
         groups: of each layer.
         masks: of each layer.
     """
@@ -52,13 +53,17 @@ class Recording:
     def __init__(self, model: Any, step: Step, launchers: Launchers) -> None:
         self._step = step
         self._weights = _weights(model)
-        self._places = step.places.clone()
         norm = model.norm.weight
+        self._places = step.places.to(norm.device, copy=True)
         self._hidden = norm.new_zeros((step.places.shape[-1], norm.shape[0]))
         self._positions = max(2 * _last_position(step), model.config.max_position_embeddings)
         every = torch.arange(self._positions, device=norm.device)[None]
         self._angles = tuple(table[0] for table in model.rotary_emb(norm, every))
-        with capture() as self._graph:
+        if norm.device.type != "cpu":
+            # kernels are compiled and loaded outside of a capture. What this writes into the cache
+            # stands where the new token will
+            self._record(model, launchers)
+        with capture(norm.device) as self._graph:
             self._result = self._record(model, launchers)
 
     def _record(self, model: Any, launchers: Launchers) -> Tensor:
@@ -121,6 +126,8 @@ def launchers_of(model: Any) -> Launchers | None:
         return None
     if model.norm._forward_hooks or model.norm._forward_pre_hooks:
         return None
+    if any(hasattr(layer, "_hf_hook") for layer in model.layers):
+        return None  # accelerate moves weights or activations in between
     dtype, (first, *others) = like_hidden.dtype, fused_layers(model)
     if not all(layer.fusion.stands_for(layer, dtype, {}) for layer in others):
         return None
@@ -158,7 +165,8 @@ def describe_places(
         if attention_mask.shape != (B, columns + 1):
             return None
         padding = columns + 1 - attention_mask.count_nonzero(1)
-        if not torch.equal(torch.arange(columns + 1) >= padding[:, None], attention_mask != 0):
+        seen = torch.arange(columns + 1, device=padding.device) >= padding[:, None]
+        if not torch.equal(seen, attention_mask != 0):
             return None
     if position_ids is not None:
         if position_ids.ndim != 2:

@@ -1,13 +1,15 @@
 """Tile sizes of the Triton kernels, by kind of device, op and shape class.
 
 The tables for GPUs hold configurations that compile without register spills for every target in
-the ahead-of-time test (docs/gpu-kernels.md); they are chosen on paper, not measured. Those for
-CPUs were measured: a tile fills the caches of a core, not the registers of a multiprocessor.
+the ahead-of-time test (docs/gpu-kernels.md). Those for sm_90 were measured on an H200; the others
+are chosen on paper. Those for CPUs were measured: a tile fills the caches of a core, not the
+registers of a multiprocessor.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -23,6 +25,8 @@ _ANY = sys.maxsize
 _FLOAT32 = 1024
 _FLOAT32_SUFFIX = "_float32"
 _SELECTED_SUFFIX = "_selected"
+_NARROW_SUFFIX = "_narrow"
+_LISTED_SUFFIX = "_listed"
 _SMALLEST_FITTED = 16
 
 # Forward and dq where rows select by scores: as large as fits beside what the selection needs
@@ -30,6 +34,13 @@ _SELECTED: dict[int, Tiles] = {
     256: {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
     _FLOAT32 + 64: {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
     _FLOAT32 + 128: {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
+}
+
+# Also where it takes keys or rows from a list, or only pairs that were selected
+_DKDV: dict[int, Tiles] = {
+    128: {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 8, "num_stages": 1},
+    256: {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
+    _FLOAT32 + 128: {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
 }
 
 # kernel -> the largest size of a shape class -> its tiles. The size is the number of rows of
@@ -203,11 +214,8 @@ _GPU: dict[str, dict[int, Tiles]] = {
         _FLOAT32 + 64: {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
         _FLOAT32 + 128: {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
     },
-    "flash_attention_bwd_dkdv": {
-        128: {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 8, "num_stages": 1},
-        256: {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
-        _FLOAT32 + 128: {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
-    },
+    "flash_attention_bwd_dkdv": _DKDV,
+    "flash_attention_bwd_dkdv_listed": _DKDV,
     "flash_attention_decode": {
         # with fewer warps, float32 heads of 128 values spill on sm_90
         _ANY: {"BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
@@ -227,15 +235,131 @@ _AMD: dict[str, dict[int, Tiles]] = {
         **_GPU["flash_attention_bwd_dq"],
         128: {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
     },
-    "flash_attention_bwd_dkdv": {
-        **_GPU["flash_attention_bwd_dkdv"],
+}
+for _name in ("flash_attention_bwd_dkdv", "flash_attention_bwd_dkdv_listed"):
+    _AMD[_name] = {
+        **_DKDV,
         128: {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
+    }
+# What other GPUs have no instruction for
+_NVIDIA: dict[str, dict[int, Tiles]] = {
+    "ternary_linear_fwd_one": {  # the length of a row
+        4096: {"BLOCK_R": 4, "BLOCK_K": 128, "UNROLL": 4, "num_warps": 4},
+        _ANY: {"BLOCK_R": 2, "BLOCK_K": 512, "UNROLL": 4, "num_warps": 4},
     },
 }
-_GPU_TABLES = {"cuda": _GPU, "hip": {**_GPU, **_AMD}}
-_backend: ContextVar[str] = ContextVar(
-    "bitnet_triton_gpu_backend", default="cuda" if torch.version.hip is None else "hip"
-)
+
+# What is not as on other NVIDIA GPUs, where shared memory is smaller and there is no wgmma
+_SM90: dict[str, dict[int, Tiles]] = {
+    # two programs of four warps a multiprocessor: a barrier holds up one of them only
+    "ternary_linear_fwd": {
+        _ANY: {
+            "BLOCK_M": 64,
+            "BLOCK_R": 64,
+            "BLOCK_K": 128,
+            "IN_PLACE": True,
+            "num_warps": 4,
+            "num_stages": 3,
+        },
+    },
+    # a slice more costs more to add up than it gains, unless there are few rows
+    "ternary_linear_fwd_few": {
+        8: {
+            "BLOCK_M": 8,
+            "BLOCK_R": 16,
+            "BLOCK_K": 256,
+            "SLICES": 2,
+            "num_warps": 2,
+            "num_stages": 5,
+        },
+        16: {
+            "BLOCK_M": 16,
+            "BLOCK_R": 16,
+            "BLOCK_K": 256,
+            "SLICES": 2,
+            "num_warps": 2,
+            "num_stages": 5,
+        },
+        32: _GPU["ternary_linear_fwd_few"][32],
+        64: _GPU["ternary_linear_fwd_few"][64],
+    },
+    "ternary_linear_fwd_few_narrow": {
+        8: {
+            "BLOCK_M": 8,
+            "BLOCK_R": 16,
+            "BLOCK_K": 256,
+            "SLICES": 4,
+            "num_warps": 4,
+            "num_stages": 4,
+        },
+        16: {
+            "BLOCK_M": 16,
+            "BLOCK_R": 16,
+            "BLOCK_K": 256,
+            "SLICES": 4,
+            "num_warps": 4,
+            "num_stages": 4,
+        },
+        32: _GPU["ternary_linear_fwd_few"][32],
+        64: _GPU["ternary_linear_fwd_few"][64],
+    },
+    "bit_linear_fwd": {
+        256: {"BLOCK_M": 256, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+    },
+    "bit_linear_fwd_from_codes": {
+        # of a plain int8 product: 1.02 POPS for 2048 tokens, 2560 -> 6912
+        _ANY: {
+            "BLOCK_M": 128,
+            "BLOCK_N": 128,
+            "BLOCK_K": 128,
+            "GROUP": 8,
+            "num_warps": 4,
+            "num_stages": 3,
+        },
+    },
+    "int8_linear_fwd": {
+        4: {"BLOCK_M": 4, "BLOCK_N": 64, "BLOCK_K": 256, "num_warps": 4, "num_stages": 3},
+        **_GPU["int8_linear_fwd"],
+    },
+    "int8_linear_topk_fwd": {
+        4: {"BLOCK_M": 4, "BLOCK_N": 64, "BLOCK_K": 256, "num_warps": 4, "num_stages": 3},
+        **_GPU["int8_linear_topk_fwd"],
+    },
+    "flash_attention_fwd": {
+        **_GPU["flash_attention_fwd"],
+        64: {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3},
+        128: {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
+    },
+    "flash_attention_bwd_dq": {
+        **_GPU["flash_attention_bwd_dq"],
+        64: {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+        128: {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
+    },
+    "flash_attention_bwd_dkdv": {
+        **_DKDV,
+        64: {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+        128: {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3},
+    },
+    "flash_attention_decode": {
+        128: {"BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+        **_GPU["flash_attention_decode"],
+    },
+}
+
+
+def _in_order(*tables: dict[str, dict[int, Tiles]]) -> dict[str, dict[int, Tiles]]:
+    """Merge tables, a later one in place of an earlier one, with their classes by size."""
+    merged = {kernel: classes for table in tables for kernel, classes in table.items()}
+    return {kernel: dict(sorted(classes.items())) for kernel, classes in merged.items()}
+
+
+# what a GPU is called -> its tables
+_GPU_TABLES = {
+    "cuda": _in_order(_GPU, _NVIDIA),
+    "sm_90": _in_order(_GPU, _NVIDIA, _SM90),
+    "hip": _in_order(_GPU, _AMD),
+}
+_forced_gpu: ContextVar[str | None] = ContextVar("bitnet_triton_gpu", default=None)
 
 _CPU: dict[str, dict[int, Tiles]] = {
     "quantize_activations_fwd": {
@@ -361,6 +485,9 @@ _CPU: dict[str, dict[int, Tiles]] = {
     "flash_attention_bwd_dkdv": {
         _ANY: {"BLOCK_M": 128, "BLOCK_N": 128},
     },
+    "flash_attention_bwd_dkdv_listed": {
+        _ANY: {"BLOCK_M": 128, "BLOCK_N": 128},
+    },
     "flash_attention_decode": {
         _ANY: {"BLOCK_N": 128},
     },
@@ -380,41 +507,55 @@ def tiles(kernel: str, size: int, device: torch.device, dtype: torch.dtype | Non
         device: that the kernel runs on; any but a CPU counts as a GPU.
         dtype: of what it multiplies, where float32 has tiles of its own.
     """
-    kind = device.type
-    name, classes = _classes(kernel, kind, dtype)
+    name, classes = _classes(kernel, device, dtype)
     for largest in classes:
         if size <= largest:
             break
     else:
         raise ValueError(f"`size`: {kernel} has tiles up to {largest}, got {size}")
     # every launch comes by here: the tables are read once, and a GPU asks for its index as well
-    found = measured_tiles(kind) if kind == "cpu" else _measured_on_gpu(device)
+    found = measured_tiles("cpu") if device.type == "cpu" else _measured_on_gpu(device)
     config = classes[largest]
     return config if not found else _usable(found.get((name, largest)), config)
 
 
-def _classes(kernel: str, kind: str, dtype: torch.dtype | None) -> tuple[str, dict[int, Tiles]]:
-    table = _table(kind)
+def _classes(
+    kernel: str, device: torch.device, dtype: torch.dtype | None
+) -> tuple[str, dict[int, Tiles]]:
+    table = _table(device)
     if dtype == torch.float32 and kernel + _FLOAT32_SUFFIX in table:
         kernel += _FLOAT32_SUFFIX
     return kernel, table[kernel]
 
 
-def _table(kind: str) -> dict[str, dict[int, Tiles]]:
-    return _CPU if kind == "cpu" else _GPU_TABLES[_backend.get()]
+def _table(device: torch.device) -> dict[str, dict[int, Tiles]]:
+    return _CPU if device.type == "cpu" else _GPU_TABLES[_forced_gpu.get() or _gpu_of(device)]
+
+
+@functools.cache
+def _gpu_of(device: torch.device) -> str:
+    if torch.version.hip is not None:
+        return "hip"
+    is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    return "sm_90" if is_hopper else "cuda"
 
 
 @contextlib.contextmanager
-def tiles_for(backend: str) -> Iterator[None]:
-    """Give the tiles of "cuda" or of "hip" inside the block, whatever this PyTorch was built for.
+def tiles_for(gpu: str) -> Iterator[None]:
+    """Give the tiles of "cuda", "sm_90" or "hip" inside the block, whatever GPU is here.
 
     The ahead-of-time compilation records launches under it.
     """
-    token = _backend.set(backend)
+    token = _forced_gpu.set(gpu)
     try:
         yield
     finally:
-        _backend.reset(token)
+        _forced_gpu.reset(token)
+
+
+def has_tiles(kernel: str, device: torch.device) -> bool:
+    """Tell whether a kernel is one for such a device: some are for some GPUs only."""
+    return kernel in _table(device)
 
 
 def _measured_on_gpu(device: torch.device) -> dict[tuple[str, int], Tiles]:
@@ -455,13 +596,15 @@ def largest_size(kernel: str) -> int:
 
 def size_classes(kernel: str, device: torch.device) -> dict[int, Tiles]:
     """Return the tiles of a kernel that stand in the table, by the largest size of their class."""
-    return dict(_table(device.type)[kernel])
+    return dict(_table(device)[kernel])
 
 
 def all_tiles() -> dict[str, list[Tiles]]:
     """Return every configuration that is launched on such a GPU untuned, by kernel."""
     found: dict[str, list[Tiles]] = {}
-    for kernel, classes in _table("cuda").items():
-        name = kernel.removesuffix(_FLOAT32_SUFFIX).removesuffix(_SELECTED_SUFFIX)
+    for kernel, classes in _GPU_TABLES[_forced_gpu.get() or "cuda"].items():
+        name = kernel
+        for suffix in (_FLOAT32_SUFFIX, _SELECTED_SUFFIX, _NARROW_SUFFIX, _LISTED_SUFFIX):
+            name = name.removesuffix(suffix)
         found.setdefault(name, []).extend(classes.values())
     return found

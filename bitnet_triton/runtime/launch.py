@@ -8,13 +8,19 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
+
+import torch
 
 from bitnet_triton import triton_cpu
 from bitnet_triton.runtime.select import TRITON_CPU, forced_backend
 
-if TYPE_CHECKING:
-    from bitnet_triton.triton_cpu.graph import Graph
+
+class Graph(Protocol):
+    """Launches that were recorded, with the memory that they read and write."""
+
+    def replay(self) -> None:
+        """Run them again, in their order."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +59,20 @@ def _start(kernel: Any, grid: tuple[int, ...], first: Any, *args: Any, **options
     start(first, *args, **options)
 
 
-def capture() -> AbstractContextManager[Graph]:
-    """Record the launches of a with block on CPU tensors as a graph: ``triton_cpu.capture``."""
-    return triton_cpu.capture()
+def capture(device: torch.device) -> AbstractContextManager[Graph]:
+    """Record the launches of a with block on tensors of ``device`` as a graph.
+
+    On a GPU nothing runs meanwhile, and every kernel has to be loaded already.
+    """
+    return triton_cpu.capture() if device.type == "cpu" else _capture_on_gpu()
+
+
+@contextlib.contextmanager
+def _capture_on_gpu() -> Iterator[torch.cuda.CUDAGraph]:
+    graph = torch.cuda.CUDAGraph()
+    # other threads may go on using the GPU
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        yield graph
 
 
 # Looked up once: a launch takes microseconds

@@ -51,8 +51,7 @@ from bitnet_triton.kernels.rms_norm.forward import (
 from bitnet_triton.kernels.rotary.decode import launch_rotary_and_store
 from bitnet_triton.kernels.rotary.forward import launch_rotary
 from bitnet_triton.kernels.ternary_linear.backward import launch_ternary_linear_bwd
-from bitnet_triton.kernels.ternary_linear.decode import launch_ternary_linear_fwd_few
-from bitnet_triton.kernels.ternary_linear.forward import launch_ternary_linear_fwd
+from bitnet_triton.kernels.ternary_linear.launchers import packed_launcher
 from bitnet_triton.runtime.aot import (
     TARGETS,
     Resources,
@@ -84,7 +83,7 @@ BF16_INSTRUCTION = {
     "gfx942": r"v_mfma_f32_\w+_bf16",
 }
 # of shared memory for a program; relatives of the other targets have 99 KB
-LARGEST_KB = {"sm_100": 227, "gfx942": 64}
+LARGEST_KB = {"sm_90": 227, "sm_100": 227, "gfx942": 64}
 # every kernel that multiplies matrices, by the type of its operands where they are bfloat16 or int8
 INT8_PRODUCTS = (
     "ternary_linear_fwd", "ternary_linear_fwd_few", "bit_linear_fwd", "bit_linear_fwd_from_codes",
@@ -102,16 +101,11 @@ def meta(*shape, dtype=F32):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def packed_launcher(M):
-    few = largest_size("ternary_linear_fwd_few") >= M
-    return launch_ternary_linear_fwd_few if few else launch_ternary_linear_fwd
-
-
 def launch_packed(M, dtype, bias, N=N, K=K):
     """Start the kernels of ternary_linear, forward and backward."""
     a, a_scale, packed, scale = meta(M, K, dtype=I8), meta(M, 1), meta(N // 4, K, dtype=U8), meta(1)
     a_sum, R = meta(M, dtype=torch.int32), N // 4
-    packed_launcher(M)(a, a_scale, a_sum, packed, scale, bias, None, [R], dtype)
+    packed_launcher(a, packed)(a, a_scale, a_sum, packed, scale, bias, None, [R], dtype)
     if M > 32:
         launch_ternary_linear_bwd(meta(M, N, dtype=dtype), packed, scale)
 
@@ -124,7 +118,7 @@ def launch_fused(M, dtype, N=N, K=K):
     quantized = launch_rms_norm_quantize(x, weight, 1e-5)
     launch_relu2_mul_norm_quantize(gate_up, weight, 1e-5)
     packed, residual = meta(N // 4, K, dtype=U8), meta(M, N, dtype=dtype)
-    launch = packed_launcher(M)
+    launch = packed_launcher(quantized[0], packed)
     launch(*quantized, packed, meta(1), None, residual, [N // 4], dtype)
     for parts in (2, 3):
         # as in every published model, a part starts at a multiple of 16
@@ -191,9 +185,10 @@ def record_all():
                 launch_quantize_with_sums(meta(4, length, dtype=dtype))
             for length in (640, 6912, 14336):
                 launch_silu_mul_quantize(meta(4, 2 * length, dtype=dtype))
-            for M in (1, 16, 32, 64, 512, 2048):
+            for M in (1, 8, 16, 32, 64, 512, 2048):
                 launch_packed(M, dtype, meta(N, dtype=dtype))
                 launch_fused(M, dtype)
+                launch_fused(M, dtype, N=2560)
             for width in (640, 6912, 16384):
                 launch_fused(1, dtype, K=width)
             launch_trained(2048, dtype, dtype, binary=False)
@@ -202,11 +197,11 @@ def record_all():
             launch_trained_once(2048, dtype, dtype, binary=True, K=K + 16)
             for head in (128, 256):
                 launch_rotated(head, dtype)
-            for M in (1, 64):
+            for M in (1, 8, 64):
                 launch_int8(M, dtype, meta(N, dtype=dtype) if M == 1 else None)
             for length in (2560, 6912, 28672):
                 launch_split_activations(meta(4, length, dtype=dtype))
-        for D, dtype in ((128, BF16), (256, BF16), (64, F32), (128, F32)):
+        for D, dtype in ((64, BF16), (128, BF16), (256, BF16), (64, F32), (128, F32)):
             launch_attention(D, dtype, Mask())
             launch_attention(D, dtype, Mask(top_k=32, threshold=0.1, sinks=4))
         launch_attention(128, BF16, Mask(window=1024, sinks=4))
@@ -228,18 +223,18 @@ def kernel_name(launch):
     return launch.kernel.__name__.strip("_").removesuffix("_kernel")
 
 
-def record_for(backend):
-    with tiles_for(backend):
+def record_for(gpu):
+    with tiles_for(gpu):
         return {name(launch): launch for launch in record_all()}
 
 
-# by the backend of a target: tiles are not the same on both
-LAUNCHES = {backend: record_for(backend) for backend in ("cuda", "hip")}
-CUDA = LAUNCHES["cuda"]
+# tiles are not the same on all
+LAUNCHES = {gpu: record_for(gpu) for gpu in ("cuda", "sm_90", "hip")}
+HOPPER = LAUNCHES["sm_90"]
 
 
 def launches_of(target):
-    return LAUNCHES[TARGETS[target].backend]
+    return LAUNCHES.get(target) or LAUNCHES[TARGETS[target].backend]
 
 
 def compile_part(target, part, parts):
@@ -313,7 +308,7 @@ def test_other_products_run_in_their_own_precision(costs, kernel, target):
 
 def test_many_tokens_multiply_by_whole_groups_of_warps_on_hopper(costs):
     """wgmma, which has twice the rate of mma.sync there."""
-    chosen = [n for n, launch in CUDA.items() if kernel_name(launch) in MANY_TOKENS]
+    chosen = [n for n, launch in HOPPER.items() if kernel_name(launch) in MANY_TOKENS]
     assert chosen
     for launch_name in chosen:
         assert all("wgmma" in i for i in costs[launch_name, "sm_90"].instructions), launch_name
@@ -338,10 +333,10 @@ def test_warps_on_a_multiprocessor_are_those_that_fit():
     assert resident_warps(mi300, 4, registers=64, shared=20 * 1024) == 12
 
 
-@pytest.mark.parametrize("launch_name", [n for n in CUDA if "quantize" in n])
+@pytest.mark.parametrize("launch_name", [n for n in HOPPER if "quantize" in n])
 def test_the_quantiser_rounds_its_product_before_it_rounds_to_integers(launch_name):
     """A fused multiply-add would skip the first rounding, and codes near ties would differ."""
-    ptx = compile_launch(CUDA[launch_name], TARGETS["sm_90"]).asm["ptx"]
+    ptx = compile_launch(HOPPER[launch_name], TARGETS["sm_90"]).asm["ptx"]
     assert "mul.rn.f32" in ptx  # .rn forbids ptxas to fuse it
     assert "fma.rn.f32" not in ptx
 
@@ -386,8 +381,8 @@ def test_sizes_of_one_compile():
 
 
 def test_the_table_has_a_line_for_a_launch_and_a_column_for_a_target():
-    launch_name = next(n for n in CUDA if n.startswith("bit_linear_fwd"))
-    rows = [compile_for(CUDA[launch_name], TARGETS[t]) for t in ("sm_90", "gfx942")]
+    launch_name = next(n for n in HOPPER if n.startswith("bit_linear_fwd"))
+    rows = [compile_for(HOPPER[launch_name], TARGETS[t]) for t in ("sm_90", "gfx942")]
     head, _, line = markdown_table(rows).splitlines()
     assert head == "| kernel | tensors | constants | sm_90 | gfx942 |"
     kernel, tensors, constants, *cells = line.strip("| ").split(" | ")

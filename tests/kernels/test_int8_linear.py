@@ -196,7 +196,7 @@ def test_its_launches_can_be_recorded_and_replayed(tokens):
     )
 
     x, weight, bias = inputs((tokens, 260, 64), torch.bfloat16, "cpu", with_bias=True)
-    with capture() as graph:
+    with capture(torch.device("cpu")) as graph:
         y = launch_int8_linear(x, weight.codes, weight.scale, bias)
         values, indices = launch_int8_linear_topk(x, weight.codes, weight.scale, bias, 2)
     x.copy_(torch.randn(tokens, 64))

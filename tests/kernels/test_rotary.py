@@ -244,7 +244,7 @@ def test_a_recorded_launch_follows_slots_and_positions():
 
     store = Store(torch.bfloat16, "cpu", T=1)
     slots, positions = store.tensor(0, 0, 0), store.tensor(0, 0, 0)
-    with capture() as graph:
+    with capture(torch.device("cpu")) as graph:
         q = launch_rotary_and_store(store.qkv, *store.table, *store.caches, slots, positions)
     slots += store.tensor(3, 1, 6)
     positions += store.tensor(30, 1, 4)

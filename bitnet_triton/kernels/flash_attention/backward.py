@@ -1,8 +1,8 @@
 """Triton backward of attention (arXiv:2307.08691, algorithm 2), deterministic: no atomics.
 
-Three kernels. delta: the part of the gradient of a score that its whole row shares. dq: one program
-a tile of queries, as in the forward. dkdv: one program a tile of keys of one key head, over the
-queries that see it and over the query heads that share it.
+Three kernels. delta: what the others need of a row beside its vectors, once. dq: one program a tile
+of queries, as in the forward. dkdv: one program a tile of keys of one key head, over the queries
+that see it and over the query heads that share it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from bitnet_triton.kernels.flash_attention.tiles import (
     is_taken,
     key_positions,
     list_range,
+    load_keys,
     load_rows,
+    load_run,
     row_bounds,
     row_class,
     score_tile,
@@ -37,13 +39,17 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _flash_attention_bwd_delta_kernel(
-    # tensors: out, dout [rows H DV]; lse, dlse, delta [B H Tq]; dlse may be None
-    out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr,
+    # tensors: out, dout [rows H DV]; lse, dlse, pivot, delta [B H Tq]; dlse may be None
+    out_ptr, dout_ptr, lse_ptr, dlse_ptr, pivot_ptr, delta_ptr,
     # sizes: rows of a sequence, heads
     T, H,
     # compile-time
     DV: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
+    """Store what the gradients of the scores of a row share, and lse as a pivot of the weights.
+
+    The pivot is lse in base 2, but +inf, which makes every weight 0, for rows that see nothing.
+    """
     BLOCK_DV: tl.constexpr = triton.next_power_of_2(DV)
     t = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     head = tl.program_id(1)
@@ -53,22 +59,14 @@ def _flash_attention_bwd_delta_kernel(
     dout = load_rows(dout_ptr, rows, DV, t < T, DV, BLOCK_DV).to(tl.float32)
     delta = tl.sum(out * dout, axis=1)
     at = (batch * H + head) * T + t
+    lse = tl.load(lse_ptr + at, mask=t < T, other=0.0)
+    is_empty = lse == float("-inf")
     if dlse_ptr is not None:
         # a row that sees nothing has no gradient, whatever comes in
-        is_empty = tl.load(lse_ptr + at, mask=t < T, other=0.0) == float("-inf")
         dlse = tl.load(dlse_ptr + at, mask=t < T, other=0.0)
         delta -= tl.where(is_empty, 0.0, dlse)
+    tl.store(pivot_ptr + at, tl.where(is_empty, float("inf"), lse * _LOG2_E), mask=t < T)
     tl.store(delta_ptr + at, delta, mask=t < T)
-
-
-@triton.jit
-def _load_lse(lse_ptr, at, is_row) -> tl.tensor:
-    """Load lse in base 2; +inf, which makes every weight 0, for rows that see nothing."""
-    if is_row is None:
-        lse = tl.load(lse_ptr + at) * _LOG2_E
-    else:
-        lse = tl.load(lse_ptr + at, mask=is_row, other=float("-inf")) * _LOG2_E
-    return tl.where(lse == float("-inf"), float("inf"), lse)
 
 
 @triton.jit
@@ -81,12 +79,14 @@ def _score_scale(scale_log2, softcap_log2) -> tl.tensor:
 
 
 @triton.jit
-def _add_dq(acc, q, dout, lse, delta, cut, j, k, v, visible, scale_log2, softcap_log2) -> tl.tensor:
+def _add_dq(
+    acc, q, dout, pivot, delta, cut, j, k, v, visible, scale_log2, softcap_log2
+) -> tl.tensor:
     """Add what one tile of keys gives to dq, without the scale; visible is None for all pairs."""
     scores, slope = score_tile(q, k, scale_log2, softcap_log2)  # [BLOCK_M, BLOCK_N]
     if cut is not None:
         visible = visible & is_taken(scores, j[None, :], cut[:, None])
-    weights = tl.exp2(scores - lse[:, None])
+    weights = tl.exp2(scores - pivot[:, None])
     if visible is not None:
         weights = tl.where(visible, weights, 0.0)
     dweights = tl.dot(dout, tl.trans(v), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
@@ -96,9 +96,9 @@ def _add_dq(acc, q, dout, lse, delta, cut, j, k, v, visible, scale_log2, softcap
 
 @triton.jit
 def _flash_attention_bwd_dq_kernel(
-    # tensors: q [B Tq H D]; k [B Tk Hk D]; v [B Tk Hk DV]; dout [B Tq H DV]; lse, delta [B H Tq];
+    # tensors: q [B Tq H D]; k [B Tk Hk D]; v [B Tk Hk DV]; dout [B Tq H DV]; pivot, delta [B H Tq];
     # cuts as in the forward, or None; dq [B Tq H D]
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, cuts_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, pivot_ptr, delta_ptr, cuts_ptr, dq_ptr,
     # int32 [H 4]: step, left, right, dilation; int32 [B 4]: lengths of sequences, or None
     heads_ptr, lengths_ptr,
     # keys that everybody sees: the list, where sequences start in it, flags of all keys; or None
@@ -148,12 +148,12 @@ def _flash_attention_bwd_dq_kernel(
     at_row = (flat * Tq + rows) * H + head
     q = load_rows(q_ptr, rows, q_stride_t, is_row, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     dout = load_rows(dout_ptr, at_row, DV, is_row, DV, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
-    at_lse = (flat * H + head) * Tq + rows
-    lse = _load_lse(lse_ptr, at_lse, is_row)
-    delta = tl.load(delta_ptr + at_lse, mask=is_row, other=0.0)
+    at_pivot = (flat * H + head) * Tq + rows
+    pivot = tl.load(pivot_ptr + at_pivot, mask=is_row, other=float("inf"))
+    delta = tl.load(delta_ptr + at_pivot, mask=is_row, other=0.0)
     cut = None
     if cuts_ptr is not None:
-        cut = tl.load(cuts_ptr + at_lse, mask=is_row, other=0)
+        cut = tl.load(cuts_ptr + at_pivot, mask=is_row, other=0)
 
     n = count_keys(n_k, c, step, block, summary, KIND, DILATED)
     low, high = row_bounds(R, c, step, left, right, n, block, summary, sinks, KIND)
@@ -166,19 +166,22 @@ def _flash_attention_bwd_dq_kernel(
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for t in range(edges, edges + whole):
-        s = low0 + t * BLOCK_N + tl.arange(0, BLOCK_N)
-        j = key_positions(s, c, step, block, summary, KIND, DILATED)
-        k = load_rows(k_ptr, j, k_stride_t, None, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-        v = load_rows(v_ptr, j, v_stride_t, None, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
-        acc = _add_dq(acc, q, dout, lse, delta, None, j, k, v, None, scale_log2, softcap_log2)
+        first_s = low0 + t * BLOCK_N
+        lanes = tl.arange(0, BLOCK_N)
+        j = key_positions(first_s + lanes, c, step, block, summary, KIND, DILATED)
+        k = load_keys(k_ptr, first_s, lanes, j, k_stride_t, None, D, BLOCK_D, KIND, DILATED)
+        v = load_keys(v_ptr, first_s, lanes, j, v_stride_t, None, DV, BLOCK_DV, KIND, DILATED)
+        acc = _add_dq(acc, q, dout, pivot, delta, None, j, k, v, None, scale_log2, softcap_log2)
 
     for t in range(edges + more):
-        s = low0 + tl.where(t < edges, t, t + whole) * BLOCK_N + tl.arange(0, BLOCK_N)
+        first_s = low0 + tl.where(t < edges, t, t + whole) * BLOCK_N
+        lanes = tl.arange(0, BLOCK_N)
+        s = first_s + lanes
         j = key_positions(s, c, step, block, summary, KIND, DILATED)
-        k = load_rows(k_ptr, j, k_stride_t, s < n, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-        v = load_rows(v_ptr, j, v_stride_t, s < n, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+        k = load_keys(k_ptr, first_s, lanes, j, k_stride_t, s < n, D, BLOCK_D, KIND, DILATED)
+        v = load_keys(v_ptr, first_s, lanes, j, v_stride_t, s < n, DV, BLOCK_DV, KIND, DILATED)
         visible = visible_tile(s, low, high, p, j, dilation, key_flags_ptr, s < n, KIND, DILATED)
-        acc = _add_dq(acc, q, dout, lse, delta, cut, j, k, v, visible, scale_log2, softcap_log2)
+        acc = _add_dq(acc, q, dout, pivot, delta, cut, j, k, v, visible, scale_log2, softcap_log2)
 
     if keys_ptr is not None:
         start, listed = list_range(keys_start_ptr, b)
@@ -193,7 +196,9 @@ def _flash_attention_bwd_dq_kernel(
             visible = (at < listed)[None, :]
             if CAUSAL:
                 visible = visible & (j[None, :] <= p[:, None])
-            acc = _add_dq(acc, q, dout, lse, delta, cut, j, k, v, visible, scale_log2, softcap_log2)
+            acc = _add_dq(
+                acc, q, dout, pivot, delta, cut, j, k, v, visible, scale_log2, softcap_log2
+            )
 
     acc *= _score_scale(scale_log2, softcap_log2)
     if ACCUMULATE:
@@ -203,13 +208,13 @@ def _flash_attention_bwd_dq_kernel(
 
 @triton.jit
 def _add_dkdv(
-    dk, dv, q, dout, lse, delta, cut, j, k, v, visible, scale_log2, softcap_log2
+    dk, dv, q, dout, pivot, delta, cut, j, k, v, visible, scale_log2, softcap_log2
 ) -> tuple:
     """Add what one tile of rows gives to dk (without the scale) and dv."""
     scores, slope = score_tile(k, q, scale_log2, softcap_log2)  # [BLOCK_N, BLOCK_M]
     if cut is not None:
         visible = visible & is_taken(scores, j[:, None], cut[None, :])
-    weights = tl.exp2(scores - lse[None, :])
+    weights = tl.exp2(scores - pivot[None, :])
     if visible is not None:
         weights = tl.where(visible, weights, 0.0)
     dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision="ieee")  # [BLOCK_N, BLOCK_DV]
@@ -221,32 +226,37 @@ def _add_dkdv(
 
 @triton.jit
 def _load_row_tile(
-    q_ptr, dout_ptr, lse_ptr, delta_ptr, row_flags_ptr, rows, is_row, q_stride_t, H,
+    q_ptr, dout_ptr, pivot_ptr, delta_ptr, row_flags_ptr, first, rows, is_row, q_stride_t, H,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ) -> tuple:  # fmt: skip
-    """Load q, dout, lse and delta of rows; all pointers stand at the first row of the head."""
-    q = load_rows(q_ptr, rows, q_stride_t, is_row, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-    dout = load_rows(dout_ptr, rows, H * DV, is_row, DV, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
-    lse = _load_lse(lse_ptr, rows, is_row)
-    if is_row is None:
-        delta = tl.load(delta_ptr + rows)
-    else:
-        delta = tl.load(delta_ptr + rows, mask=is_row, other=0.0)
+    """Load q, dout, pivot and delta of the rows first + rows.
+
+    All pointers stand at row 0 of the head; is_row is None if all rows exist.
+    """
+    start = first.to(tl.int64)
+    q = load_run(q_ptr, first, rows, q_stride_t, is_row, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    dout = load_run(dout_ptr, first, rows, H * DV, is_row, DV, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
+    pivot = _load_row_values(pivot_ptr + start, rows, is_row, float("inf"))
+    delta = _load_row_values(delta_ptr + start, rows, is_row, 0.0)
     if row_flags_ptr is not None:
-        flags = (
-            tl.load(row_flags_ptr + rows)
-            if is_row is None
-            else tl.load(row_flags_ptr + rows, mask=is_row, other=1)
-        )
-        lse = tl.where(flags == 0, lse, float("inf"))
-    return q, dout, lse, delta
+        flags = _load_row_values(row_flags_ptr + start, rows, is_row, 1)
+        pivot = tl.where(flags == 0, pivot, float("inf"))
+    return q, dout, pivot, delta
+
+
+@triton.jit
+def _load_row_values(ptr, rows, is_row, other) -> tl.tensor:
+    if is_row is None:
+        return tl.load(ptr + rows)
+    else:
+        return tl.load(ptr + rows, mask=is_row, other=other)
 
 
 @triton.jit
 def _flash_attention_bwd_dkdv_kernel(
-    # tensors: q [B Tq H D]; k [B Tk Hk D]; v [B Tk Hk DV]; dout [B Tq H DV]; lse, delta [B H Tq];
+    # tensors: q [B Tq H D]; k [B Tk Hk D]; v [B Tk Hk DV]; dout [B Tq H DV]; pivot, delta [B H Tq];
     # cuts as in the forward, or None; dk, dv as k, v but contiguous
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, cuts_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, pivot_ptr, delta_ptr, cuts_ptr, dk_ptr, dv_ptr,
     # int32 [H 4]: step, left, right, dilation; int32 [B 4]: lengths of sequences, or None
     heads_ptr, lengths_ptr,
     # keys that everybody sees: their list and its starts in their own launch, else their flags
@@ -315,7 +325,8 @@ def _flash_attention_bwd_dkdv_kernel(
     i0 = 0
     R0 = offset
     n_rows = n_q
-    if DILATED and KIND == CLASS:
+    CLASSES: tl.constexpr = DILATED and KIND == CLASS
+    if CLASSES:
         i0 = c - offset
         i0 -= floor_div(i0, step) * step
         _, R0 = row_class(i0, offset, step, DILATED)
@@ -347,42 +358,52 @@ def _flash_attention_bwd_dkdv_kernel(
             edges, whole, more = edges + whole + more, 0, 0
 
         at_head = (flat * Tq + start_q) * H + head
-        at_lse = (flat * H + head) * Tq + start_q
+        at_pivot = (flat * H + head) * Tq + start_q
         q_head = q_ptr + batch * q_stride_b + head * q_stride_h + start_q.to(tl.int64) * q_stride_t
         flags_head = row_flags_ptr
         if row_flags_ptr is not None:
             flags_head += flat * Tq + start_q
         for t in range(edges, edges + whole):
-            i = i0 + step * (low0 - R0 + t * BLOCK_M + tl.arange(0, BLOCK_M))
-            q, dout, lse, delta = _load_row_tile(
-                q_head, dout_ptr + at_head * DV, lse_ptr + at_lse, delta_ptr + at_lse, flags_head,
-                i, None, q_stride_t, H, D, DV, BLOCK_D, BLOCK_DV,
+            first_i = low0 - R0 + t * BLOCK_M
+            i = tl.arange(0, BLOCK_M)
+            if CLASSES:
+                first_i = i0 + step * first_i
+                i = step * i
+            q, dout, pivot, delta = _load_row_tile(
+                q_head, dout_ptr + at_head * DV, pivot_ptr + at_pivot, delta_ptr + at_pivot,
+                flags_head, first_i, i, None, q_stride_t, H, D, DV, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
             dk, dv = _add_dkdv(
-                dk, dv, q, dout, lse, delta, None, j, k, v, None, scale_log2, softcap_log2
+                dk, dv, q, dout, pivot, delta, None, j, k, v, None, scale_log2, softcap_log2
             )
         for t in range(edges + more):
+            i = tl.arange(0, BLOCK_M)
             if rows_ptr is not None:
-                at = skipped + t * BLOCK_M + tl.arange(0, BLOCK_M)
+                at = skipped + t * BLOCK_M + i
                 is_row = at < listed
                 i = tl.load(rows_ptr + start + at, mask=is_row, other=0)
+                first_i = 0 * t
                 R = i + offset
             else:
-                R = low0 + tl.where(t < edges, t, t + whole) * BLOCK_M + tl.arange(0, BLOCK_M)
+                first_R = low0 + tl.where(t < edges, t, t + whole) * BLOCK_M
+                R = first_R + i
                 is_row = n_rows > R - R0
-                i = i0 + step * (R - R0)
-            q, dout, lse, delta = _load_row_tile(
-                q_head, dout_ptr + at_head * DV, lse_ptr + at_lse, delta_ptr + at_lse, flags_head,
-                i, is_row, q_stride_t, H, D, DV, BLOCK_D, BLOCK_DV,
+                first_i = first_R - R0
+                if CLASSES:
+                    first_i = i0 + step * first_i
+                    i = step * i
+            q, dout, pivot, delta = _load_row_tile(
+                q_head, dout_ptr + at_head * DV, pivot_ptr + at_pivot, delta_ptr + at_pivot,
+                flags_head, first_i, i, is_row, q_stride_t, H, D, DV, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
             visible = (R[None, :] >= low[:, None]) & (R[None, :] < high[:, None])
             if KIND != CLASS and DILATED:
                 visible = visible & ((R[None, :] - j[:, None]) % dilation == 0)
             cut = None
             if cuts_ptr is not None:
-                cut = tl.load(cuts_ptr + at_lse + i, mask=is_row, other=0)
+                cut = tl.load(cuts_ptr + at_pivot + first_i + i, mask=is_row, other=0)
             dk, dv = _add_dkdv(
-                dk, dv, q, dout, lse, delta, cut, j, k, v, visible, scale_log2, softcap_log2
+                dk, dv, q, dout, pivot, delta, cut, j, k, v, visible, scale_log2, softcap_log2
             )
 
     dk = tl.where(is_here[:, None], dk * _score_scale(scale_log2, softcap_log2), 0.0)

@@ -19,15 +19,16 @@ from bitnet_triton.kernels.flash_attention.forward import (
     softmax_step,
 )
 from bitnet_triton.kernels.flash_attention.mask import Mask
-from bitnet_triton.kernels.flash_attention.tiles import load_rows, score_tile, store_rows
+from bitnet_triton.kernels.flash_attention.tiles import load_rows, raw_scores, store_rows
 from bitnet_triton.runtime import launch
 from bitnet_triton.runtime.autotune import head_size, tiles
 from bitnet_triton.runtime.device import smallest_dot
 
 MOST_QUERIES = 16
 
-# Keys of a share at full length, and the most shares: more than that merge slowly
-_SHARE = 512
+# Keys of a share at full length on a CPU, and on a GPU, which has more to occupy; and the most
+# shares: more than that merge slowly
+_SHARE, _SHARE_OF_GPU = 512, 128
 _MOST_SHARES = 64
 
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -109,23 +110,24 @@ def _flash_attention_decode_kernel(
         is_key = j < tl.where(is_ahead, ahead, end)
         k = load_rows(k_ptr, j, k_stride_t, is_key, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
         v = load_rows(v_ptr, j, v_stride_t, is_key, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
-        scores, _ = score_tile(q, k, scale_log2, softcap_log2)  # [ROWS, BLOCK_N]
+        scores, factor = raw_scores(q, k, scale_log2, softcap_log2)  # [ROWS, BLOCK_N]
         visible = (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None])
         if sinks is not None:
             visible = visible | (j[None, :] < sink_end[:, None])
         scores = tl.where(visible & is_key[None, :], scores, float("-inf"))
         if ROWS <= 4:
             # each row by itself: a product would copy the values into another order first
-            weights, shrink, top, total = softmax_step(top, total, scores)
+            weights, shrink, top, total = softmax_step(top, total, scores, factor)
             products = weights[:, :, None] * v.to(tl.float32)[None, :, :]
             acc = acc * shrink[:, None] + tl.sum(products, axis=1)  # [ROWS, BLOCK_DV]
         else:
-            acc, top, total = accumulate(acc, top, total, scores, v)
+            acc, top, total = accumulate(acc, top, total, scores, factor, v)
 
     row = (batch * Tq + t) * H + head
     out = acc / tl.where(total > 0, total, 1.0)[:, None]
     store_rows(out_ptr, row * SHARES + share, DV, out, is_row, DV, BLOCK_DV)
-    lse = top + tl.log2(total)
+    factor = scale_log2 if softcap_log2 is None else softcap_log2
+    lse = top * factor + tl.log2(total)
     if SHARES == 1:
         tl.store(lse_ptr + (batch * H + head) * Tq + t, lse * _LN_2, mask=is_row)
     else:
@@ -198,7 +200,7 @@ def launch_decode(
         out [B Tq H Dv] in the dtype of ``q`` and lse [B H Tq] in float32.
     """
     (B, Tq, H, D), (Tk, Hk), DV = q.shape, k.shape[1:3], v.shape[-1]
-    shares = _shares(Tk, mask)
+    shares = _shares(Tk, mask, q.device)
     out = torch.empty((B, Tq, H, DV), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
     parts, part_lse = out, lse
@@ -230,9 +232,10 @@ def launch_decode(
     return out, lse
 
 
-def _shares(Tk: int, mask: Mask) -> int:
+def _shares(Tk: int, mask: Mask, device: torch.device) -> int:
     """Divide the keys that a query may see; by shapes alone, so that a row decides for itself."""
     keys = Tk
     if mask.window is not None and mask.causal and mask.dense_from is None:
         keys = min(keys, mask.window)
-    return min(triton.cdiv(keys, _SHARE), _MOST_SHARES)
+    share = _SHARE if smallest_dot(device) == 1 else _SHARE_OF_GPU
+    return min(triton.cdiv(keys, share), _MOST_SHARES)

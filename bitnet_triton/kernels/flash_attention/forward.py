@@ -20,9 +20,10 @@ from bitnet_triton.kernels.flash_attention.tiles import (
     is_taken,
     key_positions,
     list_range,
+    load_keys,
     load_rows,
+    raw_scores,
     row_bounds,
-    score_tile,
     sequence_lengths,
     split_tiles,
     store_rows,
@@ -33,24 +34,25 @@ _LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def softmax_step(top, total, scores) -> tuple:
-    """Take a tile of scores into the running softmax (arXiv:1805.02867).
+def softmax_step(top, total, scores, factor) -> tuple:
+    """Take a tile of scores, in base 2 times a positive factor, into the running softmax
+    (arXiv:1805.02867).
 
-    Returns the weights of the tile, by how much what was summed before shrinks, the new maximum and
-    the new sum of weights.
-    """
+    Returns the weights of the tile, by how much what was summed before shrinks, the new maximum of
+    the scores and the new sum of weights.
+    """  # noqa: D205 - what scores are takes two lines
     new_top = tl.maximum(top, tl.max(scores, 1))
     # a row that has seen no key keeps a finite pivot: -inf - -inf is NaN
-    pivot = tl.where(new_top == float("-inf"), 0.0, new_top)
-    weights = tl.exp2(scores - pivot[:, None])
-    shrink = tl.exp2(top - pivot)
+    pivot = tl.where(new_top == float("-inf"), 0.0, new_top) * factor
+    weights = tl.exp2(scores * factor - pivot[:, None])
+    shrink = tl.exp2(top * factor - pivot)
     return weights, shrink, new_top, total * shrink + tl.sum(weights, 1)
 
 
 @triton.jit
-def accumulate(acc, top, total, scores, v) -> tuple:
+def accumulate(acc, top, total, scores, factor, v) -> tuple:
     """Add a tile of keys to what a tile of rows has summed."""
-    weights, shrink, top, total = softmax_step(top, total, scores)
+    weights, shrink, top, total = softmax_step(top, total, scores, factor)
     acc = acc * shrink[:, None]
     acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")  # [BLOCK_M, BLOCK_DV]
     return acc, top, total
@@ -129,23 +131,27 @@ def _flash_attention_fwd_kernel(
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     for t in range(edges, edges + whole):
-        s = low0 + t * BLOCK_N + tl.arange(0, BLOCK_N)
-        j = key_positions(s, c, step, block, summary, KIND, DILATED)
-        k = load_rows(k_ptr, j, k_stride_t, None, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-        v = load_rows(v_ptr, j, v_stride_t, None, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
-        scores, _ = score_tile(q, k, scale_log2, softcap_log2)  # [BLOCK_M, BLOCK_N]
-        acc, top, total = accumulate(acc, top, total, scores, v)
+        first_s = low0 + t * BLOCK_N
+        lanes = tl.arange(0, BLOCK_N)
+        j = key_positions(first_s + lanes, c, step, block, summary, KIND, DILATED)
+        k = load_keys(k_ptr, first_s, lanes, j, k_stride_t, None, D, BLOCK_D, KIND, DILATED)
+        v = load_keys(v_ptr, first_s, lanes, j, v_stride_t, None, DV, BLOCK_DV, KIND, DILATED)
+        scores, factor = raw_scores(q, k, scale_log2, softcap_log2)  # [BLOCK_M, BLOCK_N]
+        acc, top, total = accumulate(acc, top, total, scores, factor, v)
 
     for t in range(edges + more):
-        s = low0 + tl.where(t < edges, t, t + whole) * BLOCK_N + tl.arange(0, BLOCK_N)
+        first_s = low0 + tl.where(t < edges, t, t + whole) * BLOCK_N
+        lanes = tl.arange(0, BLOCK_N)
+        s = first_s + lanes
         j = key_positions(s, c, step, block, summary, KIND, DILATED)
-        k = load_rows(k_ptr, j, k_stride_t, s < n, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-        v = load_rows(v_ptr, j, v_stride_t, s < n, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
-        scores, _ = score_tile(q, k, scale_log2, softcap_log2)  # [BLOCK_M, BLOCK_N]
+        k = load_keys(k_ptr, first_s, lanes, j, k_stride_t, s < n, D, BLOCK_D, KIND, DILATED)
+        v = load_keys(v_ptr, first_s, lanes, j, v_stride_t, s < n, DV, BLOCK_DV, KIND, DILATED)
+        scores, factor = raw_scores(q, k, scale_log2, softcap_log2)  # [BLOCK_M, BLOCK_N]
         visible = visible_tile(s, low, high, p, j, dilation, key_flags_ptr, s < n, KIND, DILATED)
         if cut is not None:
-            visible = visible & is_taken(scores, j[None, :], cut[:, None])
-        acc, top, total = accumulate(acc, top, total, tl.where(visible, scores, float("-inf")), v)
+            visible = visible & is_taken(scores * factor, j[None, :], cut[:, None])
+        scores = tl.where(visible, scores, float("-inf"))
+        acc, top, total = accumulate(acc, top, total, scores, factor, v)
 
     listed = 0
     if keys_ptr is not None:
@@ -158,20 +164,20 @@ def _flash_attention_fwd_kernel(
             j = tl.load(keys_ptr + start + at, mask=at < listed, other=0)
             k = load_rows(k_ptr, j, k_stride_t, at < listed, D, BLOCK_D)  # [BLOCK_E, BLOCK_D]
             v = load_rows(v_ptr, j, v_stride_t, at < listed, DV, BLOCK_DV)  # [BLOCK_E, BLOCK_DV]
-            scores, _ = score_tile(q, k, scale_log2, softcap_log2)  # [BLOCK_M, BLOCK_E]
+            scores, factor = raw_scores(q, k, scale_log2, softcap_log2)  # [BLOCK_M, BLOCK_E]
             visible = (at < listed)[None, :]
             if CAUSAL:
                 visible = visible & (j[None, :] <= p[:, None])
             if cut is not None:
-                visible = visible & is_taken(scores, j[None, :], cut[:, None])
-            acc, top, total = accumulate(
-                acc, top, total, tl.where(visible, scores, float("-inf")), v
-            )
+                visible = visible & is_taken(scores * factor, j[None, :], cut[:, None])
+            scores = tl.where(visible, scores, float("-inf"))
+            acc, top, total = accumulate(acc, top, total, scores, factor, v)
 
     out = acc / tl.where(total > 0, total, 1.0)[:, None]
     at_row = (flat * Tq + rows) * H + head
     store_rows(out_ptr, at_row, DV, out, is_row, DV, BLOCK_DV)
-    lse = (top + tl.log2(total)) * _LN_2
+    factor = scale_log2 if softcap_log2 is None else softcap_log2
+    lse = (top * factor + tl.log2(total)) * _LN_2
     tl.store(lse_ptr + (flat * H + head) * Tq + rows, lse, mask=is_row)
     if visited_ptr is not None:
         program = (b * H + head) * tl.num_programs(0) + tl.program_id(0)

@@ -113,10 +113,10 @@ def launch_backward(
         # heads that share keys but not classes: a copy of the keys for each of them
         k, v = (t.repeat_interleave(H // Hk, dim=-2) for t in (k, v))
     cuts = launch_select(q, k, call, plan) if call.mask.selects else None
-    delta = _launch_delta(dout, dlse, out, lse)
-    dq = _launch_dq(dout, q, k, v, lse, delta, cuts, call, plan)
+    pivot, delta = _launch_delta(dout, dlse, out, lse)
+    dq = _launch_dq(dout, q, k, v, pivot, delta, cuts, call, plan)
     dtype = torch.float32 if k.shape[-2] != Hk else q.dtype
-    dk, dv = _launch_dkdv(dout, q, k, v, lse, delta, cuts, call, plan, dtype)
+    dk, dv = _launch_dkdv(dout, q, k, v, pivot, delta, cuts, call, plan, dtype)
     if k.shape[-2] != Hk:
         dk, dv = (t.unflatten(-2, (Hk, H // Hk)).sum(-2, dtype=torch.float32) for t in (dk, dv))
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
@@ -131,19 +131,21 @@ def shares_keys_unevenly(plan: Plan, H: int, Hk: int) -> bool:
     )
 
 
-def _launch_delta(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor) -> Tensor:
+def _launch_delta(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor]:
     *lead, T, H, DV = out.shape
-    delta = torch.empty_like(lse)
+    pivot, delta = torch.empty_like(lse), torch.empty_like(lse)
     config = tiles("flash_attention_bwd_delta", DV, out.device)
     grid = (triton.cdiv(T, config["BLOCK_M"]), H, lead[0] if lead else 1)
     launch(_flash_attention_bwd_delta_kernel, grid)(
-        out, dout, lse, dlse, delta, T, H, DV=DV, **config
+        out, dout, lse, dlse, pivot, delta, T, H, DV=DV, **config
     )
-    return delta
+    return pivot, delta
 
 
 def _launch_dq(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, pivot: Tensor, delta: Tensor,
     cuts: Tensor | None, call: Call, plan: Plan,
 ) -> Tensor:  # fmt: skip
     H = q.shape[-2]
@@ -159,7 +161,7 @@ def _launch_dq(
         programs = grid_tiles(q, config["BLOCK_M"], band, batch)
         keys = plan.keys if band is plan.bands[0] else None
         launch(_flash_attention_bwd_dq_kernel, (programs, H, 1 if plan.packed else batch))(
-            q, k, v, dout, lse, delta, cuts, dq,
+            q, k, v, dout, pivot, delta, cuts, dq,
             heads_table(band, H, q.device), plan.lengths,
             *tokens_of(keys), None if dense else key_flags(plan),
             *tokens_of(plan.rows if dense else None), row_flags(plan, dense),
@@ -173,7 +175,7 @@ def _launch_dq(
 
 
 def _launch_dkdv(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, pivot: Tensor, delta: Tensor,
     cuts: Tensor | None, call: Call, plan: Plan, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     *_, H, D = q.shape
@@ -189,13 +191,14 @@ def _launch_dkdv(
     # what several launches add up is rounded once, at the end
     dtype = torch.float32 if len(passes) > 1 else dtype
     dk, dv = (make(t.shape, dtype=dtype, device=k.device) for t in (k, v))
-    config = tiles("flash_attention_bwd_dkdv", head_size(max(D, v.shape[-1]), q.dtype), q.device)
     batch = plan.lengths.shape[0] if plan.lengths is not None else q.shape[0]
     for number, (band, keys, rows) in enumerate(passes):
-        programs = grid_tiles(k, config["BLOCK_N"], band, batch)
         whole = keys is None and rows is None
+        kernel = "flash_attention_bwd_dkdv" + ("" if whole and cuts is None else "_listed")
+        config = tiles(kernel, head_size(max(D, v.shape[-1]), q.dtype), q.device)
+        programs = grid_tiles(k, config["BLOCK_N"], band, batch)
         launch(_flash_attention_bwd_dkdv_kernel, (programs, Hk, 1 if plan.packed else batch))(
-            q, k, v, dout, lse, delta, cuts, dk, dv,
+            q, k, v, dout, pivot, delta, cuts, dk, dv,
             heads_table(band, H, q.device), plan.lengths,
             *tokens_of(keys), key_flags(plan) if whole else None,
             *tokens_of(rows), row_flags(plan, rows is not None),

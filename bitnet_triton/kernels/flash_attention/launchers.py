@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from bitnet_triton.runtime.device import smallest_dot
 
 # a program holds whole heads of a tile of rows
 LARGEST_HEAD = 256
+# between two rows: 256 of them, the most that a tile has, overflow 32 bits from here on
+_LARGEST_STRIDE = 2**23
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 
@@ -29,6 +32,9 @@ def _triton_fwd(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Te
     from bitnet_triton.kernels.flash_attention.launch import launch_forward
 
     q, k, v = _inner_contiguous(q, k, v)
+    if call.softcap is None and call.scale <= 0:
+        # a softmax that scales what it has subtracted needs a positive factor
+        q, call = -q, replace(call, scale=-call.scale or torch.finfo(torch.float32).tiny)
     if call.decodes and decode_objection(q, k, call.mask) is None:
         return launch_decode(
             q, k, v, mask=call.mask, scale=call.scale, softcap=call.softcap,
@@ -50,7 +56,13 @@ def _triton_bwd(
 
 
 def _inner_contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple([t if t.stride(-1) == 1 else t.contiguous() for t in tensors])
+    # offsets within a tile are of 32 bits
+    return tuple(
+        [
+            t if t.stride(-1) == 1 and t.stride(-3) < _LARGEST_STRIDE else t.contiguous()
+            for t in tensors
+        ]
+    )
 
 
 def _triton_objection(q: Tensor, v: Tensor, call: Call) -> str | None:

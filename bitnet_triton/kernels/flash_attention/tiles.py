@@ -218,9 +218,26 @@ def split_tiles(low0, low1, high0, high1, BLOCK: tl.constexpr) -> tuple:
 @triton.jit
 def load_rows(ptr, rows, stride, is_row, D: tl.constexpr, BLOCK_D: tl.constexpr) -> tl.tensor:
     """Load [rows, BLOCK_D], zeros from D on and where ``is_row`` is False; None: all exist."""
-    dims = tl.arange(0, BLOCK_D)
     # int64: row * stride overflows int32 from 2**31 elements on
-    at = ptr + rows.to(tl.int64)[:, None] * stride + dims[None, :]
+    return _load_at(ptr + rows.to(tl.int64)[:, None] * stride, is_row, D, BLOCK_D)
+
+
+@triton.jit
+def load_run(
+    ptr, first, lanes, stride, is_row, D: tl.constexpr, BLOCK_D: tl.constexpr
+) -> tl.tensor:
+    """Load the rows first + lanes as ``load_rows`` does, with offsets of 32 bits from the first.
+
+    A thread adds one number to offsets that it keeps, in half of the registers.
+    """
+    return _load_at(ptr + first.to(tl.int64) * stride + lanes[:, None] * stride, is_row, D, BLOCK_D)
+
+
+@triton.jit
+def _load_at(starts, is_row, D: tl.constexpr, BLOCK_D: tl.constexpr) -> tl.tensor:
+    """Load BLOCK_D values from each of the pointers ``starts`` [rows, 1] on."""
+    dims = tl.arange(0, BLOCK_D)
+    at = starts + dims[None, :]
     if is_row is None:
         if D == BLOCK_D:
             return tl.load(at)
@@ -233,12 +250,37 @@ def load_rows(ptr, rows, stride, is_row, D: tl.constexpr, BLOCK_D: tl.constexpr)
 
 
 @triton.jit
+def load_keys(
+    ptr, first, lanes, j, stride, is_key, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    KIND: tl.constexpr, DILATED: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Load the keys at positions j, as ``load_rows`` does; without classes j is first + lanes."""
+    if KIND == CLASS and not DILATED:
+        return load_run(ptr, first, lanes, stride, is_key, D, BLOCK_D)
+    else:
+        return load_rows(ptr, j, stride, is_key, D, BLOCK_D)
+
+
+@triton.jit
 def store_rows(ptr, rows, stride, values, is_row, D: tl.constexpr, BLOCK_D: tl.constexpr) -> None:
     """Store [rows, BLOCK_D], up to D, where ``is_row``."""
     dims = tl.arange(0, BLOCK_D)
     at = ptr + rows.to(tl.int64)[:, None] * stride + dims[None, :]
     mask = is_row[:, None] & (dims < D)[None, :]
     tl.store(at, values.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def raw_scores(q, k, scale_log2, softcap_log2) -> tuple:
+    """Return scores [M, N], and the positive factor that puts them in base 2.
+
+    To scale what the softmax subtracts takes no instruction more: one for each pair less.
+    """
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [M, N]
+    if softcap_log2 is None:
+        return scores, scale_log2
+    else:
+        return libdevice.tanh(scores * scale_log2), softcap_log2
 
 
 @triton.jit

@@ -21,7 +21,10 @@ from bitnet_triton.kernels.common.tiles import part_of_tile
 from bitnet_triton.kernels.ternary_linear.merged import count_tiles, part_ends
 from bitnet_triton.kernels.ternary_linear.tiles import planes_in_place, store_plane, sums_in_place
 from bitnet_triton.runtime import launch
-from bitnet_triton.runtime.autotune import tiles
+from bitnet_triton.runtime.autotune import has_tiles, tiles
+
+# As many byte rows are no more than half a program for each multiprocessor of a large GPU
+_NARROW_R = 1024
 
 
 @triton.jit
@@ -42,6 +45,10 @@ def _ternary_linear_fwd_few_kernel(
     ks = tl.arange(0, SLICES)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     is_token = tokens < M
     is_row = rows < end
+
+    # on their way before the weights: behind the loop a program would wait for them
+    sums = tl.load(a_sum_ptr + tokens, mask=is_token, other=0)[None, :]
+    scales = tl.load(a_scale_ptr + tokens, mask=is_token, other=0.0) * tl.load(scale_ptr + part)
 
     acc0 = tl.zeros((SLICES, BLOCK_R, BLOCK_M), tl.int32)
     acc1 = tl.zeros((SLICES, BLOCK_R, BLOCK_M), tl.int32)
@@ -64,11 +71,9 @@ def _ternary_linear_fwd_few_kernel(
         acc2 = tl.dot(w2, a, acc2, out_dtype=tl.int32)
         acc3 = tl.dot(w3, a, acc3, out_dtype=tl.int32)
 
-    sums = tl.load(a_sum_ptr + tokens, mask=is_token, other=0)[None, :]
     y0, y1, y2, y3 = sums_in_place(
         tl.sum(acc0, 0), tl.sum(acc1, 0), tl.sum(acc2, 0), tl.sum(acc3, 0), sums
     )  # [BLOCK_R, BLOCK_M] each
-    scales = tl.load(a_scale_ptr + tokens, mask=is_token, other=0.0) * tl.load(scale_ptr + part)
     in_tile = is_row[:, None] & is_token[None, :]
     N = 4 * R
     # byte row r of a part holds its rows r, r + plane, r + 2 plane, r + 3 plane
@@ -92,6 +97,12 @@ def _ternary_linear_fwd_few_kernel(
     )  # fmt: skip
 
 
+def _kernel(R: int, device: torch.device) -> str:
+    """Return what the tiles are called: with few programs, each of them takes more warps."""
+    narrow = "ternary_linear_fwd_few_narrow"
+    return narrow if R <= _NARROW_R and has_tiles(narrow, device) else "ternary_linear_fwd_few"
+
+
 def launch_ternary_linear_fwd_few(
     a: Tensor, a_scale: Tensor, a_sum: Tensor, packed: Tensor, scale: Tensor,
     bias: Tensor | None, residual: Tensor | None, rows: Sequence[int], dtype: torch.dtype,
@@ -103,7 +114,7 @@ def launch_ternary_linear_fwd_few(
     """
     (M, K), R = a.shape, packed.shape[0]
     y = torch.empty((M, 4 * R), dtype=dtype, device=a.device)
-    config = tiles("ternary_linear_fwd_few", M, a.device)
+    config = tiles(_kernel(R, a.device), M, a.device)
     grid = (count_tiles(rows, config["BLOCK_R"]), count_tiles((M,), config["BLOCK_M"]))
     launch(_ternary_linear_fwd_few_kernel, grid)(
         a, a_scale, a_sum, packed, scale, scale if bias is None else bias,

@@ -16,28 +16,31 @@ from bitnet_triton.kernels.ternary_linear.compiled import (
     reads_packed,
 )
 from bitnet_triton.runtime import Implementation
-from bitnet_triton.runtime.autotune import largest_size
+from bitnet_triton.runtime.autotune import has_tiles, largest_size
 from bitnet_triton.runtime.device import smallest_dot
 
 
 def _triton_ternary_fwd(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     a, a_scale, a_sum = _quantize_with_sums(x)
     rows = packed.shape[:1]
-    return _packed_launcher(x)(a, a_scale, a_sum, packed, scale, bias, None, rows, x.dtype)
+    launch = packed_launcher(x, packed)
+    return launch(a, a_scale, a_sum, packed, scale, bias, None, rows, x.dtype)
 
 
-def _packed_launcher(x: Tensor) -> Callable[..., Tensor]:
+def packed_launcher(x: Tensor, packed: Tensor) -> Callable[..., Tensor]:
     """Return the launcher of the kernel that multiplies as many rows as x [M, K] has."""
     # Triton is imported on first use, here and below: that takes longer than this package
     from bitnet_triton.kernels.ternary_linear.decode import launch_ternary_linear_fwd_few
     from bitnet_triton.kernels.ternary_linear.forward import launch_ternary_linear_fwd
+    from bitnet_triton.kernels.ternary_linear.gemv import in_words, launch_ternary_linear_fwd_one
     from bitnet_triton.kernels.ternary_linear.tiles import IN_PLACE_K
 
-    few = (
-        smallest_dot(x.device) > 1
-        and x.shape[0] <= largest_size("ternary_linear_fwd_few")
-        and x.shape[1] < IN_PLACE_K
-    )
+    M, K = x.shape
+    if smallest_dot(x.device) == 1 or K >= IN_PLACE_K:
+        return launch_ternary_linear_fwd
+    if M == 1 and has_tiles("ternary_linear_fwd_one", x.device) and in_words(x, packed):
+        return launch_ternary_linear_fwd_one
+    few = largest_size("ternary_linear_fwd_few") >= M
     return launch_ternary_linear_fwd_few if few else launch_ternary_linear_fwd
 
 
@@ -45,7 +48,8 @@ def _triton_quantized_fwd(
     a: Tensor, a_scale: Tensor, a_sum: Tensor, packed: Tensor, scale: Tensor,
     residual: Tensor | None, rows: Sequence[int], dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    return _packed_launcher(a)(a, a_scale, a_sum, packed, scale, None, residual, rows, dtype)
+    launch = packed_launcher(a, packed)
+    return launch(a, a_scale, a_sum, packed, scale, None, residual, rows, dtype)
 
 
 def _reference_quantized_fwd(
