@@ -31,7 +31,7 @@ SECTIONS = (
     ),
     Section("decode", "Attention of one query", "speed", 2, 20, decode.items),
     # one sequence; eight only if that was done in half of the time
-    Section("model", "A whole model, decoding", "speed", 8, 80, model.items, most_s=120),
+    Section("model", "A whole model, decoding", "speed", 8, 60, model.items, most_s=120),
 )  # fmt: skip
 
 __all__ = ["SECTIONS"]

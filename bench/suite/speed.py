@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from bench.case import Case, Outputs, Point, Work
+from bench.case import Case, Outputs, Point, Provider, Work
 from bench.machine import copies_beyond_cache
 from bench.measure import measure_point
 from bench.report import point_name
@@ -93,15 +94,30 @@ def in_turn(
     )
 
 
-def _graph(calls: Sequence[Callable[[], Outputs]]) -> Callable[[], list[Outputs]]:
+def recorded(provider: Provider, label: str) -> Provider:
+    """Return a provider whose call is replayed as a graph on a GPU, as no launch is waited for."""
+
+    def build(inputs: Any) -> Work:
+        work = provider.build(inputs)
+        if not torch.cuda.is_available():
+            return work
+        run = _graph([work.call], work.grad)
+        return dataclasses.replace(work, call=run, output=lambda: run()[0])
+
+    return dataclasses.replace(provider, label=label, build=build)
+
+
+def _graph(
+    calls: Sequence[Callable[[], Outputs]], grad: bool = False
+) -> Callable[[], list[Outputs]]:
     """Record the calls; return what replays them and returns their outputs."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.no_grad(), torch.cuda.stream(stream):
+    with torch.set_grad_enabled(grad), torch.cuda.stream(stream):
         calls[0]()  # kernels compile and libraries start before the capture
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.no_grad(), torch.cuda.graph(graph):
+    with torch.set_grad_enabled(grad), torch.cuda.graph(graph):
         outputs = [call() for call in calls]
 
     def replay() -> list[Outputs]:

@@ -94,9 +94,6 @@ class DecodeSteps:
         layers: Sequence[GrowingLayer | SinkWindowLayer],
         masks: tuple[Mask, ...],
     ) -> Tensor | None:
-        launchers = launchers_of(model)
-        if launchers is None:
-            return None
         B, columns = input_ids.shape[0], layers[0].get_seq_length()
         held = [layer.held for layer in layers]
         found = describe_places(attention_mask, position_ids, B, columns, held)
@@ -114,12 +111,27 @@ class DecodeSteps:
         if left != held:  # some have dropped what has left their window
             found = describe_places(attention_mask, position_ids, B, columns, left)
             assert found is not None
-        step = Step(stores, found[0], found[1], masks)
-        if self._recording is None or not self._recording.fits(model, step):
+        hidden = self._replay(model, input_ids, Step(stores, found[0], found[1], masks))
+        if hidden is not None:
+            for layer in layers:
+                layer.advance(1)
+        return hidden
+
+    def _replay(self, model: FusedModel, input_ids: Tensor, step: Step) -> Tensor | None:
+        """Run a step; None where the layers would do something else than what is recorded.
+
+        To look at all layers takes as long as a GPU works on a step: it starts before that, on what
+        was true a step ago, and runs again if it is not true any more.
+        """
+        recording, hidden = self._recording, None
+        if recording is not None and recording.fits(step):
+            hidden = recording.replay(model, input_ids, step.places)
+        launchers = launchers_of(model)
+        if launchers is None:
+            return None
+        if recording is None or hidden is None or not recording.has_weights_of(model):
             self._recording = Recording(model, step, launchers)
-        hidden = self._recording.replay(model, input_ids, step.places)
-        for layer in layers:
-            layer.advance(1)
+            hidden = self._recording.replay(model, input_ids, step.places)
         return hidden
 
     def _masks(
@@ -239,6 +251,8 @@ FUSED_MODELS: dict[type[nn.Module], type[FusedModel]] = {
 
 
 def _can_record(device: torch.device) -> bool:
+    if torch.is_grad_enabled():
+        return False
     if device.type == "cuda":
         return not torch.cuda.is_current_stream_capturing()  # somebody else records
     return device.type == "cpu"

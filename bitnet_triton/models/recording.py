@@ -94,19 +94,25 @@ class Recording:
 
         return attend
 
-    def fits(self, model: Any, step: Step) -> bool:
-        """Tell whether the memory that was recorded is still the model's and the cache's."""
+    def fits(self, step: Step) -> bool:
+        """Tell whether it was recorded for such a step, on the memory of this cache."""
         return (
             step.places.shape == self._places.shape
             and step.groups == self._step.groups
             and step.masks == self._step.masks
             and same_stores(step.stores, self._step.stores)
             and _last_position(step) < self._positions
-            and _same_weights(_weights(model), self._weights)
         )
 
+    def has_weights_of(self, model: Any) -> bool:
+        """Tell whether the weights that were recorded are still the model's."""
+        return _same_weights(_weights(model), self._weights)
+
     def replay(self, model: Any, input_ids: Tensor, places: Tensor) -> Tensor:
-        """Run a step; return hidden states [B 1 D]."""
+        """Run a step; return hidden states [B 1 D].
+
+        It writes behind what the cache holds, so a step may run again, or by other means.
+        """
         self._hidden.copy_(model.embed_tokens(input_ids)[:, 0])
         self._places.copy_(places)
         self._graph.replay()

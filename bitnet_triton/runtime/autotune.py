@@ -229,11 +229,11 @@ _GPU: dict[str, dict[int, Tiles]] = {
 _AMD: dict[str, dict[int, Tiles]] = {
     "flash_attention_fwd": {
         **_GPU["flash_attention_fwd"],
-        128: {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
+        128: {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
     },
     "flash_attention_bwd_dq": {
         **_GPU["flash_attention_bwd_dq"],
-        128: {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
+        128: {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
     },
 }
 for _name in ("flash_attention_bwd_dkdv", "flash_attention_bwd_dkdv_listed"):

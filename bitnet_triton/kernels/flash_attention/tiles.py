@@ -218,8 +218,9 @@ def split_tiles(low0, low1, high0, high1, BLOCK: tl.constexpr) -> tuple:
 @triton.jit
 def load_rows(ptr, rows, stride, is_row, D: tl.constexpr, BLOCK_D: tl.constexpr) -> tl.tensor:
     """Load [rows, BLOCK_D], zeros from D on and where ``is_row`` is False; None: all exist."""
+    dims = tl.arange(0, BLOCK_D)
     # int64: row * stride overflows int32 from 2**31 elements on
-    return _load_at(ptr + rows.to(tl.int64)[:, None] * stride, is_row, D, BLOCK_D)
+    return _load_tile(ptr + rows.to(tl.int64)[:, None] * stride + dims[None, :], is_row, dims, D)
 
 
 @triton.jit
@@ -230,20 +231,19 @@ def load_run(
 
     A thread adds one number to offsets that it keeps, in half of the registers.
     """
-    return _load_at(ptr + first.to(tl.int64) * stride + lanes[:, None] * stride, is_row, D, BLOCK_D)
+    dims = tl.arange(0, BLOCK_D)
+    offsets = lanes[:, None] * stride + dims[None, :]
+    return _load_tile(ptr + first.to(tl.int64) * stride + offsets, is_row, dims, D)
 
 
 @triton.jit
-def _load_at(starts, is_row, D: tl.constexpr, BLOCK_D: tl.constexpr) -> tl.tensor:
-    """Load BLOCK_D values from each of the pointers ``starts`` [rows, 1] on."""
-    dims = tl.arange(0, BLOCK_D)
-    at = starts + dims[None, :]
+def _load_tile(at, is_row, dims, D: tl.constexpr) -> tl.tensor:
     if is_row is None:
-        if D == BLOCK_D:
+        if dims.shape[0] == D:
             return tl.load(at)
         else:
             return tl.load(at, mask=(dims < D)[None, :], other=0.0)
-    elif D == BLOCK_D:
+    elif dims.shape[0] == D:
         return tl.load(at, mask=is_row[:, None], other=0.0)
     else:
         return tl.load(at, mask=is_row[:, None] & (dims < D)[None, :], other=0.0)
