@@ -27,7 +27,16 @@ from bench.case import Settings
 from bench.peaks import measure_peaks
 from bench.report import RESULTS, write_json
 from bench.suite import SECTIONS
-from bench.suite.plan import Clock, Outcome, Plan, Section, Tell, run_section
+from bench.suite.plan import (
+    Clock,
+    Outcome,
+    Plan,
+    Section,
+    Tell,
+    broken_device,
+    run_section,
+    skipped_section,
+)
 from bench.suite.show import print_result, result
 from bench.suite.workers import Workers, default_jobs
 
@@ -115,9 +124,15 @@ def run_suite(
                 workers.close()
                 _measure_limits(section, plan, tell)
                 outcomes.append(run_section(section, plan, deadline, tell))
+            write_json(result(plan, command_line(), budget_s, outcomes), output)
+            if broken := broken_device(plan.device, section.name):
+                tell(broken)
+                left = sections[len(outcomes) :]
+                outcomes += [skipped_section(each, broken) for each in left]
+                write_json(result(plan, command_line(), budget_s, outcomes), output)
+                break
             if plan.device.type == "cuda":
                 torch.cuda.empty_cache()
-            write_json(result(plan, command_line(), budget_s, outcomes), output)
     finally:
         workers.close()
     return outcomes

@@ -18,9 +18,9 @@ SECTIONS = (
     Section("norms", "Quantisers and norms", "check", 4, 10, check_norm.items),
     Section("linears", "Linears", "check", 8, 10, check_linear.items),
     Section("attentions", "Attention and rotation", "check", 12, 10, check_attention.items),
-    Section("prefill", "Products of 4096 tokens", "speed", 3, 20, matmul.prefill),
-    Section("gemv", "Products of 1 to 16 tokens", "speed", 5, 20, matmul.gemv),
-    Section("training", "Training steps of a linear", "speed", 2, 20, training.items),
+    Section("prefill", "Products of 4096 tokens", "speed", 4, 10, matmul.prefill),
+    Section("gemv", "Products of 1 to 16 tokens", "speed", 6, 10, matmul.gemv),
+    Section("training", "Training steps of a linear", "speed", 2, 10, training.items),
     Section(
         "attention", "Attention, forward", "speed", 4, 40,
         functools.partial(attention.attention, "forward"),
@@ -29,7 +29,7 @@ SECTIONS = (
         "attention_backward", "Attention, backward", "speed", 4, 60,
         functools.partial(attention.attention, "backward"),
     ),
-    Section("decode", "Attention of one query", "speed", 2, 20, decode.items),
+    Section("decode", "Attention of one query", "speed", 2, 10, decode.items),
     # one sequence; eight only if that was done in half of the time
     Section("model", "A whole model, decoding", "speed", 8, 60, model.items, most_s=120),
 )  # fmt: skip

@@ -210,7 +210,7 @@ def run_item(item: Item, index: int, plan: Plan) -> Done:
         results = item.run()
     except Exception as error:  # whatever it raises belongs in the report
         results = [failed(item, error)]
-    broken = _broken_device(plan.device, item.name)
+    broken = broken_device(plan.device, item.name)
     return Done(results, time.monotonic() - start, broken)
 
 
@@ -229,7 +229,13 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {message[0]}"
 
 
-def _broken_device(device: torch.device, after: str) -> str:
+def skipped_section(section: Section, reason: str) -> Outcome:
+    """Return the outcome of a section that cannot run."""
+    skipped = [{"name": "all of it", "reason": reason}]
+    return Outcome(section.name, section.title, section.kind, skipped=skipped)
+
+
+def broken_device(device: torch.device, after: str) -> str:
     """Say that a GPU has stopped answering: an illegal access ends every later call as well."""
     if device.type == "cuda":
         try:
