@@ -33,7 +33,7 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def one_class(monkeypatch):
     """A kernel with one class, which has two tiles that halve and double."""
-    monkeypatch.setitem(autotune._CPU, KERNEL, {1: {"BLOCK_M": 4, "BLOCK_R": 8}})
+    monkeypatch.setitem(autotune.CPU, KERNEL, {1: {"BLOCK_M": 4, "BLOCK_R": 8}})
 
 
 def fake_job(seconds, value=lambda tiles: 1.0):
@@ -160,7 +160,7 @@ def test_command_measures_writes_and_keeps(tmp_path, cache):
 
 @needs_triton
 def test_dry_run_keeps_nothing(clock, monkeypatch, tmp_path, cache):
-    monkeypatch.setitem(autotune._CPU, KERNEL, {1: {"BLOCK_M": 1, "BLOCK_R": 16, "BLOCK_K": 64}})
+    monkeypatch.setitem(autotune.CPU, KERNEL, {1: {"BLOCK_M": 1, "BLOCK_R": 16, "BLOCK_K": 64}})
     monkeypatch.setattr(tuning, "_STEPS", 1)
     clock(lambda t: 1.0 / t["BLOCK_M"])
     target = tmp_path / "tune.json"

@@ -28,7 +28,7 @@ LAUNCHERS = {
 # every GPU has tiles of its own
 CLASSES = [
     (gpu, kernel, size)
-    for gpu, tables in autotune._GPU_TABLES.items()
+    for gpu, tables in autotune.GPU_TABLES.items()
     for kernel in LAUNCHERS
     for size in tables.get(kernel, ())
 ]
@@ -38,13 +38,13 @@ GPU = pytest.mark.parametrize(("gpu", "kernel"), dict.fromkeys(c[:2] for c in CL
 @pytest.fixture(autouse=True)
 def gpu_tables(request, monkeypatch):
     gpu = request.getfixturevalue("gpu") if "gpu" in request.fixturenames else "cuda"
-    tables = autotune._GPU_TABLES[gpu]
+    tables = autotune.GPU_TABLES[gpu]
     for kernel in LAUNCHERS.keys() & tables.keys():
         classes = {
             size: {k: v for k, v in config.items() if not k.startswith("num_")}
             for size, config in tables[kernel].items()
         }
-        monkeypatch.setitem(autotune._CPU, kernel, classes)
+        monkeypatch.setitem(autotune.CPU, kernel, classes)
 
 
 def run(kernel, M, K, parts, *, largest=0):

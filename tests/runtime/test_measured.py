@@ -56,7 +56,7 @@ def test_measured_tiles_of_this_machine_replace_those_of_their_class_only(cache)
     write_choices(cache, [choice()])
     assert used(1) == other(1)
     assert used(2) == shipped(2)
-    assert autotune.tiles(KERNEL, 1, torch.device("meta")) == autotune._GPU[KERNEL][1024]
+    assert autotune.tiles(KERNEL, 1, torch.device("meta")) == autotune.GPU[KERNEL][1024]
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_source_of_a_kernel_changes_with_its_files(tmp_path, monkeypatch):
 
 
 def test_every_kernel_of_the_tables_has_a_source():
-    for kernel in {*autotune._GPU, *autotune._CPU}:
+    for kernel in {*autotune.GPU, *autotune.CPU}:
         if kernel != "dense_linear_fwd":
             assert measured.source_of(kernel), kernel
 
@@ -172,7 +172,7 @@ def test_size_beyond_the_table_is_named():
 
 def test_float32_has_tiles_of_its_own_where_the_table_says_so():
     gpu = torch.device("meta")
-    own = autotune._GPU["ternary_linear_bwd_float32"]
+    own = autotune.GPU["ternary_linear_bwd_float32"]
     assert autotune.tiles("ternary_linear_bwd", 9, gpu, torch.float32) in own.values()
     assert autotune.tiles("ternary_linear_bwd", 9, gpu, torch.bfloat16) not in own.values()
     assert autotune.tiles(KERNEL, 1, CPU, torch.float32) == shipped()
