@@ -14,13 +14,9 @@ from contextvars import ContextVar
 import torch
 
 from bitnet_triton.runtime.measured import measured_tiles
-from bitnet_triton.runtime.tiles_cpu import CPU, Tiles
+from bitnet_triton.runtime.tiles_cpu import CPU, FLOAT32_SUFFIX, Tiles, kernel_of
 from bitnet_triton.runtime.tiles_gpu import FLOAT32, GPU, GPU_TABLES
 
-_FLOAT32_SUFFIX = "_float32"
-_SELECTED_SUFFIX = "_selected"
-_NARROW_SUFFIX = "_narrow"
-_LISTED_SUFFIX = "_listed"
 _SMALLEST_FITTED = 16
 
 _forced_gpu: ContextVar[str | None] = ContextVar("bitnet_triton_gpu", default=None)
@@ -52,8 +48,8 @@ def _classes(
     kernel: str, device: torch.device, dtype: torch.dtype | None
 ) -> tuple[str, dict[int, Tiles]]:
     table = _table(device)
-    if dtype == torch.float32 and kernel + _FLOAT32_SUFFIX in table:
-        kernel += _FLOAT32_SUFFIX
+    if dtype == torch.float32 and kernel + FLOAT32_SUFFIX in table:
+        kernel += FLOAT32_SUFFIX
     return kernel, table[kernel]
 
 
@@ -65,8 +61,9 @@ def _table(device: torch.device) -> dict[str, dict[int, Tiles]]:
 def _gpu_of(device: torch.device) -> str:
     if torch.version.hip is not None:
         return "hip"
-    is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-    return "sm_90" if is_hopper else "cuda"
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return "cuda"
+    return "sm_90" if torch.cuda.get_device_capability(device) == (9, 0) else "cuda"
 
 
 @contextlib.contextmanager
@@ -132,8 +129,5 @@ def all_tiles() -> dict[str, list[Tiles]]:
     """Return every configuration that is launched on such a GPU untuned, by kernel."""
     found: dict[str, list[Tiles]] = {}
     for kernel, classes in GPU_TABLES[_forced_gpu.get() or "cuda"].items():
-        name = kernel
-        for suffix in (_FLOAT32_SUFFIX, _SELECTED_SUFFIX, _NARROW_SUFFIX, _LISTED_SUFFIX):
-            name = name.removesuffix(suffix)
-        found.setdefault(name, []).extend(classes.values())
+        found.setdefault(kernel_of(kernel), []).extend(classes.values())
     return found

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from bitnet_triton.runtime.device import cpu_capability, triton_version
+from bitnet_triton.runtime.tiles_cpu import kernel_of
 
 _LOG = logging.getLogger(__name__)
 _FORMAT = 1
@@ -81,7 +82,7 @@ def source_of(kernel: str) -> str | None:
     Args:
         kernel: its name in the table of tiles.
     """
-    name = kernel.removesuffix("_float32").removesuffix("_selected")
+    name = kernel_of(kernel)
     for path in sorted(_KERNELS.rglob("*.py")):
         if f"def _{name}_kernel(" in path.read_text(encoding="utf-8"):
             parts = sorted([*path.parent.glob("*.py"), *(_KERNELS / "common").glob("*.py")])

@@ -6,7 +6,20 @@ import sys
 
 Tiles = dict[str, int]
 
+# What a kernel may be called in a table after its name, where it has several sets of tiles: for
+# float32, for pairs that are selected, for few byte rows, for keys or rows from a list
+FLOAT32_SUFFIX = "_float32"
+_SUFFIXES = (FLOAT32_SUFFIX, "_selected", "_narrow", "_listed")
+
 ANY = sys.maxsize
+
+
+def kernel_of(name: str) -> str:
+    """Return the kernel that a table has tiles for under ``name``."""
+    for suffix in _SUFFIXES:
+        name = name.removesuffix(suffix)
+    return name
+
 
 # kernel -> the largest size of a shape class -> its tiles, as in tiles_gpu.py
 CPU: dict[str, dict[int, Tiles]] = {
