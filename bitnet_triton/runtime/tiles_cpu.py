@@ -61,8 +61,9 @@ CPU: dict[str, dict[int, Tiles]] = {
         16384: {"BLOCK_F": 16384},
     },
     "ternary_linear_fwd": {
-        # whole rows, up to 8192: memory is read in one stream, tokens are skipped where M ends
-        1: {"BLOCK_M": 1, "BLOCK_R": 32, "BLOCK_K": 8192},
+        # whole rows, up to 8192; tokens are skipped where M ends. One token reads the quarters of
+        # the rows as four streams: further apart is faster, but small matrices need some programs
+        1: {"BLOCK_M": 1, "BLOCK_R": 64, "BLOCK_K": 8192},
         2: {"BLOCK_M": 2, "BLOCK_R": 32, "BLOCK_K": 8192},
         4: {"BLOCK_M": 4, "BLOCK_R": 32, "BLOCK_K": 8192},
         64: {"BLOCK_M": 8, "BLOCK_R": 32, "BLOCK_K": 8192},

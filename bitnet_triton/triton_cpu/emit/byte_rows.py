@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # Bytes of a row from which on its sums are added up at once, and more than a few vectors pay
 LONG_ROW = 1024
-# and from which on it is read as one stream, and how far ahead it is fetched
+# and from which on it is read as a stream, and how far ahead that is fetched
 _STREAM = 2048
 _FETCH_AHEAD = 4096
 _FETCH_FAR = 12288  # beyond that, into the second-level cache
@@ -59,13 +59,10 @@ def emit_byte_rows(
     sums = ", ".join(f"{{{target}}}" for target in targets)
     emitter.write(f"ByteSums<{'true' if lanes else 'false'}> const sums[] = {{{sums}}};")
     codes = emitter.fresh("codes")
-    head = f"auto const {codes} = [&](int n, int64_t k, v64u8* w) TCPU_ALWAYS"
+    head = f"auto const {codes} = [&](int n, int64_t k, v64u8* w, auto fetch) TCPU_ALWAYS"
     with emitter.braces(head, end="};"):
         for leaf in leaves.values():
-            ahead = _ahead(leaf, first)
-            if first.depth >= _STREAM:  # to the second level early, to the first in time
-                emitter.write(f"__builtin_prefetch({ahead} + {_FETCH_FAR}, 0, 2);")
-            emitter.write(f"__builtin_prefetch({ahead});")
+            _fetch(emitter, leaf, first.depth)
         for i, product in enumerate(group):
             code = byte_expression(emitter, product.matrix, product.along, leaves)
             emitter.write(f"w[{i}] = {code};")
@@ -79,10 +76,13 @@ def emit_byte_rows(
     )
 
 
-def _ahead(view: View, product: VectorProduct) -> str:
-    """Return the address to fetch early: further along the row, or the next trip's stretch of it.
-
-    The hardware sees long rows coming by itself, but not stretches of less than a page.
-    """
-    distance = product.depth if product.depth < _STREAM else _FETCH_AHEAD
-    return f"{view.base} + n * int64_t({view.steps[0]}) + k + {distance}"
+def _fetch(emitter: Emitter, view: View, depth: int) -> None:
+    """Fetch early: a stretch of less than a page is nothing that the hardware sees coming."""
+    row = f"{view.base} + n * int64_t({view.steps[0]}) + k"
+    if depth < _STREAM:  # the next trip's stretch of the row
+        emitter.write(f"__builtin_prefetch({row} + {depth});")
+        return
+    # further along the row: to the second level early, to the first in time
+    with emitter.braces("if constexpr (decltype(fetch)::value != 0)"):
+        emitter.write(f"__builtin_prefetch({row} + {_FETCH_FAR}, 0, 2);")
+        emitter.write(f"__builtin_prefetch({row} + {_FETCH_AHEAD});")

@@ -58,14 +58,14 @@ template <int COUNT, class At> TCPU_INLINE void add_lanes(const v16i32* s, At at
   }
 }
 
-// VECTORS vectors from v on, ROWS rows from n on, of MATRICES matrices: all sums stay in registers.
-template <class Kind, int MATRICES, int ROWS, int VECTORS, class Sums, class Codes>
+// VECTORS vectors from v on, ROWS rows from n on, `apart` rows apart, of MATRICES matrices: all sums stay in registers.
+template <class Kind, int MATRICES, int ROWS, int VECTORS, bool FETCH, class Sums, class Codes>
 TCPU_INLINE void multiply_byte_rows(ByteVectors x, const int32_t* totals, const Sums* sums, int row_step,
-                                    int vector_step, int n, int v, Codes codes) {
+                                    int vector_step, int n, int apart, int v, Codes codes) {
   constexpr int count = MATRICES * ROWS * VECTORS;
   auto at = [&](int i) TCPU_ALWAYS {
     const int j = i % VECTORS, r = i / VECTORS % ROWS;
-    return sums[i / VECTORS / ROWS].at(int64_t(n + r) * row_step + int64_t(v + j) * vector_step);
+    return sums[i / VECTORS / ROWS].at(int64_t(n + r * apart) * row_step + int64_t(v + j) * vector_step);
   };
   v16i32 s[count] = {};
 #pragma GCC unroll 32
@@ -82,7 +82,7 @@ TCPU_INLINE void multiply_byte_rows(ByteVectors x, const int32_t* totals, const 
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) {
       v64u8 w[MATRICES];
-      codes(n + r, k, w);
+      codes(n + r * apart, k, w, Int<FETCH>());
 #pragma GCC unroll 16
       for (int i = 0; i < MATRICES; ++i)
 #pragma GCC unroll 8
@@ -97,29 +97,42 @@ TCPU_INLINE void multiply_byte_rows(ByteVectors x, const int32_t* totals, const 
   }
 }
 
-// sums += codes x vectors, for the first `count` <= MOST of the vectors and `rows` rows. codes(n, k, w) sets w[i] to 64
-// bytes, from column k on, of row n of matrix i. Enough sums are open at once to hide the latency of an addition, and a
-// pair of rows meets all the vectors before the next one: it is still in the nearest cache then.
+// sums += codes x vectors, for the first `count` <= MOST of the vectors and `rows` rows. codes(n, k, w, fetch) sets w[i]
+// to 64 bytes, from column k on, of row n of matrix i, and fetches what comes later if Int<1> asks for it. Enough sums
+// are open at once to hide the latency of an addition.
+//
+// A few vectors wait for memory: it is read as four streams, the quarters of the rows, as a core asks for more at a time
+// than along one. With more vectors a pair of rows meets all of them before the next one: it is still in the nearest
+// cache then.
 template <class Kind, int MOST, int MATRICES, class Sums, class Codes>
 TCPU_INLINE void byte_rows(ByteVectors x, int count, int rows, const Sums (&sums)[MATRICES], int row_step,
                            int vector_step, Codes codes) {
+  constexpr int STREAMS = 4;
   constexpr int room = TCPU_REGISTERS * 5 / 8 / (16 / width<int32_t>);  // wide sums; operands need registers as well
   constexpr int most = room > MATRICES ? min_of(MOST, min_of(8, room / MATRICES)) : 1;
+  constexpr int few = min_of(MOST, room / (STREAMS * MATRICES));
   int32_t totals[Kind::biased ? MOST : 1];
   if constexpr (Kind::biased)
     for (int v = 0; v < count; ++v) totals[v] = sum_bytes(x.base + v * x.step, x.length);
+  auto pass = [&](auto together, auto width, auto fetch, int row, int apart, int v) TCPU_ALWAYS {
+    constexpr int ROWS = decltype(together)::value, V = decltype(width)::value, FETCH = decltype(fetch)::value;
+    multiply_byte_rows<Kind, MATRICES, ROWS, V, FETCH>(x, totals, sums, row_step, vector_step, row, apart, v, codes);
+  };
+  if constexpr (few > 0)
+    if (count > 0 && count <= few)
+      return dispatch<few>(count, [&](auto width) TCPU_ALWAYS {
+        const int apart = rows / STREAMS;
+        for (int n = 0; n < apart; ++n) pass(Int<STREAMS>(), width, Int<0>(), n, apart, 0);
+        for (int n = STREAMS * apart; n < rows; ++n) pass(Int<1>(), width, Int<1>(), n, 1, 0);
+      });
   for (int n = 0; n < rows; n += 2)
     for (int v = 0, left = divide_up(count, most), some; v < count; v += some, --left) {
       some = divide_up(count - v, left);  // passes of about the same size
       dispatch<most>(some, [&](auto width) TCPU_ALWAYS {
         constexpr int V = decltype(width)::value;
-        auto pass = [&](auto together, int row) TCPU_ALWAYS {
-          constexpr int ROWS = decltype(together)::value;
-          multiply_byte_rows<Kind, MATRICES, ROWS, V>(x, totals, sums, row_step, vector_step, row, v, codes);
-        };
         if constexpr (2 * V * MATRICES <= room)
-          if (n + 1 < rows) return pass(Int<2>(), n);
-        for (int row = n; row < rows && row < n + 2; ++row) pass(Int<1>(), row);
+          if (n + 1 < rows) return pass(Int<2>(), width, Int<1>(), n, 1, v);
+        for (int row = n; row < rows && row < n + 2; ++row) pass(Int<1>(), width, Int<1>(), row, 1, v);
       });
     }
 }
