@@ -263,7 +263,7 @@ def test_error_outside_of_a_comparison_is_a_failure_with_its_name():
 
 
 def test_after_an_illegal_access_the_rest_is_skipped_with_the_reason(monkeypatch):
-    monkeypatch.setattr(plan, "_broken_device", lambda _, after: f"stopped in {after}")
+    monkeypatch.setattr(plan, "broken_device", lambda _, after: f"stopped in {after}")
     items = [Item(n, lambda n=n: passed(n)) for n in "abc"]
     outcome = run_section(section(items), Plan(Settings()), time.monotonic() + 9, tell)
     assert len(outcome.results) == 1
@@ -353,6 +353,19 @@ def test_killed_run_leaves_what_it_has(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         gpu_suite.run_suite(Plan(Settings()), sections, 60.0, target, tell)
     assert [s["name"] for s in json.loads(target.read_text())["sections"]] == ["first"]
+
+
+def test_after_a_device_stopped_the_other_sections_are_skipped_with_the_reason(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(gpu_suite, "broken_device", lambda _, after: f"stopped in {after}")
+    sections = [section([Item(n, passed)], n) for n in ("first", "second", "third")]
+    target = tmp_path / "suite.json"
+    outcomes = gpu_suite.run_suite(Plan(Settings()), sections, 60.0, target, tell)
+    assert [len(o.results) for o in outcomes] == [1, 0, 0]
+    written = json.loads(target.read_text())["sections"]
+    reasons = [s["reason"] for each in written for s in each["skipped"]]
+    assert reasons == ["stopped in first"] * 2
 
 
 def outcome_of(*ratios, status="timed", M=4096, provider=QUANTIZED):
