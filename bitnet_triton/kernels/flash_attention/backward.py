@@ -368,7 +368,7 @@ def _flash_attention_bwd_dkdv_kernel(
             i = tl.arange(0, BLOCK_M)
             if CLASSES:
                 first_i = i0 + step * first_i
-                i = step * i
+                i = (step * i).to(tl.int64)  # any number of rows apart
             q, dout, pivot, delta = _load_row_tile(
                 q_head, dout_ptr + at_head * DV, pivot_ptr + at_pivot, delta_ptr + at_pivot,
                 flags_head, first_i, i, None, q_stride_t, H, D, DV, BLOCK_D, BLOCK_DV,
@@ -384,6 +384,7 @@ def _flash_attention_bwd_dkdv_kernel(
                 i = tl.load(rows_ptr + start + at, mask=is_row, other=0)
                 first_i = 0 * t
                 R = i + offset
+                i = i.to(tl.int64)
             else:
                 first_R = low0 + tl.where(t < edges, t, t + whole) * BLOCK_M
                 R = first_R + i
@@ -391,7 +392,7 @@ def _flash_attention_bwd_dkdv_kernel(
                 first_i = first_R - R0
                 if CLASSES:
                     first_i = i0 + step * first_i
-                    i = step * i
+                    i = (step * i).to(tl.int64)
             q, dout, pivot, delta = _load_row_tile(
                 q_head, dout_ptr + at_head * DV, pivot_ptr + at_pivot, delta_ptr + at_pivot,
                 flags_head, first_i, i, is_row, q_stride_t, H, D, DV, BLOCK_D, BLOCK_DV,
