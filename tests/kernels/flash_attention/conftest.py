@@ -122,7 +122,7 @@ def compare(device):
             limit = {} if worst is None else {"worst": worst}
             if worst is None and name in ("dq", "dk", "dv") and dtype == torch.float32:
                 limit["worst"] = gradient_limit(eager[name], value)
-                # differences of products that nearly cancel, of a few elements where there is one token
+                # differences of products that nearly cancel, few of them where there is one token
                 limit["rms"] = 2 * RMS_LIMITS[torch.float32]
             assert_close(name, ours[name], value, **rounded, **limit)
 
