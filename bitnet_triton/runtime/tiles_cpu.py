@@ -151,7 +151,7 @@ CPU: dict[str, dict[int, Tiles]] = {
         ANY: {"BLOCK_M": 128, "BLOCK_N": 128},
     },
     "flash_attention_decode": {
-        ANY: {"BLOCK_N": 128},
+        ANY: {"BLOCK_N": 32},
     },
     "flash_attention_decode_merge": {
         ANY: {},

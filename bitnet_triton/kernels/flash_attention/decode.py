@@ -118,8 +118,8 @@ def _flash_attention_decode_kernel(
         if ROWS <= 4:
             # each row by itself: a product would copy the values into another order first
             weights, shrink, top, total = softmax_step(top, total, scores, factor)
-            products = weights[:, :, None] * v.to(tl.float32)[None, :, :]
-            acc = acc * shrink[:, None] + tl.sum(products, axis=1)  # [ROWS, BLOCK_DV]
+            products = tl.dot(weights, v.to(tl.float32), input_precision="ieee")
+            acc = acc * shrink[:, None] + products  # [ROWS, BLOCK_DV]
         else:
             acc, top, total = accumulate(acc, top, total, scores, factor, v)
 

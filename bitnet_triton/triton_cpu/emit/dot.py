@@ -10,6 +10,7 @@ from bitnet_triton.triton_cpu.emit.emitter import Emitter, handles
 from bitnet_triton.triton_cpu.emit.lanes import emit_vector_products, vector_product
 from bitnet_triton.triton_cpu.emit.views import (
     View,
+    address_step,
     is_memory,
     matrix_view,
     rows_in_use,
@@ -18,6 +19,8 @@ from bitnet_triton.triton_cpu.emit.views import (
 from bitnet_triton.triton_cpu.ir import Op, Value
 
 _EIGHT_BIT_FLOATS = ("f8",)
+_FLOATS = frozenset({"f32", "bf16", "f16"})
+_FEW_ROWS = 4
 
 
 def _operand_type(op: Op) -> str | None:
@@ -45,8 +48,39 @@ def _dot(emitter: Emitter, op: Op) -> None:
         _batched(emitter, op)
     elif vector_product(emitter, op) is not None:
         emit_vector_products(emitter, op)
+    elif _has_few_rows(emitter, op):
+        _few_rows(emitter, op)
     else:
         _matrix_product(emitter, op)
+
+
+def _has_few_rows(emitter: Emitter, op: Op) -> bool:
+    """Tell whether packing the right operand would cost more than the product."""
+    a, b, _ = op.operands[:3]
+    (m, _), n = a.type.shape or (0, 0), (b.type.shape or (0, 0))[1]
+    if m > _FEW_ROWS or n % 16 or op.results[0].type.elem != "f32" or a.type.elem not in _FLOATS:
+        return False
+    root, order = untransposed(_narrow(b))
+    in_memory = is_memory(emitter, root) and address_step(emitter, root, order[1]) == 1
+    return root.type.elem in _FLOATS and in_memory
+
+
+def _narrow(value: Value) -> Value:
+    """Return what a matrix was widened from: the product widens it as it reads it."""
+    op = value.op
+    return op.operands[0] if op is not None and op.name == "arith.extf" else value
+
+
+def _few_rows(emitter: Emitter, op: Op) -> None:
+    a, b, _ = op.operands[:3]
+    (m, k), n = a.type.shape or (0, 0), (b.type.shape or (0, 0))[1]
+    name, c_sum = accumulator(emitter, op)
+    with emitter.braces():
+        left = matrix_view(emitter, a, unit=1)
+        right = matrix_view(emitter, _narrow(b), unit=1)
+        views = f"{left.base}, {left.steps[0]}, {right.base}, {right.steps[0]}"
+        emitter.write(f"few_rows<{m}, {n}, {k}>({views}, {name});")
+    finish(emitter, op, name, c_sum)
 
 
 def _matrix_product(emitter: Emitter, op: Op) -> None:

@@ -133,6 +133,9 @@ def emit_vector_products(emitter: Emitter, op: Op) -> None:
     if _adds_up(group[0]):
         _emit_long_rows(emitter, group)
         return
+    if op.operands[0].type.elem != "i8" and not isinstance(emitter.held.get(op.operands[2]), Lanes):
+        _emit_rows(emitter, group[0])
+        return
     targets = [_target(emitter, product) for product in group]
     with emitter.braces():
         if op.operands[0].type.elem == "i8":
@@ -158,6 +161,20 @@ def _emit_long_rows(emitter: Emitter, group: list[VectorProduct]) -> None:
     for product, (name, c_sum) in zip(group, sums):
         emitter.done.add(product.op)
         finish(emitter, product.op, name, c_sum)
+
+
+def _emit_rows(emitter: Emitter, product: VectorProduct) -> None:
+    """Emit a product of floats that no loop adds to: its sums are complete."""
+    name, c_sum = accumulator(emitter, product.op)
+    with emitter.braces():
+        vectors = matrix_view(emitter, product.vectors, unit=1 - product.along)
+        rows = matrix_view(emitter, product.matrix, unit=product.along)
+        views = ", ".join(
+            (vectors.base, vectors.steps[product.along], rows.base, rows.steps[1 - product.along])
+        )
+        shape = f"{product.count}, {product.rows}, {product.depth}"
+        emitter.write(f"dot_rows<{shape}>({views}, {name});")
+    finish(emitter, product.op, name, c_sum)
 
 
 def _group(emitter: Emitter, op: Op) -> list[VectorProduct]:

@@ -1,5 +1,6 @@
 // Products of small matrices whose second operand was packed by pack_b, and dot products that keep their lanes.
 #pragma once
+#include "few_rows.h"
 #include "pack.h"
 #include "row_dots.h"
 

@@ -1,5 +1,5 @@
-// Dot products of a vector with a few rows that keep 16 partial sums per row: nothing is packed, and the sum over lanes
-// is left until after a loop over K.
+// Dot products of vectors with rows that lie along memory: nothing is packed. One vector keeps 16 partial sums per row,
+// and the sum over lanes is left until after a loop over K; a few meet all rows at once, and their sums are complete.
 #pragma once
 #include "tile.h"
 #include "reduce.h"
@@ -96,6 +96,49 @@ TCPU_INLINE void dot_lanes(const T* a, const T* b, int64_t ldb, L* lanes) {
   for (int n = 0; n + most <= N; n += most)
     dot_lanes_of_rows<most, K>(a, b + n * ldb, ldb, lanes + n * 16);
   if constexpr (rest > 0) dot_lanes_of_rows<rest, K>(a, b + (N - rest) * ldb, ldb, lanes + (N - rest) * 16);
+}
+
+// Of COUNT vectors [COUNT, K] with ROWS rows, a register's worth in all: lane v * ROWS + n has that of v and n.
+template <int COUNT, int ROWS, int K, class T>
+TCPU_INLINE vec<float> dots_of_rows(const T* a, int64_t lda, const T* b, int64_t ldb) {
+  typedef LaneProduct<T> P;
+  typedef typename P::Register Register;
+  constexpr int step = P::elements, rest = K % step;
+  vec<float> acc[width<float>] = {};
+  auto add = [&](auto count, int k) {
+    constexpr int some = decltype(count)::value;
+    Register x[COUNT];
+#pragma GCC unroll 8
+    for (int v = 0; v < COUNT; ++v) x[v] = P::template load<some>(a + v * lda + k);
+#pragma GCC unroll 16
+    for (int n = 0; n < ROWS; ++n) {
+      Register w = P::template load<some>(b + n * ldb + k);
+#pragma GCC unroll 8
+      for (int v = 0; v < COUNT; ++v) acc[v * ROWS + n] = P::mac(acc[v * ROWS + n], x[v], w);
+    }
+  };
+  for (int k = 0; k + step <= K; k += step) add(Int<step>(), k);
+  if constexpr (rest > 0) add(Int<rest>(), K - rest);
+  return sum_rows(acc);
+}
+
+// c [COUNT, N] += a [COUNT, K] times the transpose of b [N, K]; rows lie lda and ldb elements apart. Some 4 KiB of b are
+// fetched ahead, rows behind the last one included: a loop over K reads them next.
+template <int COUNT, int N, int K, class T>
+TCPU_INLINE void dot_rows(const T* a, int64_t lda, const T* b, int64_t ldb, float* c) {
+  constexpr int rows = min_of(N, width<float> / COUNT), line = 64 / (int)sizeof(T);
+  constexpr int ahead = 64 * line / min_of(K, 64 * line / rows);  // rows; not fewer than are open
+  static_assert(COUNT <= width<float> && N % rows == 0, "dot_rows: powers of two");
+  for (int n = 0; n < N; n += rows) {
+    for (int i = 0; i < rows; ++i)
+      for (int k = 0; k < K; k += line) __builtin_prefetch(b + (n + ahead + i) * ldb + k);
+    alignas(64) float sums[width<float>];
+    store(sums, dots_of_rows<COUNT, rows, K>(a, lda, b + n * ldb, ldb));
+#pragma GCC unroll 8
+    for (int v = 0; v < COUNT; ++v)
+#pragma GCC unroll 16
+      for (int i = 0; i < rows; ++i) c[v * N + n + i] += sums[v * rows + i];
+  }
 }
 
 // c[n] += sum of lanes[n][0..15]

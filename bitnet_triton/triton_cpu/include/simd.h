@@ -137,7 +137,7 @@ TCPU_INLINE vec<int32_t> sdot(vec<int32_t> acc, vec<int32_t> a, vec<int32_t> b) 
 }
 #endif
 
-// A quarter of a vector of bytes to 32-bit lanes; GCC 12 takes the conversion builtin apart into scalars.
+// Narrow lanes to 32-bit ones; GCC 12 takes the conversion builtin apart, into scalars or into halves.
 TCPU_INLINE vec<uint32_t> widen(vec<uint8_t, TCPU_VECTOR_BYTES / 4> x) {
 #ifdef __AVX2__
   vec<uint32_t> r;
@@ -158,12 +158,18 @@ TCPU_INLINE vec<uint32_t> widen(vec<int8_t, TCPU_VECTOR_BYTES / 4> x) {
 #endif
 }
 TCPU_INLINE vec<uint32_t> widen(vec<uint16_t, TCPU_VECTOR_BYTES / 2> x) {
+#ifdef __AVX2__
+  vec<uint32_t> r;
+  asm("vpmovzxwd %1, %0" : "=v"(r) : "vm"(x));
+  return r;
+#else
   return __builtin_convertvector(x, vec<uint32_t>);
+#endif
 }
 
 // As many floats as a vector holds, from narrow storage.
 TCPU_INLINE vec<float> widen(vec<uint16_t, TCPU_VECTOR_BYTES / 2> x, bf16) {
-  return (vec<float>)(__builtin_convertvector(x, vec<uint32_t>) << 16);
+  return (vec<float>)(widen(x) << 16);
 }
 TCPU_INLINE vec<float> widen(vec<uint16_t, TCPU_VECTOR_BYTES / 2> x, f16) {
   vec<float> r;
