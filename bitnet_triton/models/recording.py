@@ -20,7 +20,9 @@ from bitnet_triton.kernels.rms_norm.op import NORM_FWD
 from bitnet_triton.kernels.rotary.op import ROTARY_AND_STORE
 from bitnet_triton.models.fused_layer import FusedDecoderLayer
 from bitnet_triton.models.fusion import Launchers
+from bitnet_triton.models.watch import Watch
 from bitnet_triton.runtime import backend_objection, capture, forced_backend, select
+from bitnet_triton.runtime.device import autocast_dtype
 
 Stores = list[tuple[Tensor, Tensor]]
 
@@ -65,6 +67,7 @@ class Recording:
             self._record(model, launchers)
         with capture(norm.device) as self._graph:
             self._result = self._record(model, launchers)
+        self._watch = Watch(model)
 
     def _record(self, model: Any, launchers: Launchers) -> Tensor:
         x = self._hidden
@@ -104,9 +107,16 @@ class Recording:
             and _last_position(step) < self._positions
         )
 
+    def is_untouched(self) -> bool:
+        """Tell whether nothing at all has changed in the model; False says little."""
+        return self._watch.holds()
+
     def has_weights_of(self, model: Any) -> bool:
         """Tell whether the weights that were recorded are still the model's."""
-        return _same_weights(_weights(model), self._weights)
+        if not _same_weights(_weights(model), self._weights):
+            return False
+        self._watch = Watch(model)  # what has changed does not matter, and need not be asked again
+        return True
 
     def replay(self, model: Any, input_ids: Tensor, places: Tensor) -> Tensor:
         """Run a step; return hidden states [B 1 D].
@@ -124,12 +134,18 @@ def fused_layers(model: Any) -> Iterator[FusedDecoderLayer]:
     return cast("Iterator[FusedDecoderLayer]", iter(model.layers))
 
 
+def can_replay(device: torch.device) -> bool:
+    """Tell whether Triton's kernels run as they would in a model: only these are recorded."""
+    return (
+        forced_backend() in (None, "triton")
+        and backend_objection("triton", device) is None
+        and autocast_dtype(device.type) is None
+    )
+
+
 def launchers_of(model: Any) -> Launchers | None:
-    """Return what every layer runs; None where one of them, or the backend, has objections."""
-    # only Triton's kernels can be recorded
+    """Return what every layer runs; None where one of them has objections."""
     like_hidden = model.norm.weight.data  # a plain tensor of their dtype
-    if forced_backend() not in (None, "triton") or backend_objection("triton", like_hidden.device):
-        return None
     if model.norm._forward_hooks or model.norm._forward_pre_hooks:
         return None
     if any(hasattr(layer, "_hf_hook") for layer in model.layers):
