@@ -116,7 +116,7 @@ def _flash_attention_decode_kernel(
             visible = visible | (j[None, :] < sink_end[:, None])
         scores = tl.where(visible & is_key[None, :], scores, float("-inf"))
         if ROWS <= 4:
-            # each row by itself: a product would copy the values into another order first
+            # on a CPU: values are widened as they are read, nothing is packed, weights keep float32
             weights, shrink, top, total = softmax_step(top, total, scores, factor)
             products = tl.dot(weights, v.to(tl.float32), input_precision="ieee")
             acc = acc * shrink[:, None] + products  # [ROWS, BLOCK_DV]

@@ -129,12 +129,14 @@ def emit_vector_products(emitter: Emitter, op: Op) -> None:
 
     Planes of packed weights are one load and several products: together they read it once.
     """
-    group = _group(emitter, op)
-    if _adds_up(group[0]):
-        _emit_long_rows(emitter, group)
-        return
+    product = vector_product(emitter, op)
+    assert product is not None
     if op.operands[0].type.elem != "i8" and not isinstance(emitter.held.get(op.operands[2]), Lanes):
-        _emit_rows(emitter, group[0])
+        _emit_rows(emitter, product)
+        return
+    group = _group(emitter, product)
+    if _adds_up(product):
+        _emit_long_rows(emitter, group)
         return
     targets = [_target(emitter, product) for product in group]
     with emitter.braces():
@@ -177,12 +179,10 @@ def _emit_rows(emitter: Emitter, product: VectorProduct) -> None:
     finish(emitter, product.op, name, c_sum)
 
 
-def _group(emitter: Emitter, op: Op) -> list[VectorProduct]:
-    first = vector_product(emitter, op)
-    assert first is not None
-    assert op.block is not None
+def _group(emitter: Emitter, first: VectorProduct) -> list[VectorProduct]:
+    assert first.op.block is not None
     group = [first]
-    for following in op.block.ops[op.index + 1 :]:
+    for following in first.op.block.ops[first.op.index + 1 :]:
         if following.name != "tt.dot":
             if following.regions or not following.results or following.name in _BARRIERS:
                 break
