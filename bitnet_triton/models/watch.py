@@ -44,7 +44,7 @@ class Watch:
         self._parents = [module for module in modules if module._modules]
         self._attributes = [module.__dict__ for module in self._parents]
         # what moves is given other memory
-        self._parameters = [held for held in model.parameters()]
+        self._parameters = list(model.parameters())
         # scales are copied where matrices are merged; those of inference mode count no versions
         self._scales = [
             held for held in model.buffers() if held.ndim < 2 and not held.is_inference()

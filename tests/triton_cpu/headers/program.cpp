@@ -130,6 +130,27 @@ ALL_LANES(bf16, float)
 ALL_LANES(f16, float)
 ALL_LANES(int8_t, int32_t)
 
+template <class T, int M, int N, int K> void multiply_rows(Arguments x) {  // lda, ldb
+  T *a = read<T>((M - 1) * x[0] + K), *b = read<T>((N - 1) * x[1] + K);
+  float* c = read<float>(M * N);
+  dot_rows<M, N, K>(a, x[0], b, x[1], c);
+  write(c, M * N);
+}
+template <class T, int M, int N, int K> void multiply_few(Arguments x) {  // lda, ldb
+  float* a = read<float>((M - 1) * x[0] + K);
+  T* b = read<T>((K - 1) * x[1] + N);
+  float* c = read<float>(M * N);
+  few_rows<M, N, K>(a, x[0], b, x[1], c);
+  write(c, M * N);
+}
+#define FEW(T, M, N, K)                                                     \
+  ENTRY("rows " #T " " #M " " #N " " #K, multiply_rows<T, M, N, K>)         \
+  ENTRY("few " #T " " #M " " #N " " #K, multiply_few<T, M, N, K>)
+#define ALL_FEW(T) FEW(T, 1, 16, 8) FEW(T, 2, 64, 128) FEW(T, 4, 16, 32)
+ALL_FEW(float)
+ALL_FEW(bf16)
+ALL_FEW(f16)
+
 #ifndef PRODUCTS_ONLY
 
 // Element by element: the count, then the inputs.

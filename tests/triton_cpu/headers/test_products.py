@@ -1,4 +1,4 @@
-"""vector.h, dot.h, pack.h and row_dots.h against NumPy, on every instruction set."""
+"""vector.h, dot.h, pack.h, row_dots.h and few_rows.h against NumPy, on every instruction set."""
 
 import numpy as np
 import pytest
@@ -204,3 +204,25 @@ def test_lane_products_fold_to_dot_products(call_product, kinds, n, k):
             stored(c, kinds[1]), result=NUMPY_TYPES[kinds[1]],
         )  # fmt: skip
         np.testing.assert_array_equal(actual, c + lanes.reshape(n, 16).sum(1) + rows @ vector)
+
+
+def apart(x, step):
+    """Return the rows of a matrix one after the other, their beginnings ``step`` elements apart."""
+    padded = np.zeros((len(x), step))
+    padded[:, : x.shape[1]] = x
+    return padded.ravel()[: padded.size - step + x.shape[1]]
+
+
+@pytest.mark.parametrize("kind", ["float", "bf16", "f16"])
+@pytest.mark.parametrize("shape", [(1, 16, 8), (2, 64, 128), (4, 16, 32)], ids=str)
+def test_products_of_few_rows_read_the_matrix_where_it_lies(call_product, kind, shape):
+    m, n, k = shape
+    a, b = quarters(m, n, k)
+    c = np.arange(m * n).reshape(m, n)
+    for name, left, right in (("rows", kind, b.T), ("few", "float", b)):
+        lda, ldb = k + 3, right.shape[1] + 5
+        actual = call_product(
+            f"{name} {kind} {m} {n} {k}", lda, ldb, stored(apart(a, lda), left),
+            stored(apart(right, ldb), kind), stored(c, "float"), result=np.float32,
+        )  # fmt: skip
+        np.testing.assert_array_equal(actual.reshape(m, n), c + a @ b, name)

@@ -1,0 +1,85 @@
+"""A watch notices whatever would make a recorded decode step another one."""
+
+import pytest
+import torch
+from torch import nn
+
+from bitnet_triton.models.watch import Watch
+
+
+def small_model():
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), nn.Linear(4, 4))
+    model[1].register_buffer("scale", torch.ones(1))
+    return model.eval()
+
+
+class OtherSequential(nn.Sequential):
+    pass
+
+
+def move_class(model):
+    model[0].__class__ = OtherSequential
+
+
+def drop_module(model):
+    del model[0][1]
+
+
+def write_scale(model):
+    model[1].scale.mul_(2)
+
+
+CHANGES = {
+    "another module": lambda model: setattr(model[0], "0", nn.Linear(4, 4)),
+    "a module less": drop_module,
+    "another class": move_class,
+    "another parameter": lambda model: setattr(model[1], "weight", nn.Parameter(torch.ones(4, 4))),
+    "other memory of a parameter": lambda model: setattr(model[1].weight, "data", torch.ones(4, 4)),
+    "another buffer": lambda model: setattr(model[1], "scale", torch.ones(1)),
+    "a buffer that was written to": write_scale,
+    "a hook": lambda model: model[0][0].register_forward_hook(lambda *_: None),
+    "a hook in front": lambda model: model[0][0].register_forward_pre_hook(lambda *_: None),
+    "training": lambda model: model[0].train(),
+    "a hook of accelerate": lambda model: setattr(model[0], "_hf_hook", object()),
+    "another dtype": lambda model: model.double(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_noticed(change):
+    model = small_model()
+    with torch.no_grad():
+        watch = Watch(model)
+        assert watch.holds()
+        CHANGES[change](model)
+        assert not watch.holds()
+        assert Watch(model).holds()
+
+
+def test_a_hook_in_place_of_another_is_noticed():
+    model = small_model()
+    handle = model[0][0].register_forward_hook(lambda *_: None)
+    watch = Watch(model)
+    assert watch.holds()
+    handle.remove()
+    model[0][0].register_forward_hook(lambda *_: None)
+    assert not watch.holds()
+
+
+def test_what_a_forward_does_is_no_change():
+    model = small_model()
+    watch = Watch(model)
+    with torch.inference_mode():
+        model(torch.ones(1, 4))
+        assert watch.holds()
+    assert watch.holds()
+
+
+def test_tensors_of_inference_mode_are_taken():
+    model = small_model()
+    with torch.inference_mode():
+        model[1].scale = torch.ones(1)
+        watch = Watch(model)
+        assert watch.holds()
+        model[1].scale = torch.ones(1)
+        assert not watch.holds()

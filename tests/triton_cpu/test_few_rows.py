@@ -1,0 +1,75 @@
+"""Products of a few rows with a matrix that is read where it lies: attention of one query."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from bitnet_triton import triton_cpu
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@triton.jit
+def scores_kernel(
+    x_ptr, w_ptr, y_ptr, R, stride,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
+    rows, columns, ks = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
+    x = tl.load(x_ptr + rows[:, None] * K + ks[None, :])
+    for first in range(0, R, N):
+        w = tl.load(
+            w_ptr + (first + columns)[:, None] * stride + ks[None, :],
+            mask=(first + columns < R)[:, None], other=0.0,
+        )  # fmt: skip
+        y = (
+            tl.dot(x, tl.trans(w), input_precision="ieee")
+            if SUMS == 0
+            else tl.dot(x, tl.trans(w), tl.full((M, N), SUMS, tl.float32), input_precision="ieee")
+        )
+        at = y_ptr + rows[:, None] * R + (first + columns)[None, :]
+        tl.store(at, y, mask=(first + columns < R)[None, :])
+
+
+@triton.jit
+def values_kernel(
+    x_ptr, v_ptr, y_ptr, R, stride, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    rows, columns, ks = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
+    y = tl.zeros((M, N), tl.float32)
+    for first in range(0, R, K):
+        is_row = first + ks < R
+        x = tl.load(x_ptr + rows[:, None] * R + (first + ks)[None, :], is_row[None, :], other=0.0)
+        at = v_ptr + (first + ks)[:, None] * stride + columns[None, :]
+        v = tl.load(at, is_row[:, None], other=0.0)
+        y = y * 0.5 + tl.dot(x, v.to(tl.float32), input_precision="ieee")
+    tl.store(y_ptr + rows[:, None] * N + columns[None, :], y)
+
+
+# whole blocks, a part of one, one row, none
+@pytest.mark.parametrize("R", [64, 41, 1, 0])
+@pytest.mark.parametrize("M", [1, 2, 4, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_along_memory(dtype, M, R):
+    x = torch.randint(-8, 9, (M, 48)).to(dtype)[:, :32].contiguous()
+    stored = torch.full((R + 1, 40), float("nan"), dtype=dtype)  # behind the last row as well
+    stored[:R, :32] = torch.randint(-8, 9, (R, 32)).to(dtype)
+    for start in (0, 3):
+        y = torch.full((M, R), float("nan"))
+        triton_cpu.launch(scores_kernel, (1,))(x, stored, y, R, 40, M=M, N=32, K=32, SUMS=start)
+        torch.testing.assert_close(y, start + x.float() @ stored[:R, :32].float().T, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("R", [64, 41, 1, 0])
+@pytest.mark.parametrize("M", [1, 2, 4, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_columns_along_memory(dtype, M, R):
+    x = torch.randint(-8, 9, (M, R)).float() + 2.0**-12  # not to be rounded to the matrix's dtype
+    stored = torch.full((R + 1, 40), float("nan"), dtype=dtype)
+    stored[:R, :32] = torch.randint(-8, 9, (R, 32)).to(dtype)
+    y, expected = torch.full((M, 32), float("nan")), torch.zeros(M, 32)
+    triton_cpu.launch(values_kernel, (1,))(x, stored, y, R, 40, M=M, N=32, K=32)
+    for first in range(0, R, 32):
+        part = slice(first, min(first + 32, R))
+        expected = expected * 0.5 + x[:, part] @ stored[part, :32].float()
+    torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-4)
