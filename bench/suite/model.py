@@ -42,7 +42,7 @@ def _generate(kind: str, cache: str) -> Callable[[Inputs], Work]:
         model, new = inputs.models.get(kind), inputs.new
         B, T = inputs.ids.shape
         settings: dict[str, Any] = {
-            "max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0,
+            "max_new_tokens": new, "eos_token_id": None, "do_sample": False, "pad_token_id": 0,
         }  # fmt: skip
         if cache == "static":
             kept = StaticCache(config=model.config, max_cache_len=T + new)

@@ -16,6 +16,7 @@ from bitnet_triton.attention.streaming import Streaming
 from bitnet_triton.errors import CheckpointError
 from bitnet_triton.models.bitnet.configuration_bitnet import BitNetConfig
 from bitnet_triton.models.bitnet.global_attention import build_projections
+from bitnet_triton.models.bitnet.greedy import decode_greedily, greedy_objection
 from bitnet_triton.models.bitnet.planned import (
     check_global_tokens,
     check_no_plan_arguments,
@@ -268,6 +269,29 @@ class BitNetForCausalLM(_TernaryModel, hf.BitNetForCausalLM):
         if self.attention_plan is not None and self.attention_plan.uses(Streaming):
             inputs.pop("position_ids", None)  # they go by what the cache holds
         return inputs
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Write tokens one by one; ``generate`` calls it, for greedy decoding too."""
+        objection = greedy_objection(
+            self, logits_processor, generation_config, synced_gpus, model_kwargs
+        )
+        if objection is None:
+            return decode_greedily(
+                self, input_ids, stopping_criteria, generation_config, streamer, model_kwargs
+            )
+        return super()._sample(  # type: ignore[misc]
+            cast("Any", input_ids), logits_processor, stopping_criteria, generation_config,
+            synced_gpus=synced_gpus, streamer=streamer, **model_kwargs,
+        )  # fmt: skip
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

@@ -1,0 +1,102 @@
+"""Greedy decoding that writes no logits: what ``generate(do_sample=False)`` runs.
+
+The output head compares as it multiplies, and from one step to the next only the token changes.
+transformers' loop writes all logits, copies them in float32, and prepares the arguments of every
+step from the start; it stays for whatever needs logits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from bitnet_triton.nn.head import OutputHead
+
+_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+
+
+def greedy_objection(
+    model: Any, processors: Any, config: Any, synced_gpus: bool, model_kwargs: dict[str, Any]
+) -> str | None:
+    """Say why ``decode_greedily`` cannot do what ``generate`` was asked for; None when it can."""
+    cache = model_kwargs.get("past_key_values")
+    watched = any(m._forward_hooks or m._forward_pre_hooks for m in (model, model.lm_head))
+    reasons = {
+        "tokens are sampled": config.do_sample,
+        "scores are processed": len(processors) > 0,
+        "logits or what is inside of the model are wanted": config.return_dict_in_generate
+        and any(getattr(config, name) for name in _OUTPUTS),
+        "ranks wait for each other": synced_gpus,
+        "the cache does not grow": cache is None or cache.is_compileable,
+        "somebody watches the model": watched or hasattr(model, "_hf_hook"),
+        "the output head is another one": not isinstance(model.lm_head, OutputHead),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def decode_greedily(
+    model: Any,
+    input_ids: Tensor,
+    stopping_criteria: Any,
+    config: Any,
+    streamer: Any,
+    model_kwargs: dict[str, Any],
+) -> Tensor | GenerateDecoderOnlyOutput:
+    """Write the likeliest tokens behind ``input_ids`` [B T], with what ``generate`` has prepared.
+
+    Returns:
+        int64 [B T + new]; in transformers' output, with the cache, if ``config`` wants that.
+    """
+    ids = input_ids
+    is_first = not config.is_assistant
+    outputs = model._prefill(input_ids, config, model_kwargs, is_first_iteration=is_first)
+    token = outputs.logits[:, -1].float().argmax(-1)
+    model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+    del outputs  # logits of a prompt may be large
+    padding = None
+    if any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria):
+        padding = config._pad_token_tensor.to(token.device)
+    step: dict[str, Any] = {}
+    unfinished = torch.ones_like(token)
+    while True:
+        if padding is not None:
+            token = token * unfinished + padding * (1 - unfinished)
+        ids = torch.cat([ids, token[:, None]], 1)
+        if streamer is not None:
+            streamer.put(token.cpu())
+        unfinished = unfinished & ~stopping_criteria(ids, None)
+        if not unfinished.any():
+            break
+        step = _next_step(step, ids) if step else _first_step(model, ids, model_kwargs)
+        hidden = model.model(**step).last_hidden_state
+        token = model.lm_head.topk(hidden[:, -1])[1][:, 0]
+    if streamer is not None:
+        streamer.end()
+    if not config.return_dict_in_generate:
+        return ids
+    cache = model_kwargs["past_key_values"]
+    return GenerateDecoderOnlyOutput(sequences=ids, past_key_values=cache)  # type: ignore[arg-type]
+
+
+def _first_step(model: Any, ids: Tensor, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the decoder's arguments of the first step, as transformers prepares them."""
+    step = model.prepare_inputs_for_generation(ids, next_sequence_length=1, **model_kwargs)
+    step.pop("logits_to_keep", None)
+    mask, positions = step.get("attention_mask"), step.get("position_ids")
+    sees_all = mask is None or bool(mask.all())
+    if sees_all and (positions is None or bool((positions == ids.shape[1] - 1).all())):
+        step |= {"attention_mask": None, "position_ids": None}  # what a decoder takes for granted
+    return step
+
+
+def _next_step(last: dict[str, Any], ids: Tensor) -> dict[str, Any]:
+    step = {**last, "input_ids": ids[:, -1:]}
+    mask, positions = step.get("attention_mask"), step.get("position_ids")
+    if mask is not None:
+        step["attention_mask"] = torch.cat([mask, mask.new_ones((len(mask), 1))], 1)
+    if positions is not None:
+        step["position_ids"] = positions + 1
+    return step

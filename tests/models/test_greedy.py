@@ -1,0 +1,177 @@
+"""Greedy decoding: the tokens of transformers' own loop, without their logits."""
+
+import pytest
+import torch
+from transformers.generation import GenerationMixin
+from transformers.generation.streamers import BaseStreamer
+
+import bitnet_triton as bt
+from bitnet_triton.models.recording import Recording
+from bitnet_triton.nn.head import Int8Head, OutputHead
+
+IDS = torch.tensor([[1, 5, 23, 71, 8, 40]])
+PADDED = torch.tensor([[0, 0, 0, 1, 9, 30], [1, 5, 23, 71, 8, 40]])
+MASK = torch.tensor([[0, 0, 0, 1, 1, 1], [1] * 6])
+PLANS = {
+    "sliding": {"mode": "sliding", "window": 5, "sinks": 2},
+    "streaming": {"mode": "streaming", "window": 4, "sinks": 1},
+    "phases": {"prefill": {"mode": "sliding", "window": 4}, "decode": "full"},
+}
+
+pytestmark = pytest.mark.usefixtures("default_backend")
+
+
+def generate(model, ids=IDS, n=10, eos=None, **kwargs):
+    return model.generate(
+        ids, max_new_tokens=n, eos_token_id=eos, pad_token_id=0, do_sample=False,
+        **kwargs,
+    )  # fmt: skip
+
+
+def theirs(model, *args, **kwargs):
+    """Generate with transformers' own loop."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(bt.BitNetForCausalLM, "_sample", GenerationMixin._sample)
+        return generate(model, *args, **kwargs)
+
+
+@pytest.fixture
+def topk_calls(monkeypatch):
+    """Count how often the head says the best token itself."""
+    calls = []
+    for kind in (OutputHead, Int8Head):
+
+        def count(head, *args, topk=kind.topk):
+            calls.append(head)
+            return topk(head, *args)
+
+        monkeypatch.setattr(kind, "topk", count)
+    return calls
+
+
+@pytest.fixture
+def assert_same(topk_calls):
+    """Compare with transformers' own loop, and return the tokens."""
+
+    def assert_same(model, **kwargs):
+        topk_calls.clear()
+        expected = theirs(model, **kwargs)
+        assert not topk_calls
+        actual = generate(model, **kwargs)
+        assert torch.equal(actual, expected)
+        assert topk_calls
+        return actual
+
+    return assert_same
+
+
+@pytest.fixture
+def load(checkpoint):
+    return lambda **kwargs: bt.BitNetForCausalLM.from_pretrained(checkpoint(), **kwargs)
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_tokens_are_those_of_transformers(load, topk_calls, fuse):
+    model = load(fuse=fuse)
+    tokens = generate(model)
+    assert tokens.shape == (1, 16)
+    assert len(topk_calls) == 9  # the first token comes with the prompt
+    assert torch.equal(tokens, theirs(model))
+    assert len(topk_calls) == 9
+
+
+def test_steps_are_recorded(load, monkeypatch):
+    seen, replay = [], Recording.replay
+
+    def count(recording, *args):
+        seen.append(recording)
+        return replay(recording, *args)
+
+    monkeypatch.setattr(Recording, "replay", count)
+    generate(load())
+    assert len(set(map(id, seen))) == 1
+    assert len(seen) >= 7
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_attention_plans(load, assert_same, plan):
+    assert_same(load(attention=PLANS[plan]))
+    assert_same(load(attention=PLANS[plan]), ids=PADDED, attention_mask=MASK)
+
+
+def test_padded_rows(load, assert_same):
+    model = load()
+    tokens = assert_same(model, ids=PADDED, attention_mask=MASK)
+    alone = generate(model, ids=PADDED[:1, 3:])
+    assert torch.equal(tokens[:1, 6:], alone[:, 3:])
+
+
+def test_rows_that_end_are_padded(load, assert_same):
+    model = load()
+    tokens = generate(model, ids=PADDED, attention_mask=MASK)
+    eos = int(tokens[0, 8])  # the third new token of the first row
+    ended = assert_same(model, ids=PADDED, attention_mask=MASK, eos=eos)
+    assert (ended[0, 9:] == 0).all()
+    assert_same(model, ids=PADDED[1:], eos=int(tokens[1, 7]))
+
+
+def test_int8_head(load, assert_same):
+    assert_same(bt.quantize_head(load()))
+
+
+class Collector(BaseStreamer):
+    def __init__(self):
+        self.tokens, self.ended = [], False
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        self.ended = True
+
+
+def test_streamers_get_every_token(load):
+    streamer = Collector()
+    tokens = generate(load(), streamer=streamer)
+    assert streamer.tokens == tokens[0].tolist()
+    assert streamer.ended
+
+
+def test_a_second_turn_continues_the_cache(load):
+    model = load()
+    first = generate(model, n=4, return_dict_in_generate=True)
+    longer = torch.cat([first.sequences, torch.tensor([[7, 9]])], 1)
+    second = generate(model, ids=longer, n=4, past_key_values=first.past_key_values)
+    assert torch.equal(second, theirs(model, ids=longer, n=4))
+
+
+LEFT = {
+    "processed scores": {"repetition_penalty": 1.3},
+    "sampling": {"do_sample": True},
+    "beams": {"num_beams": 2},
+    "scores": {"return_dict_in_generate": True, "output_scores": True},
+    "attention": {"return_dict_in_generate": True, "output_hidden_states": True},
+    "a static cache": {"cache_implementation": "static"},
+    "no cache": {"use_cache": False},
+}
+
+
+@pytest.mark.parametrize("asked", LEFT)
+def test_what_needs_logits_is_left_to_transformers(load, topk_calls, asked):
+    with torch.compiler.set_stance("force_eager"):
+        output = load().generate(
+            IDS, **{"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0} | LEFT[asked]
+        )
+    assert not topk_calls
+    assert output is not None
+
+
+def test_hooks_see_their_modules(load, topk_calls):
+    model, seen = load(), []
+    handle = model.register_forward_hook(lambda *_: seen.append(1))
+    generate(model)
+    assert len(seen) == 10
+    assert not topk_calls
+    handle.remove()
+    generate(model)
+    assert len(topk_calls) == 9
