@@ -175,3 +175,24 @@ def test_hooks_see_their_modules(load, topk_calls):
     handle.remove()
     generate(model)
     assert len(topk_calls) == 9
+
+
+def test_a_forward_that_was_replaced_runs(load, topk_calls):
+    model, calls = load(), []
+    forward = model.forward
+
+    def replaced(*args, **kwargs):
+        calls.append(1)
+        return forward(*args, **kwargs)
+
+    model.forward = replaced
+    generate(model)
+    assert len(calls) == 10
+    assert not topk_calls
+
+
+def test_prompts_as_embeddings(load, assert_same):
+    model = load()
+    embeddings = model.get_input_embeddings()(IDS)
+    assert_same(model, ids=None, inputs_embeds=embeddings)
+    assert_same(model, ids=None, inputs_embeds=embeddings, attention_mask=MASK[1:])

@@ -23,7 +23,6 @@ def greedy_objection(
 ) -> str | None:
     """Say why ``decode_greedily`` cannot do what ``generate`` was asked for; None when it can."""
     cache = model_kwargs.get("past_key_values")
-    watched = any(m._forward_hooks or m._forward_pre_hooks for m in (model, model.lm_head))
     reasons = {
         "tokens are sampled": config.do_sample,
         "scores are processed": len(processors) > 0,
@@ -31,10 +30,21 @@ def greedy_objection(
         and any(getattr(config, name) for name in _OUTPUTS),
         "ranks wait for each other": synced_gpus,
         "the cache does not grow": cache is None or cache.is_compileable,
-        "somebody watches the model": watched or hasattr(model, "_hf_hook"),
-        "the output head is another one": not isinstance(model.lm_head, OutputHead),
+        "the model's own forward is watched, compiled or replaced": _is_special(model),
+        "the output head is another one": not isinstance(model.lm_head, OutputHead)
+        or _is_special(model.lm_head),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _is_special(module: Any) -> bool:
+    """Tell whether calling a module does more than its class says."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._compiled_call_impl
+        or "forward" in module.__dict__  # accelerate replaces it too
+    )
 
 
 def decode_greedily(
