@@ -25,6 +25,7 @@ LONG_ROW = 1024
 _STREAM = 2048
 _FETCH_AHEAD = 4096
 _FETCH_FAR = 12288  # beyond that, into the second-level cache
+_FETCH_STREAM = 1024  # of several streams at a time: less room for each
 
 
 def kind(product: VectorProduct) -> str:
@@ -83,6 +84,8 @@ def _fetch(emitter: Emitter, view: View, depth: int) -> None:
         emitter.write(f"__builtin_prefetch({row} + {depth});")
         return
     # further along the row: to the second level early, to the first in time
-    with emitter.braces("if constexpr (decltype(fetch)::value != 0)"):
+    with emitter.braces("if constexpr (decltype(fetch)::value == Fetch::streams)"):
+        emitter.write(f"__builtin_prefetch({row} + {_FETCH_STREAM});")
+    with emitter.braces("else"):
         emitter.write(f"__builtin_prefetch({row} + {_FETCH_FAR}, 0, 2);")
         emitter.write(f"__builtin_prefetch({row} + {_FETCH_AHEAD});")

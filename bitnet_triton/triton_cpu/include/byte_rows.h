@@ -20,6 +20,9 @@ struct BothSigned {  // the matrix + 128: what that is too much is 128 times the
   static TCPU_METHOD void add(v16i32& sums, v64u8 w, v64u8 x) { dot4(sums, flip64(w), x); }
 };
 
+// How what comes later is fetched: far along one stretch of memory, or near along each of several.
+enum Fetch { along, streams };
+
 // Vectors [.., length], `step` bytes apart.
 struct ByteVectors {
   const int8_t* base;
@@ -59,7 +62,7 @@ template <int COUNT, class At> TCPU_INLINE void add_lanes(const v16i32* s, At at
 }
 
 // VECTORS vectors from v on, ROWS rows from n on, `apart` rows apart, of MATRICES matrices: all sums stay in registers.
-template <class Kind, int MATRICES, int ROWS, int VECTORS, bool FETCH, class Sums, class Codes>
+template <class Kind, int MATRICES, int ROWS, int VECTORS, int FETCH, class Sums, class Codes>
 TCPU_INLINE void multiply_byte_rows(ByteVectors x, const int32_t* totals, const Sums* sums, int row_step,
                                     int vector_step, int n, int apart, int v, Codes codes) {
   constexpr int count = MATRICES * ROWS * VECTORS;
@@ -98,8 +101,8 @@ TCPU_INLINE void multiply_byte_rows(ByteVectors x, const int32_t* totals, const 
 }
 
 // sums += codes x vectors, for the first `count` <= MOST of the vectors and `rows` rows. codes(n, k, w, fetch) sets w[i]
-// to 64 bytes, from column k on, of row n of matrix i, and fetches what comes later if Int<1> asks for it. Enough sums
-// are open at once to hide the latency of an addition.
+// to 64 bytes, from column k on, of row n of matrix i, and fetches what comes later as `fetch` says. Enough sums are open
+// at once to hide the latency of an addition.
 //
 // A few vectors wait for memory: it is read as four streams, the quarters of the rows, as a core asks for more at a time
 // than along one. With more vectors a pair of rows meets all of them before the next one: it is still in the nearest
@@ -122,8 +125,8 @@ TCPU_INLINE void byte_rows(ByteVectors x, int count, int rows, const Sums (&sums
     if (count > 0 && count <= few)
       return dispatch<few>(count, [&](auto width) TCPU_ALWAYS {
         const int apart = rows / STREAMS;
-        for (int n = 0; n < apart; ++n) pass(Int<STREAMS>(), width, Int<0>(), n, apart, 0);
-        for (int n = STREAMS * apart; n < rows; ++n) pass(Int<1>(), width, Int<1>(), n, 1, 0);
+        for (int n = 0; n < apart; ++n) pass(Int<STREAMS>(), width, Int<Fetch::streams>(), n, apart, 0);
+        for (int n = STREAMS * apart; n < rows; ++n) pass(Int<1>(), width, Int<Fetch::along>(), n, 1, 0);
       });
   for (int n = 0; n < rows; n += 2)
     for (int v = 0, left = divide_up(count, most), some; v < count; v += some, --left) {
@@ -131,8 +134,8 @@ TCPU_INLINE void byte_rows(ByteVectors x, int count, int rows, const Sums (&sums
       dispatch<most>(some, [&](auto width) TCPU_ALWAYS {
         constexpr int V = decltype(width)::value;
         if constexpr (2 * V * MATRICES <= room)
-          if (n + 1 < rows) return pass(Int<2>(), width, Int<1>(), n, 1, v);
-        for (int row = n; row < rows && row < n + 2; ++row) pass(Int<1>(), width, Int<1>(), row, 1, v);
+          if (n + 1 < rows) return pass(Int<2>(), width, Int<Fetch::along>(), n, 1, v);
+        for (int row = n; row < rows && row < n + 2; ++row) pass(Int<1>(), width, Int<Fetch::along>(), row, 1, v);
       });
     }
 }
