@@ -26,7 +26,6 @@ from bitnet_triton.attention.full import Full
 from bitnet_triton.attention.masked import MaskMode
 from bitnet_triton.cache import GrowingLayer, SinkWindowLayer, grow_in_place
 from bitnet_triton.kernels import Mask
-from bitnet_triton.models.bitnet import BitNetModel
 from bitnet_triton.models.fusion import DENSE_ATTENTION
 from bitnet_triton.models.recording import (
     Recording,
@@ -235,22 +234,15 @@ class FusedBitNetModel(FusedModel, HfBitNetModel):
     _kind = "BitNetModel"
 
 
-class FusedPlannedModel(FusedModel, BitNetModel):  # type: ignore[misc]  # one more argument
-    """A BitNet decoder of this package, which may have an attention plan, after ``fuse``."""
-
-    _kind = "BitNetModel"
-
-
 class FusedLlamaModel(FusedModel, LlamaModel):
     """transformers' Llama decoder after ``fuse``."""
 
     _kind = "LlamaModel"
 
 
-# decoder -> what it becomes
+# decoder -> what it becomes; that of this package adds its own
 FUSED_MODELS: dict[type[nn.Module], type[FusedModel]] = {
     HfBitNetModel: FusedBitNetModel,
-    BitNetModel: FusedPlannedModel,
     LlamaModel: FusedLlamaModel,
 }
 

@@ -25,6 +25,8 @@ from bitnet_triton.models.bitnet.planned import (
     replace_dynamic_cache,
 )
 from bitnet_triton.models.checkpoint import check_checkpoint, check_folder, check_suffixes
+from bitnet_triton.models.decode import FUSED_MODELS, FusedModel
+from bitnet_triton.models.fuse import fuse_after_loading
 from bitnet_triton.models.quantizer import replace_linears
 from bitnet_triton.nn import RMSNorm, use_output_head
 
@@ -104,9 +106,6 @@ class _TernaryModel(hf.BitNetPreTrainedModel):
         except SafetensorError as error:
             raise CheckpointError(f"{path}: damaged or truncated ({error})") from error
         if fuse:
-            # the fused classes are built upon those of this file
-            from bitnet_triton.models.fuse import fuse_after_loading
-
             # with `output_loading_info`, transformers returns a pair
             fuse_after_loading(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
@@ -201,6 +200,15 @@ class BitNetModel(_TernaryModel, hf.BitNetModel):
             use_cache=use_cache,
             **kwargs,
         )
+
+
+class FusedPlannedModel(FusedModel, BitNetModel):  # type: ignore[misc]  # one more argument
+    """``BitNetModel`` after ``fuse``."""
+
+    _kind = "BitNetModel"
+
+
+FUSED_MODELS[BitNetModel] = FusedPlannedModel
 
 
 class BitNetForCausalLM(_TernaryModel, hf.BitNetForCausalLM):
