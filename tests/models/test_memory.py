@@ -66,7 +66,7 @@ read = peak()
 if sys.argv[2] == "fused":
     ids = torch.randint(0, 1000, (1, 64))
     with torch.inference_mode():
-        model.generate(ids, max_new_tokens=16, min_new_tokens=16, do_sample=False, pad_token_id=0)
+        model.generate(ids, max_new_tokens=16, eos_token_id=None, do_sample=False, pad_token_id=0)
 decoded = peak()
 json.dump({"loaded": loaded - imported, "read": read - imported, "decoded": decoded - imported,
            "dtype": str(model.dtype), "tensors": sum(tensor.nbytes for tensor in tensors)},
@@ -106,6 +106,7 @@ def folder_of_2b(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("default_backend")
 @pytest.mark.skipif(sys.platform != "linux", reason="reads peak memory from /proc")
 def test_a_2b_model_takes_little_more_than_its_tensors(folder_of_2b, record_property):
     plain, fused = (json.loads(run(LOAD, folder_of_2b, kind)) for kind in ("unfused", "fused"))
