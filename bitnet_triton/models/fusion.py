@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.modules.module as every_module
 import transformers.models.bitnet.modeling_bitnet as bitnet
 import transformers.models.llama.modeling_llama as llama
 from torch import Tensor, nn
@@ -162,6 +163,7 @@ class Fusion:
             layer.training
             or dtype != self.input_norm.weight.dtype
             or self._has_other_parts()
+            or has_global_hooks()
             or (any(self._hooks) and self._is_watched(kwargs))
         )
 
@@ -211,8 +213,8 @@ class Fusion:
         if type(self.attention) is not self._kind:
             return True
         # a loop: any() over a generator takes twice as long
-        for modules, name, child in self._children:  # noqa: SIM110
-            if modules[name] is not child:
+        for modules, name, child in self._children:
+            if modules[name] is not child or "forward" in child.__dict__:
                 return True
         return False
 
@@ -246,6 +248,19 @@ class Fusion:
         if kwargs.get("output_attentions", self.attention.config.output_attentions):
             return True
         return not all(_only_captures(hook) for hooks in self._hooks for hook in hooks.values())
+
+
+def has_global_hooks() -> bool:
+    """Tell whether somebody watches every module there is."""
+    return bool(every_module._global_forward_hooks or every_module._global_forward_pre_hooks)
+
+
+def is_changed(module: nn.Module) -> bool:
+    """Tell whether calling a module does more than its class says, but for collecting outputs."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks)
+    return "forward" in module.__dict__ or not all(
+        _only_captures(hook) for watching in hooks for hook in watching.values()
+    )
 
 
 def _only_captures(hook: Any) -> bool:

@@ -19,7 +19,7 @@ from bitnet_triton.kernels import Mask
 from bitnet_triton.kernels.rms_norm.op import NORM_FWD
 from bitnet_triton.kernels.rotary.op import ROTARY_AND_STORE
 from bitnet_triton.models.fused_layer import FusedDecoderLayer
-from bitnet_triton.models.fusion import Launchers
+from bitnet_triton.models.fusion import Launchers, has_global_hooks, is_changed
 from bitnet_triton.models.watch import Watch
 from bitnet_triton.runtime import backend_objection, capture, forced_backend, select
 from bitnet_triton.runtime.device import autocast_dtype
@@ -140,16 +140,16 @@ def can_replay(device: torch.device) -> bool:
         forced_backend() in (None, "triton")
         and backend_objection("triton", device) is None
         and autocast_dtype(device.type) is None
+        and not has_global_hooks()
     )
 
 
 def launchers_of(model: Any) -> Launchers | None:
     """Return what every layer runs; None where one of them has objections."""
     like_hidden = model.norm.weight.data  # a plain tensor of their dtype
-    if model.norm._forward_hooks or model.norm._forward_pre_hooks:
+    # a replay calls none of them. accelerate replaces a forward too: it moves weights in between
+    if any(map(is_changed, (model.norm, model.rotary_emb, *model.layers))):
         return None
-    if any(hasattr(layer, "_hf_hook") for layer in model.layers):
-        return None  # accelerate moves weights or activations in between
     dtype, (first, *others) = like_hidden.dtype, fused_layers(model)
     if not all(layer.fusion.stands_for(layer, dtype, {}) for layer in others):
         return None
@@ -208,7 +208,9 @@ def _last_position(step: Step) -> int:
 def _weights(model: Any) -> tuple[list[Any], list[Any]]:
     """Return what tells whether weights are where they were: tensors, and their addresses."""
     norm = model.norm.weight
-    weights, addresses = [norm], [norm.dtype, norm.data_ptr()]
+    angles = list(model.rotary_emb.buffers())
+    weights, addresses = [norm, *angles], [norm.dtype, norm.data_ptr()]
+    addresses += [0 if angle.is_inference() else angle._version for angle in angles]
     for layer in fused_layers(model):
         more, places = layer.fusion.weights()
         weights += more

@@ -21,7 +21,8 @@ class Watch:
     recording would miss: weights that are written to in place are read by the kernels as they are.
 
     Args:
-        model: may change; ``holds`` then says so.
+        model: may change; ``holds`` then says so. What lies below it is kept alive, it is not: it
+            may keep this.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -37,11 +38,12 @@ class Watch:
         self._names = [name for _, name in slots]
         self._held = list(map(getitem, self._owners, self._names))
         self._hooks = [
-            hooks
+            watchers
             for module in modules
-            for hooks in (module._forward_pre_hooks, module._forward_hooks)
+            for watchers in (module._forward_pre_hooks, module._forward_hooks)
         ]
-        self._parents = [module for module in modules if module._modules]
+        top = set(model.children())
+        self._parents = [m for m in modules[1:] if m._modules or m in top]
         self._attributes = [module.__dict__ for module in self._parents]
         # what moves is given other memory
         self._parameters = list(model.parameters())
@@ -66,6 +68,7 @@ class Watch:
             list(map(type, self._parents)),
             [attributes["training"] for attributes in self._attributes],
             ["_hf_hook" in attributes for attributes in self._attributes],
+            ["forward" in attributes for attributes in self._attributes],
             list(map(tuple, self._hooks)) if any(self._hooks) else [],  # a key is given only once
             list(map(_version, self._scales)),
             list(map(_address, self._parameters)),

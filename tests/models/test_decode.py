@@ -1,7 +1,9 @@
 """Recorded decode steps of a fused model: the logits and the caches of the steps one by one."""
 
 import copy
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -288,3 +290,57 @@ def test_unfusing_gives_the_model_its_class_back(model):
     bt.unfuse(bt.fuse(model))
     assert type(model.model) is kind
     assert not hasattr(model.model, "decode_steps")
+
+
+def negate(module, args, output):
+    return -output
+
+
+WATCHED = {
+    "a hook on a layer": lambda model: model.model.layers[0].register_forward_hook(negate),
+    "a hook in front of a layer": lambda model: model.model.layers[1].register_forward_pre_hook(
+        lambda layer, args: (-args[0], *args[1:])
+    ),
+    "a hook on the angles": lambda model: model.model.rotary_emb.register_forward_hook(
+        lambda module, args, output: (output[0], -output[1])
+    ),
+    "a forward of a layer": lambda model: setattr(
+        model.model.layers[0], "forward", lambda x, **kwargs: -x
+    ),
+    "a forward of a part": lambda model: setattr(
+        model.model.layers[0].mlp, "forward", lambda x: 0 * x
+    ),
+    "angles": lambda model: model.model.rotary_emb.inv_freq.mul_(0.5),
+}
+
+
+@pytest.mark.parametrize("change", WATCHED)
+@pytest.mark.parametrize("when", ["before", "between"])
+def test_what_is_changed_runs_in_every_step(change, when, model, token_ids):
+    ids, models = token_ids(1, 5), {"plain": copy.deepcopy(model), "fused": bt.fuse(model)}
+    logits = {}
+    for name, one in models.items():
+        with torch.inference_mode():
+            if when == "before":
+                WATCHED[change](one)
+            output = one(ids, use_cache=True)
+            for i in range(8):
+                if i == 4 and when == "between":
+                    WATCHED[change](one)
+                token = torch.full((1, 1), 3 + i)
+                output = one(token, past_key_values=output.past_key_values)
+            logits[name] = output.logits
+    assert close(logits["fused"], logits["plain"])
+
+
+def test_a_model_goes_with_its_last_reference(checkpoint):
+    model = bt.BitNetForCausalLM.from_pretrained(checkpoint("packed"))
+    generate(model, IDS)
+    gone = [weakref.ref(part) for part in (model, model.model, model.model.embed_tokens.weight)]
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert [reference() for reference in gone] == [None] * 3
+    finally:
+        gc.enable()

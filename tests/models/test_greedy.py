@@ -1,5 +1,7 @@
 """Greedy decoding: the tokens of transformers' own loop, without their logits."""
 
+import copy
+
 import pytest
 import torch
 from transformers.generation import GenerationMixin
@@ -196,3 +198,75 @@ def test_prompts_as_embeddings(load, assert_same):
     embeddings = model.get_input_embeddings()(IDS)
     assert_same(model, ids=None, inputs_embeds=embeddings)
     assert_same(model, ids=None, inputs_embeds=embeddings, attention_mask=MASK[1:])
+
+
+FORBIDDEN = 85
+
+
+class Forbidding(bt.BitNetForCausalLM):
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits[..., FORBIDDEN] = float("-inf")
+        return output
+
+
+class OtherHead(OutputHead):
+    def forward(self, input):
+        return -super().forward(input)
+
+
+def test_a_forward_of_a_subclass_runs(checkpoint, topk_calls):
+    generate(Forbidding.from_pretrained(checkpoint()))
+    assert not topk_calls
+
+
+def test_a_forward_that_a_class_was_given_runs(load, topk_calls, monkeypatch):
+    model, forward = load(), bt.BitNetForCausalLM.forward
+    monkeypatch.setattr(bt.BitNetForCausalLM, "forward", lambda *args, **kw: forward(*args, **kw))
+    generate(model)
+    assert not topk_calls
+
+
+def test_another_head_says_what_it_wants(load, topk_calls):
+    model = load()
+    expected = generate(model)
+    model.lm_head.__class__ = OtherHead
+    topk_calls.clear()
+    assert not torch.equal(generate(model), expected)
+    assert not topk_calls
+
+
+def test_global_hooks_see_every_step(load, topk_calls):
+    model, seen = load(), []
+    with torch.nn.modules.module.register_module_forward_hook(
+        lambda module, *_: seen.append(type(module))
+    ):
+        generate(model)
+    assert seen.count(OutputHead) == 10
+    assert seen.count(type(model.model.norm)) > 10
+    assert not topk_calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_is_left_to_transformers(checkpoint, topk_calls, dtype):
+    model = bt.BitNetForCausalLM.from_pretrained(checkpoint(), dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16 if dtype == torch.float32 else torch.float16):
+        generate(model)
+    assert not topk_calls
+
+
+def test_positions_of_a_turn_that_begin_again(load):
+    model = load()
+    first = generate(model, n=4, return_dict_in_generate=True)
+    more = torch.tensor([[7, 9, 11]])
+    turns = []
+    for run in (theirs, generate):
+        cache = copy.deepcopy(first.past_key_values)
+        mask = torch.ones(1, cache.get_seq_length() + 3, dtype=torch.long)
+        turns.append(
+            run(
+                model, ids=more, n=6, past_key_values=cache, attention_mask=mask,
+                position_ids=torch.arange(3)[None],
+            )
+        )  # fmt: skip
+    assert torch.equal(*turns)

@@ -1,5 +1,8 @@
 """A watch notices whatever would make a recorded decode step another one."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -42,6 +45,8 @@ CHANGES = {
     "training": lambda model: model[0].train(),
     "a hook of accelerate": lambda model: setattr(model[0], "_hf_hook", object()),
     "another dtype": lambda model: model.double(),
+    "another forward": lambda model: setattr(model[0], "forward", lambda x: x),
+    "another forward of a part": lambda model: setattr(model[1], "forward", lambda x: x),
 }
 
 
@@ -83,3 +88,16 @@ def test_tensors_of_inference_mode_are_taken():
         assert watch.holds()
         model[1].scale = torch.ones(1)
         assert not watch.holds()
+
+
+def test_a_model_that_keeps_its_watch_goes_with_its_last_reference():
+    model = small_model()
+    model.watch = Watch(model)
+    gone = weakref.ref(model)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -73,3 +73,61 @@ def test_columns_along_memory(dtype, M, R):
         part = slice(first, min(first + 32, R))
         expected = expected * 0.5 + x[:, part] @ stored[part, :32].float()
     torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-4)
+
+
+@triton.jit
+def overwritten_kernel(
+    x_ptr, w_ptr, y_ptr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    rows, columns, ks = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
+    x = tl.load(x_ptr + rows[:, None] * K + ks[None, :])
+    if KIND == "transposed":
+        at = w_ptr + columns[:, None] * K + ks[None, :]
+        w = tl.trans(tl.load(at)).to(tl.float32)
+    else:
+        at = w_ptr + ks[:, None] * N + columns[None, :]
+        w = tl.load(at).to(tl.float32)
+    y = tl.zeros((M, N), tl.float32)
+    if KIND == "loop":
+        for _ in range(2):
+            y += tl.dot(x, w, input_precision="ieee")
+            tl.store(at, tl.zeros_like(w).to(w_ptr.dtype.element_ty))
+    else:
+        tl.store(at, tl.zeros_like(tl.load(at)))
+        y = tl.dot(x, w, y, input_precision="ieee")
+    tl.store(y_ptr + rows[:, None] * N + columns[None, :], y)
+
+
+@pytest.mark.parametrize("kind", ["widened", "transposed", "loop"])
+@pytest.mark.parametrize("M", [1, 4, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_matrix_is_read_before_its_memory_is_overwritten(dtype, M, kind):
+    x, w = torch.randint(-8, 9, (M, 16)).float(), torch.randint(-8, 9, (16, 32)).to(dtype)
+    stored = w.T.contiguous() if kind == "transposed" else w.clone()
+    y = torch.empty(M, 32)
+    triton_cpu.launch(overwritten_kernel, (1,))(x, stored, y, M=M, N=32, K=16, KIND=kind)
+    expected = x @ w.float() * (2 if kind == "loop" else 1)
+    torch.testing.assert_close(y, expected, rtol=0, atol=0)
+    assert not stored.any()
+
+
+@triton.jit
+def carried_kernel(x_ptr, w_ptr, y_ptr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+    rows, columns, ks = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
+    y = tl.zeros((M, N), tl.float32)
+    for i in range(2):
+        x = tl.load(x_ptr + rows[:, None] * 2 * K + (i * K + ks)[None, :])
+        at = w_ptr + columns[:, None] * 2 * K + (i * K + ks)[None, :]
+        w = tl.load(at)
+        tl.store(at, tl.zeros_like(w))
+        y = tl.dot(x, tl.trans(w), y, input_precision="ieee")
+    tl.store(y_ptr + rows[:, None] * N + columns[None, :], y)
+
+
+@pytest.mark.parametrize("M", [1, 4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sums_over_a_loop_that_overwrites_what_it_multiplies(dtype, M):
+    x, w = (torch.randint(-8, 9, (n, 32)).to(dtype) for n in (M, 16))
+    stored, y = w.clone(), torch.empty(M, 16)
+    triton_cpu.launch(carried_kernel, (1,))(x, stored, y, M=M, N=16, K=16)
+    torch.testing.assert_close(y, x.float() @ w.float().T, rtol=0, atol=0)

@@ -13,8 +13,12 @@ import torch
 from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from bitnet_triton.nn.head import OutputHead
+from bitnet_triton.models.fusion import has_global_hooks
+from bitnet_triton.nn.head import Int8Head, OutputHead
+from bitnet_triton.runtime.device import autocast_dtype
 
+# head -> its forward, which computes what ``topk`` compares
+_FORWARDS: dict[type, Any] = {kind: kind.forward for kind in (OutputHead, Int8Head)}
 _OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
 
@@ -30,9 +34,10 @@ def greedy_objection(
         and any(getattr(config, name) for name in _OUTPUTS),
         "ranks wait for each other": synced_gpus,
         "the cache does not grow": cache is None or cache.is_compileable,
-        "the model's own forward is watched, compiled or replaced": _is_special(model),
-        "the output head is another one": not isinstance(model.lm_head, OutputHead)
+        "the output head is another one": type(model.lm_head) not in _FORWARDS,
+        "a forward is watched, compiled or replaced": _is_special(model)
         or _is_special(model.lm_head),
+        "autocast chooses dtypes": autocast_dtype(model.lm_head.weight.device.type) is not None,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
@@ -40,10 +45,12 @@ def greedy_objection(
 def _is_special(module: Any) -> bool:
     """Tell whether calling a module does more than its class says."""
     return bool(
-        module._forward_hooks
+        has_global_hooks()
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._compiled_call_impl
         or "forward" in module.__dict__  # accelerate replaces it too
+        or _FORWARDS.get(type(module), type(module).forward) is not type(module).forward
     )
 
 
@@ -96,8 +103,9 @@ def _first_step(model: Any, ids: Tensor, model_kwargs: dict[str, Any]) -> dict[s
     step = model.prepare_inputs_for_generation(ids, next_sequence_length=1, **model_kwargs)
     step.pop("logits_to_keep", None)
     mask, positions = step.get("attention_mask"), step.get("position_ids")
-    sees_all = mask is None or bool(mask.all())
-    if sees_all and (positions is None or bool((positions == ids.shape[1] - 1).all())):
+    held = model_kwargs["past_key_values"].get_seq_length()
+    sees_all = mask is None or (mask.shape[1] == held + 1 and bool(mask.all()))
+    if sees_all and (positions is None or bool((positions == held).all())):
         step |= {"attention_mask": None, "position_ids": None}  # what a decoder takes for granted
     return step
 

@@ -271,9 +271,13 @@ class BitNetForCausalLM(_TernaryModel, hf.BitNetForCausalLM):
             **kwargs,
         )
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """Prepare the arguments of a step; ``generate`` calls it."""
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
+        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
+            *args, inputs_embeds=inputs_embeds, **kwargs
+        )
         if self.attention_plan is not None and self.attention_plan.uses(Streaming):
             inputs.pop("position_ids", None)  # they go by what the cache holds
         return inputs
@@ -292,7 +296,8 @@ class BitNetForCausalLM(_TernaryModel, hf.BitNetForCausalLM):
         objection = greedy_objection(
             self, logits_processor, generation_config, synced_gpus, model_kwargs
         )
-        if objection is None:
+        as_written = all(getattr(type(self), name) is method for name, method in _STEPS.items())
+        if objection is None and as_written:
             return decode_greedily(
                 self, input_ids, stopping_criteria, generation_config, streamer, model_kwargs
             )
@@ -325,3 +330,12 @@ class BitNetForCausalLM(_TernaryModel, hf.BitNetForCausalLM):
             model_kwargs = kwargs["model_kwargs"]
             kwargs["model_kwargs"] = {n: v for n, v in model_kwargs.items() if n not in own}
         return super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]
+
+
+# What a step of ``generate`` calls: greedy decoding does without, unless somebody has replaced one
+_STEPS = {
+    name: getattr(BitNetForCausalLM, name)
+    for name in (
+        "forward", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation",
+    )
+}  # fmt: skip

@@ -95,4 +95,4 @@ def _share(emitter: Emitter, value: Value, products: list[Op]) -> bool:
     """Tell whether products can read ``value`` as it is, all of them in one pass or packed."""
     if all(vector_product(emitter, product) for product in products):
         return True
-    return all(untransposed(product.operands[1])[0] is value for product in products)
+    return all(untransposed(emitter, product.operands[1])[0] is value for product in products)

@@ -60,15 +60,17 @@ def _has_few_rows(emitter: Emitter, op: Op) -> bool:
     (m, _), n = a.type.shape or (0, 0), (b.type.shape or (0, 0))[1]
     if m > _FEW_ROWS or n % 16 or op.results[0].type.elem != "f32" or a.type.elem not in _FLOATS:
         return False
-    root, order = untransposed(_narrow(b))
+    root, order = untransposed(emitter, _narrow(emitter, b))
     in_memory = is_memory(emitter, root) and address_step(emitter, root, order[1]) == 1
     return root.type.elem in _FLOATS and in_memory
 
 
-def _narrow(value: Value) -> Value:
+def _narrow(emitter: Emitter, value: Value) -> Value:
     """Return what a matrix was widened from: the product widens it as it reads it."""
     op = value.op
-    return op.operands[0] if op is not None and op.name == "arith.extf" else value
+    if op is None or op.name != "arith.extf" or value in emitter.held:
+        return value
+    return op.operands[0]
 
 
 def _few_rows(emitter: Emitter, op: Op) -> None:
@@ -77,7 +79,7 @@ def _few_rows(emitter: Emitter, op: Op) -> None:
     name, c_sum = accumulator(emitter, op)
     with emitter.braces():
         left = matrix_view(emitter, a, unit=1)
-        right = matrix_view(emitter, _narrow(b), unit=1)
+        right = matrix_view(emitter, _narrow(emitter, b), unit=1)
         views = f"{left.base}, {left.steps[0]}, {right.base}, {right.steps[0]}"
         emitter.write(f"few_rows<{m}, {n}, {k}>({views}, {name});")
     finish(emitter, op, name, c_sum)
@@ -103,7 +105,7 @@ def _matrix_product(emitter: Emitter, op: Op) -> None:
 
 def _left(emitter: Emitter, a: Value, elem: str | None) -> View:
     """Return the left operand with its rows contiguous: in memory, or computed into an array."""
-    root, _ = untransposed(a)
+    root, _ = untransposed(emitter, a)
     if emitter.buffer(root) is None and not is_memory(emitter, root):
         filled = fill_bytes(emitter, a)
         if filled is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from bitnet_triton.triton_cpu.analyse import walk
 from bitnet_triton.triton_cpu.emit.accumulate import accumulator, finish
 from bitnet_triton.triton_cpu.emit.byte_rows import LONG_ROW, emit_byte_rows, kind
 from bitnet_triton.triton_cpu.emit.bytes import BYTES, in_bytes
@@ -73,7 +74,7 @@ def vector_product(emitter: Emitter, op: Op) -> VectorProduct | None:
     fits = few.count == 1 or (few.count <= _MOST_VECTORS and few.along == 0)
     floats = a.type.elem in ("f32", "bf16", "f16") and result == "f32"
     if floats and fits and few.rows % _ROWS == 0:
-        root, order = untransposed(few.matrix)
+        root, order = untransposed(emitter, few.matrix)
         if is_memory(emitter, root) and address_step(emitter, root, order[few.along]) == 1:
             return few
     return None
@@ -90,7 +91,7 @@ def _fits_bytes(emitter: Emitter, product: VectorProduct) -> bool:
 
 
 def _is_plain(emitter: Emitter, value: Value) -> bool:
-    root, _ = untransposed(value)
+    root, _ = untransposed(emitter, value)
     return emitter.buffer(root) is not None or is_memory(emitter, root)
 
 
@@ -104,10 +105,18 @@ def keeps_lanes(emitter: Emitter, argument: Value, yielded: Value) -> bool:
         if use.name != "tt.dot" or use.operands[2] is not value or use.block is not yielded.block:
             return False
         product = vector_product(emitter, use)
-        if product is None or _adds_up(product):
+        if product is None or _adds_up(product) or _may_be_written_out(use):
             return False
         value = use.results[0]
     return value is not argument and len(value.uses) == 1
+
+
+def _may_be_written_out(product: Op) -> bool:
+    """Tell whether the body of a loop stores something before a product: its operands may wait."""
+    assert product.block is not None
+    ops = product.block.ops[: product.index]
+    inner = walk([block for op in ops for region in op.regions for block in region])
+    return any("store" in op.name or op.name in _BARRIERS for op in (*ops, *inner))
 
 
 def open_lanes(emitter: Emitter, initial: Value) -> Lanes:

@@ -43,7 +43,7 @@ def matrix_view(
         c_elem: the C++ type wanted, if it is not the value's own.
         upto: how many elements along ``unit`` will be read; None for all.
     """
-    root, order = untransposed(value)
+    root, order = untransposed(emitter, value)
     if c_elem in (None, c_type(value.type)):
         buffer = emitter.buffer(root)
         if buffer is not None:
@@ -58,10 +58,15 @@ def matrix_view(
     return _copy(emitter, value, unit, c_elem)
 
 
-def untransposed(value: Value) -> tuple[Value, tuple[int, ...]]:
-    """Return the value under a transposition, and which of its dimensions ours are."""
-    if value.op is not None and value.op.name == "tt.trans" and value.type.rank == 2:
-        root, order = untransposed(value.op.operands[0])
+def untransposed(emitter: Emitter, value: Value) -> tuple[Value, tuple[int, ...]]:
+    """Return the value under a transposition, and which of its dimensions ours are.
+
+    What has been written to an array stands for itself: memory below may have changed since.
+    """
+    is_view = value.op is not None and value.op.name == "tt.trans" and value.type.rank == 2
+    if is_view and value not in emitter.held:
+        assert value.op is not None
+        root, order = untransposed(emitter, value.op.operands[0])
         return root, tuple(order[d] for d in value.op.integers("order"))
     return value, tuple(range(value.type.rank))
 
@@ -169,7 +174,7 @@ def corner(emitter: Emitter, value: Value, unit: int, multiple: int) -> Corner:
     """
     shape = value.type.shape or ()
     size, other = shape[unit], shape[1 - unit]
-    root, order = untransposed(value)
+    root, order = untransposed(emitter, value)
     parts = None
     if is_memory(emitter, root) and address_step(emitter, root, order[unit]) == 1:
         parts = _zero_beyond(emitter, root, (order[unit], order[1 - unit]))
@@ -198,7 +203,7 @@ def rows_view(emitter: Emitter, value: Value, unit: int, upto: str) -> tuple[Vie
         unit: the dimension along the rows.
         upto: how many elements along ``unit`` will be read.
     """
-    root, order = untransposed(value)
+    root, order = untransposed(emitter, value)
     parts = None
     if is_memory(emitter, root) and address_step(emitter, root, order[unit]) == 1:
         parts = _zero_beyond(emitter, root, (order[unit], order[1 - unit]))
@@ -221,7 +226,7 @@ def rows_view(emitter: Emitter, value: Value, unit: int, upto: str) -> tuple[Vie
 def rows_in_use(emitter: Emitter, value: Value) -> str:
     """Return how many rows of a matrix may hold anything but zeros."""
     rows = str((value.type.shape or ())[0])
-    root, order = untransposed(value)
+    root, order = untransposed(emitter, value)
     if not is_memory(emitter, root):
         return rows
     parts = _zero_beyond(emitter, root, order)
