@@ -67,8 +67,7 @@ class Watch:
         return (
             list(map(type, self._parents)),
             [attributes["training"] for attributes in self._attributes],
-            ["_hf_hook" in attributes for attributes in self._attributes],
-            ["forward" in attributes for attributes in self._attributes],
+            ["forward" in attributes for attributes in self._attributes],  # accelerate's hooks too
             list(map(tuple, self._hooks)) if any(self._hooks) else [],  # a key is given only once
             list(map(_version, self._scales)),
             list(map(_address, self._parameters)),

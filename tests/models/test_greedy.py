@@ -8,6 +8,7 @@ from transformers.generation import GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 
 import bitnet_triton as bt
+from bitnet_triton.models.bitnet.greedy import tell_once
 from bitnet_triton.models.recording import Recording
 from bitnet_triton.nn.head import Int8Head, OutputHead
 
@@ -270,3 +271,15 @@ def test_positions_of_a_turn_that_begin_again(load):
             )
         )  # fmt: skip
     assert torch.equal(*turns)
+
+
+def test_the_log_says_once_which_loop_runs(load, caplog):
+    tell_once.cache_clear()
+    model = load()
+    with caplog.at_level("INFO", logger="bitnet_triton"):
+        for _ in range(2):
+            generate(model)
+            generate(model, repetition_penalty=1.3)
+    told = [record.message for record in caplog.records if "loop" in record.message]
+    assert told == ["generate runs transformers' loop: scores are processed"]
+    assert sum("no logits" in record.message for record in caplog.records) == 1

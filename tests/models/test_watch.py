@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 
 from bitnet_triton.models.watch import Watch
@@ -43,7 +44,7 @@ CHANGES = {
     "a hook": lambda model: model[0][0].register_forward_hook(lambda *_: None),
     "a hook in front": lambda model: model[0][0].register_forward_pre_hook(lambda *_: None),
     "training": lambda model: model[0].train(),
-    "a hook of accelerate": lambda model: setattr(model[0], "_hf_hook", object()),
+    "a hook of accelerate": lambda model: add_hook_to_module(model[0], ModelHook()),
     "another dtype": lambda model: model.double(),
     "another forward": lambda model: setattr(model[0], "forward", lambda x: x),
     "another forward of a part": lambda model: setattr(model[1], "forward", lambda x: x),

@@ -7,6 +7,8 @@ step from the start; it stays for whatever needs logits.
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from bitnet_triton.models.fusion import has_global_hooks
 from bitnet_triton.nn.head import Int8Head, OutputHead
 from bitnet_triton.runtime.device import autocast_dtype
+
+logger = logging.getLogger("bitnet_triton")
 
 # head -> its forward, which computes what ``topk`` compares
 _FORWARDS: dict[type, Any] = {kind: kind.forward for kind in (OutputHead, Int8Head)}
@@ -40,6 +44,15 @@ def greedy_objection(
         "autocast chooses dtypes": autocast_dtype(model.lm_head.weight.device.type) is not None,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+@functools.cache
+def tell_once(objection: str | None) -> None:
+    """Log which loop writes the tokens."""
+    if objection is None:
+        logger.info("greedy decoding: the output head gives the best token, and no logits")
+    else:
+        logger.info("generate runs transformers' loop: %s", objection)
 
 
 def _is_special(module: Any) -> bool:

@@ -16,7 +16,7 @@ from bitnet_triton.attention.streaming import Streaming
 from bitnet_triton.errors import CheckpointError
 from bitnet_triton.models.bitnet.configuration_bitnet import BitNetConfig
 from bitnet_triton.models.bitnet.global_attention import build_projections
-from bitnet_triton.models.bitnet.greedy import decode_greedily, greedy_objection
+from bitnet_triton.models.bitnet.greedy import decode_greedily, greedy_objection, tell_once
 from bitnet_triton.models.bitnet.planned import (
     check_global_tokens,
     check_no_plan_arguments,
@@ -296,8 +296,10 @@ class BitNetForCausalLM(_TernaryModel, hf.BitNetForCausalLM):
         objection = greedy_objection(
             self, logits_processor, generation_config, synced_gpus, model_kwargs
         )
-        as_written = all(getattr(type(self), name) is method for name, method in _STEPS.items())
-        if objection is None and as_written:
+        if any(getattr(type(self), name) is not method for name, method in _STEPS.items()):
+            objection = "a class has its own step"
+        tell_once(objection)
+        if objection is None:
             return decode_greedily(
                 self, input_ids, stopping_criteria, generation_config, streamer, model_kwargs
             )
