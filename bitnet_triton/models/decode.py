@@ -45,11 +45,15 @@ _CAUSAL = Mask()
 
 
 class DecodeSteps:
-    """Runs decode steps by a recording; makes one when a second step finds the cache in place."""
+    """Runs decode steps by a recording; makes one when a second step finds the cache in place.
+
+    Attributes:
+        recording: of the last step that was recorded, if any was.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._recording: Recording | None = None
+        self.recording: Recording | None = None
         self._stores: Stores = []
         self._told = False
 
@@ -125,7 +129,7 @@ class DecodeSteps:
         """
         if not can_replay(input_ids.device):
             return None
-        recording, hidden = self._recording, None
+        recording, hidden = self.recording, None
         if recording is not None and recording.fits(step):
             hidden = recording.replay(model, input_ids, step.places)
             if recording.is_untouched():
@@ -134,8 +138,8 @@ class DecodeSteps:
         if launchers is None:
             return None
         if recording is None or hidden is None or not recording.has_weights_of(model):
-            self._recording = Recording(model, step, launchers)
-            hidden = self._recording.replay(model, input_ids, step.places)
+            self.recording = Recording(model, step, launchers)
+            hidden = self.recording.replay(model, input_ids, step.places)
         return hidden
 
     def _masks(

@@ -47,7 +47,11 @@ class Step:
 
 
 class Recording:
-    """Runs a step by replaying launches."""
+    """Runs a step by replaying launches.
+
+    Attributes:
+        graph: the launches.
+    """
 
     # what inference mode creates could not be written to outside of it
     @torch.inference_mode(False)
@@ -65,7 +69,7 @@ class Recording:
             # kernels are compiled and loaded outside of a capture. What this writes into the cache
             # stands where the new token will
             self._record(model, launchers)
-        with capture(norm.device) as self._graph:
+        with capture(norm.device) as self.graph:
             self._result = self._record(model, launchers)
         self._watch = Watch(model)
 
@@ -125,7 +129,7 @@ class Recording:
         """
         self._hidden.copy_(model.embed_tokens(input_ids)[:, 0])
         self._places.copy_(places)
-        self._graph.replay()
+        self.graph.replay()
         return self._result.clone()[:, None]
 
 

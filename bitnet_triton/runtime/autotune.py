@@ -54,7 +54,12 @@ def _classes(
 
 
 def _table(device: torch.device) -> dict[str, dict[int, Tiles]]:
-    return CPU if device.type == "cpu" else GPU_TABLES[_forced_gpu.get() or _gpu_of(device)]
+    return CPU if device.type == "cpu" else GPU_TABLES[gpu_family(device)]
+
+
+def gpu_family(device: torch.device) -> str:
+    """Return what a GPU is called in the tables of tiles: a key of ``GPU_TABLES``."""
+    return _forced_gpu.get() or _gpu_of(device)
 
 
 @functools.cache
@@ -63,14 +68,18 @@ def _gpu_of(device: torch.device) -> str:
         return "hip"
     if device.type != "cuda" or not torch.cuda.is_available():
         return "cuda"
-    return "sm_90" if torch.cuda.get_device_capability(device) == (9, 0) else "cuda"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major > 9:
+        return "sm_100"
+    return "sm_90" if (major, minor) == (9, 0) else "cuda"
 
 
 @contextlib.contextmanager
 def tiles_for(gpu: str) -> Iterator[None]:
-    """Give the tiles of "cuda", "sm_90" or "hip" inside the block, whatever GPU is here.
+    """Take a GPU for "cuda", "sm_90", "sm_100" or "hip" inside the block, whatever is here.
 
-    The ahead-of-time compilation records launches under it.
+    They name the tables of tiles: before Hopper, Hopper, after it, and AMD. The ahead-of-time
+    compilation records launches under it.
     """
     token = _forced_gpu.set(gpu)
     try:

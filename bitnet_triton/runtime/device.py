@@ -39,15 +39,20 @@ def has_python_headers() -> bool:
     return (Path(sysconfig.get_path("include")) / "Python.h").is_file()
 
 
+def is_interpreted() -> bool:
+    """Tell whether the user set TRITON_INTERPRET=1, to debug kernels."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
 def triton_objection(device: torch.device) -> str | None:
     """Say why Triton kernels cannot run on tensors of ``device``; None when they can."""
     if triton_version() is None:
         return "Triton is not installed"
     if device.type in ("cuda", "xpu"):
         return None
-    import triton
-
-    if triton.knobs.runtime.interpret:  # the user set TRITON_INTERPRET=1, to debug a kernel
+    if is_interpreted():
         return None
     if device.type == "cpu":
         return triton_cpu.objection()

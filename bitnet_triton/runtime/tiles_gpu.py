@@ -335,9 +335,10 @@ def _in_order(*tables: dict[str, dict[int, Tiles]]) -> dict[str, dict[int, Tiles
     return {kernel: dict(sorted(classes.items())) for kernel, classes in merged.items()}
 
 
-# what a GPU is called -> its tables
+# what a GPU is called -> its tables. Later ones than Hopper (sm_100, sm_120) are called sm_100
 GPU_TABLES = {
     "cuda": _in_order(GPU, _NVIDIA),
     "sm_90": _in_order(GPU, _NVIDIA, _SM90),
+    "sm_100": _in_order(GPU, _NVIDIA),
     "hip": _in_order(GPU, _AMD),
 }

@@ -11,11 +11,13 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+import triton
 
 from bitnet_triton.kernels import Mask
 from bitnet_triton.kernels.bit_linear.backward import (
@@ -88,6 +90,13 @@ LARGEST_KB = {"sm_90": 227, "sm_100": 227, "gfx942": 64}
 INT8_PRODUCTS = (
     "ternary_linear_fwd", "ternary_linear_fwd_few", "bit_linear_fwd", "bit_linear_fwd_from_codes",
     "int8_linear_fwd", "int8_linear_topk_fwd",
+)  # fmt: skip
+# what a decode step is made of
+OVERLAPPED = (
+    "rms_norm_fwd", "rms_norm_quantize_fwd", "relu2_mul_norm_quantize_fwd", "silu_mul_quantize_fwd",
+    "quantize_activations_fwd", "ternary_linear_fwd_one", "ternary_linear_fwd_few",
+    "rotary_and_store", "flash_attention_decode", "flash_attention_decode_merge",
+    "split_activations_fwd", "int8_linear_fwd", "int8_linear_topk_fwd", "merge_best",
 )  # fmt: skip
 MANY_TOKENS = ("ternary_linear_fwd", "bit_linear_fwd", "bit_linear_fwd_from_codes")
 FLOAT_PRODUCTS = (
@@ -229,12 +238,22 @@ def record_for(gpu):
 
 
 # tiles are not the same on all
-LAUNCHES = {gpu: record_for(gpu) for gpu in ("cuda", "sm_90", "hip")}
+LAUNCHES = {gpu: record_for(gpu) for gpu in ("cuda", "sm_90", "sm_100", "hip")}
 HOPPER = LAUNCHES["sm_90"]
 
 
+# target -> whose tiles it takes
+FAMILY = {
+    "sm_80": "cuda",
+    "sm_90": "sm_90",
+    "sm_100": "sm_100",
+    "sm_120": "sm_100",
+    "gfx942": "hip",
+}
+
+
 def launches_of(target):
-    return LAUNCHES.get(target) or LAUNCHES[TARGETS[target].backend]
+    return LAUNCHES[FAMILY[target]]
 
 
 def compile_part(target, part, parts):
@@ -339,6 +358,45 @@ def test_the_quantiser_rounds_its_product_before_it_rounds_to_integers(launch_na
     ptx = compile_launch(HOPPER[launch_name], TARGETS["sm_90"]).asm["ptx"]
     assert "mul.rn.f32" in ptx  # .rn forbids ptxas to fuse it
     assert "fma.rn.f32" not in ptx
+
+
+@pytest.mark.parametrize("family", LAUNCHES)
+def test_kernels_of_a_decode_step_overlap_since_hopper(family):
+    for launch in LAUNCHES[family].values():
+        overlaps = kernel_name(launch) in OVERLAPPED and family in ("sm_90", "sm_100")
+        assert launch.options.get("launch_pdl", False) == overlaps
+        assert launch.options.get("DEPENDENT", False) == overlaps
+
+
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("kernel", OVERLAPPED)
+def test_a_kernel_touches_nothing_before_the_one_before_it_has_ended(kernel, target):
+    """Read in the machine code, where no compiler moves anything any more."""
+    chosen = [launch for launch in launches_of(target).values() if kernel_name(launch) == kernel]
+    for launch in chosen:
+        instructions = sass(compile_launch(launch, TARGETS[target]))
+        wait = next(i for i, line in enumerate(instructions) if "ACQBULK" in line)
+        ahead = [line for line in instructions[:wait] if MEMORY.search(line)]
+        # fetched into the second-level cache, where it is seen if it changes
+        fetched = [line for line in ahead if "CCTL.E.PF2" in line]
+        assert ahead == fetched, kernel
+        assert bool(fetched) == (kernel in ("ternary_linear_fwd_one", "ternary_linear_fwd_few"))
+        assert any("PREEXIT" in line for line in instructions[:wait]), kernel
+        assert any(MEMORY.search(line) for line in instructions[wait:]), kernel
+
+
+# global memory, by whatever instruction; shared memory has others
+MEMORY = re.compile(r"\b(LD|ST|LDG|STG|LDGSTS|ATOM|ATOMG|RED|REDG|UTMA\w*|UBLK\w*|CCTL\w*)\b")
+
+
+def sass(compiled):
+    """Return the instructions of a kernel for an NVIDIA GPU, in order."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder, "kernel.cubin")
+        binary.write_bytes(compiled.asm["cubin"])
+        text = subprocess.run([tool, binary], check=True, capture_output=True, text=True).stdout
+    return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", text, re.M)
 
 
 @pytest.mark.parametrize("family", LAUNCHES)

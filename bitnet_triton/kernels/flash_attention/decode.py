@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bitnet_triton.kernels.common.dependent import dependent, wait_for_inputs
 from bitnet_triton.kernels.flash_attention.bands import OPEN
 from bitnet_triton.kernels.flash_attention.forward import (
     accumulate,
@@ -47,9 +48,10 @@ def _flash_attention_decode_kernel(
     # sizes and scalars; sinks and dense_from are None without
     Tq, Tk, left, right, sinks, dense_from, scale_log2, softcap_log2,
     # compile-time
-    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, CAUSAL: tl.constexpr,
-    SHARES: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    DEPENDENT: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    CAUSAL: tl.constexpr, SHARES: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(DEPENDENT)
     BLOCK_D: tl.constexpr = triton.next_power_of_2(D)
     BLOCK_DV: tl.constexpr = triton.next_power_of_2(DV)
     share = tl.program_id(0)
@@ -142,8 +144,9 @@ def _flash_attention_decode_merge_kernel(
     # sizes
     Tq, H,
     # compile-time
-    DV: tl.constexpr, SHARES: tl.constexpr,
+    DEPENDENT: tl.constexpr, DV: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(DEPENDENT)
     BLOCK_S: tl.constexpr = triton.next_power_of_2(SHARES)
     BLOCK_DV: tl.constexpr = triton.next_power_of_2(DV)
     t = tl.program_id(0) // H
@@ -223,11 +226,12 @@ def launch_decode(
         GROUP=H // Hk, D=D, DV=DV, CAUSAL=mask.causal, SHARES=shares,
         ROWS=max(rows, smallest_dot(q.device)),
         **tiles("flash_attention_decode", head_size(max(D, DV), q.dtype), q.device),
+        **dependent(q.device),
     )  # fmt: skip
     if shares > 1:
         launch(_flash_attention_decode_merge_kernel, (Tq * H, B))(
             parts, part_lse, out, lse, Tq, H, DV=DV, SHARES=shares,
-            **tiles("flash_attention_decode_merge", DV, q.device),
+            **tiles("flash_attention_decode_merge", DV, q.device), **dependent(q.device),
         )  # fmt: skip
     return out, lse
 

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bitnet_triton.kernels.common.best.forward import launch_merge_best, store_best
+from bitnet_triton.kernels.common.dependent import dependent, wait_for_inputs
 from bitnet_triton.kernels.common.tiles import round_half_even
 from bitnet_triton.runtime import launch
 from bitnet_triton.runtime.autotune import tiles
@@ -25,8 +26,9 @@ def _split_activations_fwd_kernel(
     # sizes
     K,
     # compile-time
-    BLOCK_K: tl.constexpr,
+    DEPENDENT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(DEPENDENT)
     # int64: row * stride overflows int32 from 2**31 elements on
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_K)
@@ -94,8 +96,10 @@ def _int8_linear_fwd_kernel(
     # sizes
     M, N, K,
     # compile-time
-    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    DEPENDENT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(DEPENDENT)
     # int64: row * K overflows int32 from 2**31 elements on. Programs that share rows come together
     first_token = tl.program_id(0).to(tl.int64) * BLOCK_M
     rows = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -116,9 +120,10 @@ def _int8_linear_topk_fwd_kernel(
     # sizes
     M, N, K,
     # compile-time
-    HAS_BIAS: tl.constexpr, BEST: tl.constexpr,
+    DEPENDENT: tl.constexpr, HAS_BIAS: tl.constexpr, BEST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(DEPENDENT)
     # int64: row * K overflows int32 from 2**31 elements on. Programs that share rows come together
     first_token = tl.program_id(0).to(tl.int64) * BLOCK_M
     rows = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -141,7 +146,7 @@ def launch_split_activations(x: Tensor) -> tuple[Tensor, Tensor]:
         x, planes, scale,
         x.stride(0),
         K,
-        **tiles("split_activations_fwd", K, x.device),
+        **tiles("split_activations_fwd", K, x.device), **dependent(x.device),
     )  # fmt: skip
     return planes, scale
 
@@ -157,7 +162,7 @@ def launch_int8_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | N
         planes, x_scale, codes, scale, scale if bias is None else bias, y,
         M, N, K,
         HAS_BIAS=bias is not None,
-        **config,
+        **config, **dependent(x.device),
         # so that int8_linear and int8_linear_topk round alike, whatever the compiler would fuse
         enable_fp_fusion=False,
     )  # fmt: skip
@@ -177,7 +182,7 @@ def launch_int8_linear_topk(
         planes, x_scale, codes, scale, scale if bias is None else bias, best, x,
         M, N, K,
         HAS_BIAS=bias is not None, BEST=k,
-        **config,
+        **config, **dependent(x.device),
         # so that int8_linear and int8_linear_topk round alike, whatever the compiler would fuse
         enable_fp_fusion=False,
     )  # fmt: skip

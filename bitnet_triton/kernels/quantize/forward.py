@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bitnet_triton.kernels.common.dependent import dependent, wait_for_inputs
 from bitnet_triton.kernels.common.tiles import store_quantized_row
 from bitnet_triton.runtime import launch
 from bitnet_triton.runtime.autotune import tiles
@@ -25,8 +26,9 @@ def _quantize_activations_fwd_kernel(
     # sizes
     K,
     # compile-time
-    WITH_SUMS: tl.constexpr, BLOCK_K: tl.constexpr,
+    DEPENDENT: tl.constexpr, WITH_SUMS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(DEPENDENT)
     # int64: row * stride overflows int32 from 2**31 elements on
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_K)
@@ -107,7 +109,7 @@ def _launch(x: Tensor, codes: Tensor, scale: Tensor, sums: Tensor | None) -> Non
         x.stride(0),
         K,
         WITH_SUMS=sums is not None,
-        **tiles("quantize_activations_fwd", K, x.device),
+        **tiles("quantize_activations_fwd", K, x.device), **dependent(x.device),
         # a fused multiply-add would skip the rounding of 127 x / gamma before the one to integers
         enable_fp_fusion=False,
     )  # fmt: skip

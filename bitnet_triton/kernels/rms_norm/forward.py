@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bitnet_triton.kernels.common.dependent import dependent, wait_for_inputs
 from bitnet_triton.kernels.common.tiles import store_quantized_row
 from bitnet_triton.runtime import launch
 from bitnet_triton.runtime.autotune import tiles
@@ -35,8 +36,9 @@ def _rms_norm_fwd_kernel(
     # sizes and scalars
     D, eps,
     # compile-time
-    BLOCK_D: tl.constexpr,
+    DEPENDENT: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(DEPENDENT)
     # int64: row * stride overflows int32 from 2**31 elements on
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_D)
@@ -57,8 +59,9 @@ def _rms_norm_quantize_fwd_kernel(
     # sizes and scalars
     D, eps,
     # compile-time
-    BLOCK_D: tl.constexpr,
+    DEPENDENT: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(DEPENDENT)
     # int64: row * stride overflows int32 from 2**31 elements on
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_D)
@@ -79,8 +82,9 @@ def _relu2_mul_norm_quantize_fwd_kernel(
     # sizes and scalars
     F, eps,
     # compile-time
-    BLOCK_F: tl.constexpr,
+    DEPENDENT: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(DEPENDENT)
     # int64: row * stride overflows int32 from 2**31 elements on
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_F)
@@ -108,8 +112,9 @@ def _silu_mul_quantize_fwd_kernel(
     # sizes
     F,
     # compile-time
-    BLOCK_F: tl.constexpr,
+    DEPENDENT: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(DEPENDENT)
     # int64: row * stride overflows int32 from 2**31 elements on
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_F)
@@ -132,7 +137,7 @@ def launch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x, weight, y,
         x.stride(0),
         D, eps,
-        **tiles("rms_norm_fwd", D, x.device),
+        **tiles("rms_norm_fwd", D, x.device), **dependent(x.device),
     )  # fmt: skip
     return y
 
@@ -147,7 +152,7 @@ def launch_rms_norm_quantize(
         x, weight, codes, scale, sums,
         x.stride(0),
         D, eps,
-        **tiles("rms_norm_quantize_fwd", D, x.device),
+        **tiles("rms_norm_quantize_fwd", D, x.device), **dependent(x.device),
         # a fused multiply-add would skip a rounding
         enable_fp_fusion=False,
     )  # fmt: skip
@@ -164,7 +169,7 @@ def launch_relu2_mul_norm_quantize(
         gate_up, weight, codes, scale, sums,
         gate_up.stride(0),
         F, eps,
-        **tiles("relu2_mul_norm_quantize_fwd", F, gate_up.device),
+        **tiles("relu2_mul_norm_quantize_fwd", F, gate_up.device), **dependent(gate_up.device),
         enable_fp_fusion=False,
     )  # fmt: skip
     return codes, scale, sums
@@ -178,7 +183,7 @@ def launch_silu_mul_quantize(gate_up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         gate_up, codes, scale, sums,
         gate_up.stride(0),
         F,
-        **tiles("silu_mul_quantize_fwd", F, gate_up.device),
+        **tiles("silu_mul_quantize_fwd", F, gate_up.device), **dependent(gate_up.device),
         enable_fp_fusion=False,
     )  # fmt: skip
     return codes, scale, sums

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bitnet_triton.kernels.common.dependent import dependent, wait_for_inputs
 from bitnet_triton.kernels.rotary.forward import batch_strides, load_halves, rotate_heads
 from bitnet_triton.runtime import launch
 from bitnet_triton.runtime.autotune import tiles
@@ -41,8 +42,10 @@ def _rotary_and_store_kernel(
     # sizes; of the table of cosines and sines P
     T, H, Hk, capacity, P,
     # compile-time
-    IS_TABLE: tl.constexpr, HALF: tl.constexpr, PADDED_HALF: tl.constexpr, BLOCK_H: tl.constexpr,
+    DEPENDENT: tl.constexpr, IS_TABLE: tl.constexpr, HALF: tl.constexpr, PADDED_HALF: tl.constexpr,
+    BLOCK_H: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(DEPENDENT)
     # int64: offsets overflow int32 from 2**31 elements on
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -104,7 +107,7 @@ def launch_rotary_and_store(
         *k_cache.stride()[:3], *v_cache.stride()[:3],
         T, H, Hk, capacity, cos.shape[0],
         IS_TABLE=is_table, HALF=D // 2, PADDED_HALF=triton.next_power_of_2(D // 2),
-        **tiles("rotary_and_store", D, qkv.device),
+        **tiles("rotary_and_store", D, qkv.device), **dependent(qkv.device),
         # a fused multiply-add would skip the rounding of a product
         enable_fp_fusion=False,
     )  # fmt: skip

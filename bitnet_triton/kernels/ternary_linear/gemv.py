@@ -16,11 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bitnet_triton.kernels.common.dependent import dependent, prefetch_rows, wait_for_inputs
 from bitnet_triton.kernels.common.tiles import part_of_tile
 from bitnet_triton.kernels.packing import CODES_PER_BYTE
 from bitnet_triton.kernels.ternary_linear.merged import count_tiles, part_ends
 from bitnet_triton.runtime import launch
 from bitnet_triton.runtime.autotune import tiles
+from bitnet_triton.runtime.device import is_interpreted
 
 BYTES_PER_WORD = 4
 
@@ -47,10 +49,13 @@ def _ternary_linear_fwd_one_kernel(
     # sizes, K in words; where the first and the second part end
     R, K, end0, end1,
     # compile-time
-    PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    DEPENDENT: tl.constexpr, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, UNROLL: tl.constexpr, DP4A: tl.constexpr,
 ):  # fmt: skip
     part, start, end, first = part_of_tile(tl.program_id(0), R, end0, end1, PARTS, BLOCK_R)
+    prefetch_rows(packed_ptr, first, R, 4 * K, BLOCK_R, DEPENDENT)
+    wait_for_inputs(DEPENDENT)
     # one tensor for all, [planes, BLOCK_R, BLOCK_K], so that nothing changes its place
     plane = tl.arange(0, 4)[:, None, None]
     # int64: row * K overflows int32 from 2**31 elements on
@@ -110,8 +115,8 @@ def launch_ternary_linear_fwd_one(
         scale if bias is None else bias, scale if residual is None else residual, y,
         R, K // BYTES_PER_WORD, *part_ends(rows),
         PARTS=len(rows), HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
-        DP4A=a.device.type != "cpu",
-        **config,
+        DP4A=a.device.type != "cpu" and not is_interpreted(),
+        **config, **dependent(a.device),
         # a fused multiply-add would skip the rounding before the residual
         enable_fp_fusion=residual is None,
     )  # fmt: skip

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bitnet_triton.kernels.common.dependent import dependent, wait_for_inputs
 from bitnet_triton.runtime import launch
 from bitnet_triton.runtime.autotune import tiles
 
@@ -51,8 +52,9 @@ def _merge_best_kernel(
     # sizes
     C,
     # compile-time
-    BEST: tl.constexpr, BLOCK_C: tl.constexpr,
+    DEPENDENT: tl.constexpr, BEST: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_C)
     # no two ranks are equal: the next one is the highest below the last
@@ -78,6 +80,7 @@ def launch_merge_best(best: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor,
     values = torch.empty((M, k), dtype=dtype, device=best.device)
     indices = torch.empty((M, k), dtype=torch.int64, device=best.device)
     launch(_merge_best_kernel, (M,))(
-        best, values, indices, C, BEST=k, **tiles("merge_best", C, best.device)
-    )
+        best, values, indices, C,
+        BEST=k, **tiles("merge_best", C, best.device), **dependent(best.device),
+    )  # fmt: skip
     return values, indices
