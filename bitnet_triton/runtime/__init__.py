@@ -1,6 +1,6 @@
 """WHERE an op runs: devices, choice of backend, op registration, kernel launch."""
 
-from bitnet_triton.runtime.launch import capture, launch
+from bitnet_triton.runtime.launch import capture, cdiv, launch
 from bitnet_triton.runtime.library import register_op
 from bitnet_triton.runtime.select import (
     BACKENDS,
@@ -20,6 +20,7 @@ __all__ = [
     "Implementation",
     "backend_objection",
     "capture",
+    "cdiv",
     "compile_by_kind",
     "explain",
     "forced_backend",

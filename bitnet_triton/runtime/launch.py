@@ -36,6 +36,11 @@ class Launch:
 _recorded: ContextVar[list[Launch] | None] = ContextVar("bitnet_triton_recorded", default=None)
 
 
+def cdiv(size: int, block: int) -> int:
+    """Return how many blocks ``size`` takes; ``triton.cdiv`` serves kernels, and takes 2 us."""
+    return -(-size // block)
+
+
 def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
     """Return a callable that starts ``kernel`` over ``grid``; launchers use it for every kernel.
 

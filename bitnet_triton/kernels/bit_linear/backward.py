@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bitnet_triton.kernels.bit_linear.tiles import weight_codes
-from bitnet_triton.runtime import launch
+from bitnet_triton.runtime import cdiv, launch
 from bitnet_triton.runtime.autotune import fitted_tiles, tiles
 
 # Rows that lie a multiple of 4096 bytes apart share one set of a cache: a line more between them
@@ -161,7 +161,7 @@ def launch_bit_linear_bwd_dx(dy: Tensor, weight: Tensor, stats: Tensor, binary: 
     M, (N, K) = dy.shape[0], weight.shape
     dx = torch.empty((M, K), dtype=dy.dtype, device=dy.device)
     config = fitted_tiles("bit_linear_bwd_dx", dy.device, M=M, N=N, K=K)
-    grid = (triton.cdiv(K, config["BLOCK_K"]), triton.cdiv(M, config["BLOCK_M"]))
+    grid = (cdiv(K, config["BLOCK_K"]), cdiv(M, config["BLOCK_M"]))
     launch(_bit_linear_bwd_dx_kernel, grid)(
         dy, weight, stats, dx,
         M, N, K,
@@ -182,7 +182,7 @@ def launch_bit_linear_bwd_dweight(
     from_codes = bool(config.pop("FROM_CODES", True))
     x = a if from_codes else _dequantize_transposed(a, a_scale, dy.dtype).t()
     # neighbours along K read the same part of dy, the larger of the two
-    grid = (triton.cdiv(K, config["BLOCK_K"]), triton.cdiv(N, config["BLOCK_N"]))
+    grid = (cdiv(K, config["BLOCK_K"]), cdiv(N, config["BLOCK_N"]))
     launch(_bit_linear_bwd_dweight_kernel, grid)(
         dy, x, a_scale, dweight,
         *x.stride(),
@@ -198,7 +198,7 @@ def _dequantize_transposed(a: Tensor, a_scale: Tensor, dtype: torch.dtype) -> Te
     M, K = a.shape
     padded = torch.empty((K, M + _PADDING_BYTES // dtype.itemsize), dtype=dtype, device=a.device)
     config = tiles("bit_linear_bwd_dequantize", M, a.device)
-    grid = (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(K, config["BLOCK_K"]))
+    grid = (cdiv(M, config["BLOCK_M"]), cdiv(K, config["BLOCK_K"]))
     launch(_bit_linear_bwd_dequantize_kernel, grid)(
         a, a_scale, padded, padded.stride(0), M, K, **config
     )
@@ -213,7 +213,7 @@ def launch_bit_linear_bwd_scale(x: Tensor, scale: Tensor, dtype: torch.dtype) ->
     M, K = x.shape
     y = x if x.dtype == dtype else torch.empty((M, K), dtype=dtype, device=x.device)
     config = tiles("bit_linear_bwd_scale", M, x.device)
-    grid = (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(K, config["BLOCK_K"]))
+    grid = (cdiv(M, config["BLOCK_M"]), cdiv(K, config["BLOCK_K"]))
     launch(_bit_linear_bwd_scale_kernel, grid)(
         x, scale, y, scale.stride(0) if scale.ndim == 2 else 0, M, K, **config
     )

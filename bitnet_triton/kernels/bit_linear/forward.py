@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bitnet_triton.kernels.bit_linear.tiles import weight_codes
-from bitnet_triton.runtime import launch
+from bitnet_triton.runtime import cdiv, launch
 from bitnet_triton.runtime.autotune import fitted_tiles, tiles
 
 
@@ -148,7 +148,7 @@ def launch_bit_linear_fwd(
     (M, K), N = a.shape, weight.shape[0]
     y = torch.empty((M, N), dtype=dtype, device=a.device)
     config = fitted_tiles("bit_linear_fwd", a.device, M=M, N=N, K=K)
-    grid = (triton.cdiv(N, config["BLOCK_N"]), triton.cdiv(M, config["BLOCK_M"]))
+    grid = (cdiv(N, config["BLOCK_N"]), cdiv(M, config["BLOCK_M"]))
     launch(_bit_linear_fwd_kernel, grid)(
         a, a_scale, weight, stats, stats if bias is None else bias, y,
         M, N, K,
@@ -167,7 +167,7 @@ def launch_bit_linear_codes(
     codes = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     size = weight.numel()
     config = tiles("bit_linear_codes", size, weight.device)
-    launch(_bit_linear_codes_kernel, (triton.cdiv(size, config["BLOCK"]),))(
+    launch(_bit_linear_codes_kernel, (cdiv(size, config["BLOCK"]),))(
         weight, stats, codes, size, BINARY=binary, **config
     )
     return codes
@@ -182,7 +182,7 @@ def launch_bit_linear_fwd_from_codes(
     codes = launch_bit_linear_codes(weight, stats, binary, torch.int8)
     y = torch.empty((M, N), dtype=dtype, device=a.device)
     config = tiles("bit_linear_fwd_from_codes", M, a.device)
-    grid = (triton.cdiv(N, config["BLOCK_N"]), triton.cdiv(M, config["BLOCK_M"]))
+    grid = (cdiv(N, config["BLOCK_N"]), cdiv(M, config["BLOCK_M"]))
     launch(_bit_linear_fwd_from_codes_kernel, grid)(
         a, a_scale, codes, stats, stats if bias is None else bias, y,
         M, N, K,

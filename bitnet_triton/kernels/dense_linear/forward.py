@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bitnet_triton.kernels.common.best.forward import launch_merge_best, store_best
-from bitnet_triton.runtime import launch
+from bitnet_triton.runtime import cdiv, launch
 from bitnet_triton.runtime.autotune import tiles
 
 
@@ -94,7 +94,7 @@ def launch_dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
     (M, K), N = x.shape, weight.shape[0]
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     config = tiles("dense_linear_fwd", M, x.device)
-    launch(_dense_linear_fwd_kernel, (triton.cdiv(N, config["BLOCK_N"]),))(
+    launch(_dense_linear_fwd_kernel, (cdiv(N, config["BLOCK_N"]),))(
         x, weight, bias if bias is not None else x, y,
         M, N, K,
         HAS_BIAS=bias is not None,
@@ -109,7 +109,7 @@ def launch_dense_linear_topk(
     """Map as ``launch_dense_linear`` does, but only to the k largest: values, indices [M, k]."""
     (M, K), N = x.shape, weight.shape[0]
     config = tiles("dense_linear_fwd", M, x.device)
-    programs = triton.cdiv(N, config["BLOCK_N"])
+    programs = cdiv(N, config["BLOCK_N"])
     best = torch.empty((M, programs * k), dtype=torch.int64, device=x.device)
     launch(_dense_linear_topk_fwd_kernel, (programs,))(
         x, weight, bias if bias is not None else x, best,

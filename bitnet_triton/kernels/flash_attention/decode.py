@@ -21,7 +21,7 @@ from bitnet_triton.kernels.flash_attention.forward import (
 )
 from bitnet_triton.kernels.flash_attention.mask import Mask
 from bitnet_triton.kernels.flash_attention.tiles import load_rows, raw_scores, store_rows
-from bitnet_triton.runtime import launch
+from bitnet_triton.runtime import cdiv, launch
 from bitnet_triton.runtime.autotune import head_size, tiles
 from bitnet_triton.runtime.device import smallest_dot
 
@@ -242,4 +242,4 @@ def _shares(Tk: int, mask: Mask, device: torch.device) -> int:
     if mask.window is not None and mask.causal and mask.dense_from is None:
         keys = min(keys, mask.window)
     share = _SHARE if smallest_dot(device) == 1 else _SHARE_OF_GPU
-    return min(triton.cdiv(keys, share), _MOST_SHARES)
+    return min(cdiv(keys, share), _MOST_SHARES)

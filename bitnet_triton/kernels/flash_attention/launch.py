@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from bitnet_triton.kernels.flash_attention.arguments import Call
@@ -31,7 +30,7 @@ from bitnet_triton.kernels.flash_attention.operands import (
     tokens_of,
 )
 from bitnet_triton.kernels.flash_attention.select import launch_select
-from bitnet_triton.runtime import launch
+from bitnet_triton.runtime import cdiv, launch
 from bitnet_triton.runtime.autotune import head_size, tiles
 
 
@@ -137,7 +136,7 @@ def _launch_delta(
     *lead, T, H, DV = out.shape
     pivot, delta = torch.empty_like(lse), torch.empty_like(lse)
     config = tiles("flash_attention_bwd_delta", DV, out.device)
-    grid = (triton.cdiv(T, config["BLOCK_M"]), H, lead[0] if lead else 1)
+    grid = (cdiv(T, config["BLOCK_M"]), H, lead[0] if lead else 1)
     launch(_flash_attention_bwd_delta_kernel, grid)(
         out, dout, lse, dlse, pivot, delta, T, H, DV=DV, **config
     )

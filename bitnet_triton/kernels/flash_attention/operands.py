@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import triton
 from torch import Tensor
 
 from bitnet_triton.kernels.flash_attention.arguments import Call
 from bitnet_triton.kernels.flash_attention.bands import Band, Plan, TokenList
 from bitnet_triton.kernels.flash_attention.forward import score_factors
+from bitnet_triton.runtime import cdiv
 
 
 def strides(t: Tensor) -> tuple[int, int, int]:
@@ -21,9 +21,9 @@ def grid_tiles(t: Tensor, block: int, band: Band, batch: int) -> int:
     """Return the programs that all tiles of rows of ``t`` need, without asking for lengths."""
     steps = {step for step, *_ in band.heads}
     if t.ndim == 4:
-        return max(step * triton.cdiv(triton.cdiv(t.shape[1], step), block) for step in steps)
+        return max(step * cdiv(cdiv(t.shape[1], step), block) for step in steps)
     # each class of each sequence may end in a tile of its own
-    return triton.cdiv(t.shape[0], block) + batch * max(steps)
+    return cdiv(t.shape[0], block) + batch * max(steps)
 
 
 def common(q: Tensor, k: Tensor, v: Tensor, call: Call, plan: Plan, band: Band) -> dict[str, Any]:

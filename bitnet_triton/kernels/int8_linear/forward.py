@@ -13,7 +13,7 @@ from torch import Tensor
 from bitnet_triton.kernels.common.best.forward import launch_merge_best, store_best
 from bitnet_triton.kernels.common.dependent import dependent, wait_for_inputs
 from bitnet_triton.kernels.common.tiles import round_half_even
-from bitnet_triton.runtime import launch
+from bitnet_triton.runtime import cdiv, launch
 from bitnet_triton.runtime.autotune import tiles
 
 
@@ -157,7 +157,7 @@ def launch_int8_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | N
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     planes, x_scale = launch_split_activations(x)
     config = tiles("int8_linear_fwd", M, x.device)
-    grid = triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(N, config["BLOCK_N"])
+    grid = cdiv(M, config["BLOCK_M"]), cdiv(N, config["BLOCK_N"])
     launch(_int8_linear_fwd_kernel, grid)(
         planes, x_scale, codes, scale, scale if bias is None else bias, y,
         M, N, K,
@@ -176,7 +176,7 @@ def launch_int8_linear_topk(
     (M, K), N = x.shape, codes.shape[0]
     planes, x_scale = launch_split_activations(x)
     config = tiles("int8_linear_topk_fwd", M, x.device)
-    grid = triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(N, config["BLOCK_N"])
+    grid = cdiv(M, config["BLOCK_M"]), cdiv(N, config["BLOCK_N"])
     best = torch.empty((M, grid[1] * k), dtype=torch.int64, device=x.device)
     launch(_int8_linear_topk_fwd_kernel, grid)(
         planes, x_scale, codes, scale, scale if bias is None else bias, best, x,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bitnet_triton.kernels.common.dependent import dependent, wait_for_inputs
 from bitnet_triton.kernels.common.tiles import store_quantized_row
-from bitnet_triton.runtime import launch
+from bitnet_triton.runtime import cdiv, launch
 from bitnet_triton.runtime.autotune import tiles
 
 
@@ -119,7 +119,7 @@ def launch_weight_stats(weight: Tensor) -> Tensor:
     """Map weight [N, K] to float32 [2]: its scale, and the mean that binary codes compare with."""
     size, device = weight.numel(), weight.device
     config = tiles("weight_sums_fwd", size, device)
-    programs = triton.cdiv(size, config["BLOCK"] * config["BLOCKS"])
+    programs = cdiv(size, config["BLOCK"] * config["BLOCKS"])
     sums = torch.empty((2, programs), dtype=torch.float32, device=device)
     stats = torch.empty(2, dtype=torch.float32, device=device)
     launch(_weight_sums_fwd_kernel, (programs,))(weight, sums, size, **config)

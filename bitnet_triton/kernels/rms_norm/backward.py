@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitnet_triton.runtime import launch
+from bitnet_triton.runtime import cdiv, launch
 from bitnet_triton.runtime.autotune import tiles
 
 # Partial sums of dweight: enough programs for any device, and a small matrix to add up
@@ -57,8 +57,8 @@ def launch_rms_norm_bwd(
 ) -> tuple[Tensor, Tensor]:
     """Map dy and x [M, D] to dx [M, D] and dweight [D], in their dtypes; dweight may be empty."""
     M, D = x.shape
-    rows = triton.cdiv(M, _MOST_PROGRAMS)
-    programs = triton.cdiv(M, rows)
+    rows = cdiv(M, _MOST_PROGRAMS)
+    programs = cdiv(M, rows)
     dx = torch.empty((M, D), dtype=x.dtype, device=x.device)
     sums = torch.empty((programs if with_dweight else 0, D), dtype=torch.float32, device=x.device)
     launch(_rms_norm_bwd_kernel, (programs,))(

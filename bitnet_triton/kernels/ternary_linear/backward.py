@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitnet_triton.runtime import launch
+from bitnet_triton.runtime import cdiv, launch
 from bitnet_triton.runtime.autotune import tiles
 
 
@@ -56,6 +56,6 @@ def launch_ternary_linear_bwd(dy: Tensor, packed: Tensor, scale: Tensor) -> Tens
     M, (R, K) = dy.shape[0], packed.shape
     dx = torch.empty((M, K), dtype=dy.dtype, device=dy.device)
     config = tiles("ternary_linear_bwd", M, dy.device, dy.dtype)
-    grid = (triton.cdiv(K, config["BLOCK_K"]), triton.cdiv(M, config["BLOCK_M"]))
+    grid = (cdiv(K, config["BLOCK_K"]), cdiv(M, config["BLOCK_M"]))
     launch(_ternary_linear_bwd_kernel, grid)(dy, packed, scale, dx, M, R, K, **config)
     return dx

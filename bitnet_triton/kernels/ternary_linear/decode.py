@@ -21,7 +21,7 @@ from bitnet_triton.kernels.common.dependent import dependent, prefetch_rows, wai
 from bitnet_triton.kernels.common.tiles import part_of_tile
 from bitnet_triton.kernels.ternary_linear.merged import count_tiles, part_ends
 from bitnet_triton.kernels.ternary_linear.tiles import planes_in_place, store_plane, sums_in_place
-from bitnet_triton.runtime import launch
+from bitnet_triton.runtime import cdiv, launch
 from bitnet_triton.runtime.autotune import has_tiles, tiles
 
 # As many byte rows are no more than half a program for each multiprocessor of a large GPU
@@ -119,7 +119,7 @@ def launch_ternary_linear_fwd_few(
     (M, K), R = a.shape, packed.shape[0]
     y = torch.empty((M, 4 * R), dtype=dtype, device=a.device)
     config = tiles(_kernel(R, a.device), M, a.device)
-    grid = (count_tiles(rows, config["BLOCK_R"]), count_tiles((M,), config["BLOCK_M"]))
+    grid = (count_tiles(rows, config["BLOCK_R"]), cdiv(M, config["BLOCK_M"]))
     launch(_ternary_linear_fwd_few_kernel, grid)(
         a, a_scale, a_sum, packed, scale, scale if bias is None else bias,
         scale if residual is None else residual, y,

@@ -29,7 +29,7 @@ from bitnet_triton.kernels.ternary_linear.tiles import (
     store_plane,
     sums_in_place,
 )
-from bitnet_triton.runtime import launch
+from bitnet_triton.runtime import cdiv, launch
 from bitnet_triton.runtime.autotune import tiles
 
 
@@ -135,7 +135,7 @@ def launch_ternary_linear_fwd(
     y = torch.empty((M, 4 * R), dtype=dtype, device=a.device)
     config = {"TOKENS_LEFT": False, "IN_PLACE": False, **tiles("ternary_linear_fwd", M, a.device)}
     config["IN_PLACE"] &= K < IN_PLACE_K
-    grid = (count_tiles(rows, config["BLOCK_R"]), count_tiles((M,), config["BLOCK_M"]))
+    grid = (count_tiles(rows, config["BLOCK_R"]), cdiv(M, config["BLOCK_M"]))
     launch(_ternary_linear_fwd_kernel, grid)(
         a, a_scale, a_sum, packed, scale, scale if bias is None else bias,
         scale if residual is None else residual, y,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bitnet_triton.kernels.packing import CODES_PER_BYTE, TernaryWeight
+from bitnet_triton.runtime import cdiv
 
 MOST_PARTS = 3  # queries, keys and values
 
@@ -75,8 +76,7 @@ class MergedTernaryWeight:
 
 def count_tiles(rows: Sequence[int], BLOCK_R: int) -> int:
     """Return the number of tiles of parts with ``rows`` byte rows each."""
-    # triton.cdiv is made for kernels and takes a microsecond
-    return sum([-(-r // BLOCK_R) for r in rows])
+    return sum([cdiv(r, BLOCK_R) for r in rows])
 
 
 def part_ends(rows: Sequence[int]) -> tuple[int, int]:
