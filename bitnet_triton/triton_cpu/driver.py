@@ -15,8 +15,9 @@ from triton.backends.driver import DriverBase
 
 from bitnet_triton.triton_cpu import compat
 from bitnet_triton.triton_cpu.compiler import BACKEND, TARGET
+from bitnet_triton.triton_cpu.entry import Entry
 from bitnet_triton.triton_cpu.graph import paused
-from bitnet_triton.triton_cpu.launcher import Entry, Launcher
+from bitnet_triton.triton_cpu.launcher import Launcher
 
 # Triton keeps what it compiled by device: a number that no GPU has
 DEVICE = -1

@@ -8,13 +8,12 @@ import functools
 import os
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-if TYPE_CHECKING:
-    from bitnet_triton.triton_cpu.launcher import Entry
+from bitnet_triton.triton_cpu.entry import Entry
 
 # They give memory without values: a graph keeps it and its kernels fill it
 _ALLOCATIONS = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})

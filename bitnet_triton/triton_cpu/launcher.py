@@ -11,32 +11,12 @@ from typing import Any
 import torch
 import triton
 
-from bitnet_triton.triton_cpu import build
 from bitnet_triton.triton_cpu.arguments import Packer
 from bitnet_triton.triton_cpu.compiler import TARGET, options_of
+from bitnet_triton.triton_cpu.entry import Entry
 from bitnet_triton.triton_cpu.graph import recording
 
 _LARGEST = 2**31 - 1
-
-
-class Entry:
-    """The entry point of a loaded kernel."""
-
-    __slots__ = ("address", "message", "replay", "run")
-
-    def __init__(self, binary: bytes) -> None:
-        library = build.load(binary)
-        # without prototypes, ctypes converts in a third of the time: int to int, bytes to char*
-        self.run = library.tcpu_launch
-        self.message = library.tcpu_message
-        self.message.restype = ctypes.c_char_p
-        self.replay = library.tcpu_replay
-        self.replay.restype = ctypes.c_long
-        self.address = ctypes.cast(self.run, ctypes.c_void_p).value
-
-    def failure(self, name: str) -> str:
-        """Return what the last launch of this thread said when it failed."""
-        return f"kernel {name}: {(self.message() or b'').decode(errors='replace')}"
 
 
 class Launcher:

@@ -16,7 +16,8 @@ from triton.runtime.jit import JITFunction, KernelInterface
 from bitnet_triton.triton_cpu import compat
 from bitnet_triton.triton_cpu.compiler import BACKEND, TARGET, CPUBackend
 from bitnet_triton.triton_cpu.driver import CPUDriver, benchmark
-from bitnet_triton.triton_cpu.launcher import Entry, Launcher
+from bitnet_triton.triton_cpu.entry import Entry
+from bitnet_triton.triton_cpu.launcher import Launcher
 
 _ATTRIBUTE = "_triton_cpu"
 
