@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bitnet_triton.triton_cpu.interface import launch
+from bitnet_triton.triton_cpu.side import prepared
 
 
 @triton.jit
@@ -24,6 +24,6 @@ def run() -> None:
         RuntimeError: they are wrong.
     """
     x, weight, out = torch.arange(100.0), torch.ones(100), torch.empty(2)
-    launch(_weighted_sum_kernel, (2,))(x, weight, out, 100, 0.5, BLOCK=64)
+    prepared(_weighted_sum_kernel).run(x, weight, out, 100, 0.5, BLOCK=64, grid=(2,), warmup=False)
     if out.tolist() != [1008.0, 1467.0]:
         raise RuntimeError(f"a weighted sum gives {out.tolist()} in place of [1008.0, 1467.0]")
