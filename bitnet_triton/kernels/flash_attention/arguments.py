@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from bitnet_triton.kernels.flash_attention.mask import PATTERNS, Mask
+from bitnet_triton.kernels.flash_attention.description import PATTERNS
+from bitnet_triton.kernels.flash_attention.mask import Mask
 
 _NONE = -1  # stands for None in a list of integers
 

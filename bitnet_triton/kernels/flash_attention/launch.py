@@ -11,14 +11,7 @@ from bitnet_triton.kernels.flash_attention.backward import (
     _flash_attention_bwd_dkdv_kernel,
     _flash_attention_bwd_dq_kernel,
 )
-from bitnet_triton.kernels.flash_attention.bands import (
-    Band,
-    Plan,
-    TokenList,
-    dense_band,
-    heads_table,
-    plan_call,
-)
+from bitnet_triton.kernels.flash_attention.bands import Band, dense_band, heads_table
 from bitnet_triton.kernels.flash_attention.forward import _flash_attention_fwd_kernel
 from bitnet_triton.kernels.flash_attention.merge import merge_attention
 from bitnet_triton.kernels.flash_attention.operands import (
@@ -29,6 +22,7 @@ from bitnet_triton.kernels.flash_attention.operands import (
     strides,
     tokens_of,
 )
+from bitnet_triton.kernels.flash_attention.plan import Plan, TokenList, plan_call
 from bitnet_triton.kernels.flash_attention.select import launch_select
 from bitnet_triton.runtime import cdiv, launch
 from bitnet_triton.runtime.autotune import head_size, tiles

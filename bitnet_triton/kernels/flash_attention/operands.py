@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from bitnet_triton.kernels.flash_attention.arguments import Call
-from bitnet_triton.kernels.flash_attention.bands import Band, Plan, TokenList
+from bitnet_triton.kernels.flash_attention.bands import Band
 from bitnet_triton.kernels.flash_attention.forward import score_factors
+from bitnet_triton.kernels.flash_attention.plan import Plan, TokenList
 from bitnet_triton.runtime import cdiv
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from bitnet_triton.kernels.flash_attention.mask import Mask
+from bitnet_triton.kernels.flash_attention.description import MaskDescription
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,9 @@ class Lengths:
         return is_query, is_key
 
 
-def visible_pairs(mask: Mask, lengths: Lengths, device: torch.device | str | None) -> Tensor:
+def visible_pairs(
+    mask: MaskDescription, lengths: Lengths, device: torch.device | str | None
+) -> Tensor:
     """Return bool [B Hd Tq Tk]: which pairs ``mask`` shows."""
     p, j = lengths.positions(device)
     is_query, is_key = lengths.valid(device)
@@ -94,7 +94,7 @@ def _global_rows(tokens: Tensor, lengths: Lengths, p: Tensor) -> tuple[Tensor, T
     return tokens[:, None, None, :], (rows & (index >= 0))[:, None, :, None]
 
 
-def _window(mask: Mask, p: Tensor, j: Tensor) -> Tensor:
+def _window(mask: MaskDescription, p: Tensor, j: Tensor) -> Tensor:
     d = torch.tensor(mask.dilations, device=p.device).view(1, -1, 1, 1)
     offset = p - j
     seen = offset % d == 0
@@ -105,7 +105,7 @@ def _window(mask: Mask, p: Tensor, j: Tensor) -> Tensor:
     return seen
 
 
-def _pattern(mask: Mask, p: Tensor, j: Tensor) -> Tensor:
+def _pattern(mask: MaskDescription, p: Tensor, j: Tensor) -> Tensor:
     b = mask.block
     if b is None:
         return torch.ones_like(p - j, dtype=torch.bool)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from bitnet_triton.kernels.flash_attention.mask import Mask
+from bitnet_triton.kernels.flash_attention.description import MaskDescription
 
 _SHADES = "·░▒▓█"  # of a tile's keys: none, up to a third, up to two thirds, fewer than all, all
 
 
-def draw_mask(mask: Mask, visible: Tensor, head: int, width: int) -> str:
+def draw_mask(mask: MaskDescription, visible: Tensor, head: int, width: int) -> str:
     """Draw bool [Hd Tq Tk] in at most ``width`` characters a line, under a line of settings."""
     matrix = visible[head if visible.shape[0] > 1 else 0]
     shares, tile = _shares(matrix, width)
@@ -25,7 +24,7 @@ def draw_mask(mask: Mask, visible: Tensor, head: int, width: int) -> str:
     return "\n".join([_title(mask), f"{size}, {share:.1f} % visible{scale}", *lines])
 
 
-def plot_mask(mask: Mask, visible: Tensor, head: int) -> Any:
+def plot_mask(mask: MaskDescription, visible: Tensor, head: int) -> Any:
     """Draw bool [Hd Tq Tk] as a matplotlib figure."""
     try:
         from matplotlib.figure import Figure
@@ -42,7 +41,7 @@ def plot_mask(mask: Mask, visible: Tensor, head: int) -> Any:
     return figure
 
 
-def _title(mask: Mask) -> str:
+def _title(mask: MaskDescription) -> str:
     shown = []
     for name in mask.__dataclass_fields__:
         value = getattr(mask, name)

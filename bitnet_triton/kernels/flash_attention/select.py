@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bitnet_triton.kernels.flash_attention.arguments import Call
-from bitnet_triton.kernels.flash_attention.bands import Band, Plan, dense_band, heads_table
+from bitnet_triton.kernels.flash_attention.bands import Band, dense_band, heads_table
 from bitnet_triton.kernels.flash_attention.operands import (
     common,
     grid_tiles,
@@ -25,6 +25,7 @@ from bitnet_triton.kernels.flash_attention.operands import (
     strides,
     tokens_of,
 )
+from bitnet_triton.kernels.flash_attention.plan import Plan
 from bitnet_triton.kernels.flash_attention.tiles import (
     count_keys,
     count_up_to,

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from bitnet_triton.kernels.flash_attention.bands import BEFORE, CLASS, Band, bands_of, dense_band
-
-if TYPE_CHECKING:
-    from bitnet_triton.kernels.flash_attention.mask import Mask
+from bitnet_triton.kernels.flash_attention.description import MaskDescription
 
 _LISTED_TILE = 32  # of keys that everybody sees
 
@@ -51,7 +48,9 @@ class _Rows:
     positions: tuple[int, ...]
 
 
-def count_work(mask: Mask, Tq: int, Tk: int, heads: int, block_m: int, block_n: int) -> Work:
+def count_work(
+    mask: MaskDescription, Tq: int, Tk: int, heads: int, block_m: int, block_n: int
+) -> Work:
     """Count tiles of ``block_m`` queries and ``block_n`` keys; see ``Mask.work``."""
     if isinstance(mask.global_tokens, Tensor) or isinstance(mask.dense_from, Tensor):
         raise TypeError("`mask`: its work depends on values in tensors; give numbers instead")
