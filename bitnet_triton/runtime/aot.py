@@ -41,6 +41,8 @@ _TYPES = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
+# whether launches overlap (runtime/overlap.py): a column has them all one way
+_BY_TARGET = ("DEPENDENT", "launch_pdl")
 _MATRIX_INSTRUCTION = re.compile(
     r"\b(wgmma\.mma_async\.sync\.aligned\.\S+|tcgen05\.mma\.\S+|mma\.sync\.aligned\.\S+|v_mfma_\w+)"
 )
@@ -201,7 +203,7 @@ def markdown_table(rows: Sequence[Resources]) -> str:
     targets = [target for target in TARGETS if target in present]
     lines: dict[tuple[str, str, str], dict[str, str]] = {}
     for row in rows:
-        constants = " ".join(f"{name}={value}" for name, value in row.constants)
+        constants = " ".join(f"{n}={value}" for n, value in row.constants if n not in _BY_TARGET)
         numbers = f"{row.registers}, {row.spills}, {row.shared}, {row.warps}"
         cell = f"{numbers}, {_short(row.instructions)}"
         key = (row.kernel, " ".join(row.dtypes), constants)
