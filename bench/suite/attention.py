@@ -192,7 +192,7 @@ def _flops(
     return 4 * pairs * D * H * B * (2.5 if passes == "backward" else 1)
 
 
-def _case(grid: Sequence[Point], device: torch.device) -> Case:
+def _case(grid: Sequence[Point], plan: Plan) -> Case:
     flash, cudnn = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
     return Case(
         name="attention",
@@ -204,10 +204,12 @@ def _case(grid: Sequence[Point], device: torch.device) -> Case:
             speed.OURS: Provider("bitnet_triton", _ours, _TOLERANCE),
             "sdpa_flash": Provider("SDPA flash", functools.partial(_sdpa, flash), _TOLERANCE),
             "sdpa_cudnn": Provider("SDPA cuDNN", functools.partial(_sdpa, cudnn), _TOLERANCE),
-            "flex": Provider("FlexAttention", _flex, _TOLERANCE, note="torch.compile"),
+            "flex": speed.not_when_quick(
+                Provider("FlexAttention", _flex, _TOLERANCE, note="torch.compile"), plan
+            ),
         },
         baselines=("sdpa_flash", "sdpa_cudnn", "flex"),
-        flops=functools.partial(_flops, device),
+        flops=functools.partial(_flops, plan.device),
     )
 
 
@@ -227,4 +229,4 @@ def _points(passes: str, plan: Plan) -> list[Point]:
 def attention(passes: str, plan: Plan) -> Sequence[Item]:
     """Return the points of a pass, "forward" or "backward"."""
     points = _points(passes, plan)
-    return speed.items(_case(points, plan.device), plan, quick=points[:2])
+    return speed.items(_case(points, plan), plan, quick=points[:2])

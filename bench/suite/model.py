@@ -91,6 +91,20 @@ def items(plan: Plan) -> Sequence[Item]:
         return 2.0 * B * weights * new
 
     grid = [{"B": B, "prompt": prompt, "new": new} for B in (1, 8)]
+    static, dynamic, theirs = (
+        Provider(
+            "bitnet_triton, static cache", _generate("fused", "static"), _TOLERANCE, "int8",
+            "after bitnet_triton.fuse",
+        ),
+        Provider(
+            "bitnet_triton, dynamic cache", _generate("fused", "dynamic"), _TOLERANCE, "int8",
+            "after bitnet_triton.fuse, decode steps recorded",
+        ),
+        Provider(
+            "hf autobitlinear, static cache", _generate("autobitlinear", "static"), _TOLERANCE,
+            "bf16", "unpacked to bf16 at load",
+        ),
+    )  # fmt: skip
     case = Case(
         name="model",
         title="A whole model",
@@ -98,22 +112,13 @@ def items(plan: Plan) -> Sequence[Item]:
         inputs=inputs,
         reference=lambda inputs: inputs.logits(inputs.models.get("autobitlinear")),
         providers={
-            speed.OURS: Provider(
-                "bitnet_triton, static cache", _generate("fused", "static"), _TOLERANCE, "int8",
-                "after bitnet_triton.fuse",
-            ),
-            "bitnet_triton_dynamic": Provider(
-                "bitnet_triton, dynamic cache", _generate("fused", "dynamic"), _TOLERANCE, "int8",
-                "after bitnet_triton.fuse, decode steps recorded",
-            ),
-            "transformers": Provider(
-                "hf autobitlinear, static cache", _generate("autobitlinear", "static"),
-                _TOLERANCE, "bf16", "unpacked to bf16 at load",
-            ),
+            speed.OURS: speed.not_when_quick(static, plan),
+            "bitnet_triton_dynamic": dynamic,
+            "transformers": speed.not_when_quick(theirs, plan),
         },
         baselines=("transformers",),
         flops=flops,
         unit="tokens",
-    )  # fmt: skip
+    )
     # the head is PyTorch's product on a GPU
     return speed.items(case, plan, quick=grid[:1], backend=None)

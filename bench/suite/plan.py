@@ -43,6 +43,10 @@ class Plan:
         return self.device.type == "cpu"
 
 
+# A quick run leaves out what compiles for long, and would not start anything by a longer guess
+_QUICK_GUESS_S = 4.0
+
+
 @dataclass(frozen=True)
 class Item:
     """A part of a section that is run or skipped as a whole.
@@ -153,7 +157,10 @@ class Progress:
 
     def may_start(self, item: Item) -> bool:
         """Tell whether the longest item so far would still end in time; if not, list this one."""
-        need = self._section.guess_s if self._longest is None else self._longest
+        guess = self._section.guess_s
+        if self._quick:
+            guess = min(guess, _QUICK_GUESS_S)
+        need = guess if self._longest is None else self._longest
         reason = self.broken or _no_time(self._deadline - time.monotonic(), need)
         if self._quick and not item.essential:
             reason = "not part of --quick"

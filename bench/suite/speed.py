@@ -61,6 +61,11 @@ def _measure(case: Case, point: Point, plan: Plan, backend: str | None) -> list[
     return results
 
 
+def not_when_quick(provider: Provider, plan: Plan) -> Provider:
+    """Leave a provider that compiles for half a minute out of a quick run."""
+    return dataclasses.replace(provider, default=not plan.quick)
+
+
 def calls_beyond_cache(held_bytes: int, device: torch.device) -> int:
     """Return how many calls, each with a copy of its weights, one timing goes through."""
     return 2 if device.type == "cpu" else copies_beyond_cache(held_bytes, device)

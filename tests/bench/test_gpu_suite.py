@@ -232,6 +232,15 @@ def test_item_starts_only_if_the_longest_so_far_would_end_in_time(monkeypatch):
     assert outcome.skipped[0]["reason"] == "needs about 4 s, 2 s are left"
 
 
+def test_quick_run_starts_by_a_short_guess_and_leaves_out_what_compiles_for_long(tmp_path):
+    items, end = [Item("a", passed)], time.monotonic() + 10.0
+    for quick, left_out in ((True, 0), (False, 1)):
+        outcome = run_section(section(items, guess_s=60.0), Plan(Settings(), quick), end, tell)
+        assert len(outcome.skipped) == left_out
+    _, _, data = run(tmp_path, "--quick", "--section", "model")
+    assert [r["provider"] for r in data["sections"][0]["results"]] == ["bitnet_triton_dynamic"]
+
+
 def test_section_gets_no_more_time_than_its_most(monkeypatch):
     monkeypatch.setattr(plan.time, "monotonic", lambda: 0.0)
     clock = Clock(100.0, [dataclasses.replace(section([]), most_s=20.0), section([])])
