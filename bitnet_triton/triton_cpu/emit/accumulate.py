@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from bitnet_triton.triton_cpu.emit.arrays import reusable, store_into
 from bitnet_triton.triton_cpu.emit.ctypes import c_type
+from bitnet_triton.triton_cpu.emit.emitter import Emitter
 from bitnet_triton.triton_cpu.emit.values import Buffer
 from bitnet_triton.triton_cpu.ir import Op
-
-if TYPE_CHECKING:
-    from bitnet_triton.triton_cpu.emit.emitter import Emitter
 
 HALVES = frozenset({"f16", "bf16"})
 
@@ -19,14 +16,14 @@ def accumulator(emitter: Emitter, op: Op) -> tuple[str, str]:
     start, result = op.operands[2], op.results[0]
     if result.type.elem in HALVES:
         name = emitter.array(result.type.size, "float", "sums")
-        emitter.store_into(start, name, "float")
+        store_into(emitter, start, name, "float")
         return name, "float"
-    name = emitter.reusable(start) or emitter.array(
+    name = reusable(emitter, start) or emitter.array(
         result.type.size, c_type(result.type), result.name or "sums"
     )
     buffer = emitter.buffer(start)
     if buffer is None or buffer.name != name:
-        emitter.store_into(start, name)
+        store_into(emitter, start, name)
     return name, c_type(result.type)
 
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
+from bitnet_triton.triton_cpu.emit.arrays import materialise, settle
 from bitnet_triton.triton_cpu.emit.ctypes import c_type
-from bitnet_triton.triton_cpu.emit.emitter import Emitter, handles
-from bitnet_triton.triton_cpu.emit.nest import Nest
+from bitnet_triton.triton_cpu.emit.dispatch import handles
+from bitnet_triton.triton_cpu.emit.elements import element
+from bitnet_triton.triton_cpu.emit.emitter import Emitter
+from bitnet_triton.triton_cpu.emit.loops import write_loops
+from bitnet_triton.triton_cpu.emit.nest import Index, Nest
 from bitnet_triton.triton_cpu.emit.order import finish_loads, fused_loads
-from bitnet_triton.triton_cpu.emit.values import Buffer, Index, row_major
+from bitnet_triton.triton_cpu.emit.values import Buffer, row_major
 from bitnet_triton.triton_cpu.ir import Op
 
 # tt.atomic_rmw's operation, an enumeration of MLIR
@@ -21,7 +25,7 @@ _CHANGES = {
 
 @handles("tt.atomic_rmw", "tt.atomic_cas")
 def _change(emitter: Emitter, op: Op) -> None:
-    emitter.settle(op)
+    settle(emitter, op)
     if op.results[0].is_block:
         finish_loads(emitter, op)
     if op.name == "tt.atomic_cas":
@@ -32,17 +36,17 @@ def _change(emitter: Emitter, op: Op) -> None:
 
 @handles("tt.atomic_load")
 def _load(emitter: Emitter, op: Op) -> None:
-    emitter.settle(op)
+    settle(emitter, op)
     _access(emitter, op, "a_load", arguments=1)
 
 
 @handles("tt.atomic_store")
 def _store(emitter: Emitter, op: Op) -> None:
-    emitter.settle(op)
+    settle(emitter, op)
     for operand in op.operands:
         # Whoever sees the first element may overwrite what the others are computed from
         if fused_loads(emitter, operand):
-            emitter.materialise(operand)
+            materialise(emitter, operand)
     _access(emitter, op, "a_store", arguments=2)
 
 
@@ -62,7 +66,7 @@ def _access(emitter: Emitter, op: Op, function: str, arguments: int) -> None:
 
 @handles("tt.atomic_poll")
 def _poll(emitter: Emitter, op: Op) -> None:
-    emitter.settle(op)
+    settle(emitter, op)
     poll = emitter.fresh("poll")
     limit = [f"({emitter.scalar(operand)})" for operand in op.operands[2:]]
     emitter.write(f"Poll {poll}{''.join(limit)};")
@@ -89,12 +93,12 @@ def _each(emitter: Emitter, op: Op, call: Callable[[list[str]], str]) -> None:
         name = emitter.array(result.type.size, c_type(result.type), "old")
 
     def body(nest: Nest, index: Index) -> None:
-        code = call([emitter.element(operand, index, nest) for operand in op.operands])
+        code = call([element(emitter, operand, index, nest) for operand in op.operands])
         nest.statement(
             f"{name}[{row_major(shape, index)}] = {code};" if name else f"(void)({code});"
         )
 
     # Lanes may hit the same address: one after the other
-    emitter.loops(shape, body, independent=False)
+    write_loops(emitter, shape, body, independent=False)
     if name and result is not None:
         emitter.held[result] = Buffer(name, emitter.block)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bitnet_triton.triton_cpu.emit.control import assign, declare, stage
-from bitnet_triton.triton_cpu.emit.emitter import Emitter, handles
+from bitnet_triton.triton_cpu.emit.dispatch import handles, run
+from bitnet_triton.triton_cpu.emit.emitter import Emitter
 from bitnet_triton.triton_cpu.emit.values import Held
 from bitnet_triton.triton_cpu.ir import Block, Op, Value
 
@@ -81,7 +82,7 @@ def run_blocks(emitter: Emitter, blocks: list[Block]) -> None:
         emitter.write(f"{labels[block.label]}:;")
         with emitter.braces(), emitter.scope(block):
             for op in block.ops[:-1]:
-                emitter.run(op)
+                run(emitter, op)
                 _keep(emitter, op, places)
             _jump(emitter, block.ops[-1], blocks, labels)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from bitnet_triton.triton_cpu.analyse import in_seven_bits
 from bitnet_triton.triton_cpu.emit.bytes import (
     BYTES,
@@ -12,16 +10,12 @@ from bitnet_triton.triton_cpu.emit.bytes import (
     of_zeros,
     prepare,
 )
+from bitnet_triton.triton_cpu.emit.emitter import Emitter
+from bitnet_triton.triton_cpu.emit.vector_products import VectorProduct
 from bitnet_triton.triton_cpu.emit.views import View, corner
 from bitnet_triton.triton_cpu.ir import Value
 
-if TYPE_CHECKING:
-    from bitnet_triton.triton_cpu.emit.emitter import Emitter
-    from bitnet_triton.triton_cpu.emit.lanes import VectorProduct
-
-# Bytes of a row from which on its sums are added up at once, and more than a few vectors pay
-LONG_ROW = 1024
-# and from which on it is read as a stream, and how far ahead that is fetched
+# Bytes of a row from which on it is read as a stream, and how far ahead that is fetched
 _STREAM = 2048
 _FETCH_AHEAD = 4096
 _FETCH_FAR = 12288  # beyond that, into the second-level cache

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from bitnet_triton.triton_cpu.analyse import splat_integer
+from bitnet_triton.triton_cpu.emit.emitter import Emitter
 from bitnet_triton.triton_cpu.emit.views import (
     View,
     address_step,
@@ -15,9 +15,6 @@ from bitnet_triton.triton_cpu.emit.views import (
     rows_view,
 )
 from bitnet_triton.triton_cpu.ir import Value
-
-if TYPE_CHECKING:
-    from bitnet_triton.triton_cpu.emit.emitter import Emitter
 
 BYTES = 64
 _BYTE_OPERATIONS = {

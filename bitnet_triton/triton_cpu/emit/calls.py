@@ -5,19 +5,23 @@ from __future__ import annotations
 import copy
 import json
 
+from bitnet_triton.triton_cpu.emit.arrays import materialise, settle, store_into
 from bitnet_triton.triton_cpu.emit.ctypes import c_type
-from bitnet_triton.triton_cpu.emit.emitter import Emitter, handles
-from bitnet_triton.triton_cpu.emit.nest import Nest
+from bitnet_triton.triton_cpu.emit.dispatch import handles, run_block
+from bitnet_triton.triton_cpu.emit.elements import element
+from bitnet_triton.triton_cpu.emit.emitter import Emitter
+from bitnet_triton.triton_cpu.emit.loops import write_loops
+from bitnet_triton.triton_cpu.emit.nest import Index, Nest
 from bitnet_triton.triton_cpu.emit.order import fused_loads
 from bitnet_triton.triton_cpu.emit.strides import linear, stride
-from bitnet_triton.triton_cpu.emit.values import Buffer, Index, Lazy, Scalar
+from bitnet_triton.triton_cpu.emit.values import Buffer, Lazy, Scalar
 from bitnet_triton.triton_cpu.ir import Op, Value
 from bitnet_triton.triton_cpu.native import NativeCall, lookup
 
 
 @handles("tt.call")
 def _call(emitter: Emitter, op: Op) -> None:
-    emitter.settle(op)
+    settle(emitter, op)
     callee = op.attributes["callee"].lstrip("@").strip('"')
     native = lookup(callee)
     if native is not None:
@@ -34,7 +38,7 @@ def _inline(emitter: Emitter, op: Op, function: Op) -> None:
     body = copy.deepcopy(function).regions[0][0]
     for argument, operand in zip(body.args, op.operands):
         if fused_loads(emitter, operand):
-            emitter.materialise(operand)
+            materialise(emitter, operand)
         buffer = emitter.buffer(operand)
         if not operand.is_block:
             emitter.held[argument] = Scalar(emitter.scalar(operand))
@@ -44,18 +48,18 @@ def _inline(emitter: Emitter, op: Op, function: Op) -> None:
         name = emitter.array(result.type.size if result.is_block else 1, c_type(result.type))
         emitter.held[result] = Buffer(name) if result.is_block else Scalar(f"{name}[0]")
     with emitter.braces(), emitter.scope(body):
-        end = emitter.run_block(body)
+        end = run_block(emitter, body)
         for result, source in zip(op.results, end.operands):
             held = emitter.held[result]
             if isinstance(held, Buffer):
-                emitter.store_into(source, held.name)
+                store_into(emitter, source, held.name)
             else:
                 emitter.write(f"{emitter.scalar(result)} = {emitter.scalar(source)};")
 
 
 def _alias(emitter: Emitter, value: Value) -> Lazy:
     return Lazy(
-        lambda index, nest: emitter.element(value, index, nest),
+        lambda index, nest: element(emitter, value, index, nest),
         lambda dim: stride(emitter, value, dim),
         lambda dim: linear(emitter, value, dim),
     )
@@ -68,7 +72,7 @@ def _sort(emitter: Emitter, op: Op, native: NativeCall) -> None:
     n, k = (source.type.shape or (1,))[-1], (result.type.shape or (1,))[-1]
     rows = source.type.size // n
     array = emitter.array(source.type.size, elem, "rows")
-    emitter.store_into(source, array)
+    store_into(emitter, source, array)
     name = array if native.kind == "sort" else emitter.array(rows * k, elem, result.name)
     number = f"u{elem}" if native.unsigned else elem
     order = "true" if native.descending else "false"
@@ -85,7 +89,7 @@ def _sort(emitter: Emitter, op: Op, native: NativeCall) -> None:
 
 @handles("tt.assert")
 def _assert(emitter: Emitter, op: Op) -> None:
-    emitter.settle(op)
+    settle(emitter, op)
     condition = op.operands[0]
     message = json.dumps(f"{op.location}: {_text(op, 'message')}")
     failure = f"{{ fail({message}, pid0, pid1, pid2); return; }}"
@@ -94,14 +98,14 @@ def _assert(emitter: Emitter, op: Op) -> None:
         return
 
     def body(nest: Nest, index: Index) -> None:
-        nest.statement(f"if (!{emitter.element(condition, index, nest)}) {failure}")
+        nest.statement(f"if (!{element(emitter, condition, index, nest)}) {failure}")
 
-    emitter.loops(condition.type.shape or (), body, independent=False)
+    write_loops(emitter, condition.type.shape or (), body, independent=False)
 
 
 @handles("tt.print")
 def _print(emitter: Emitter, op: Op) -> None:
-    emitter.settle(op)
+    settle(emitter, op)
     prefix, hexadecimal = _text(op, "prefix"), op.flag("hex")
     signed = op.integers("isSigned")
     if not op.operands:
@@ -121,13 +125,13 @@ def _print_value(
         return
 
     def body(nest: Nest, index: Index) -> None:
-        code = emitter.element(value, index, nest)
+        code = element(emitter, value, index, nest)
         nest.statement(
             f"{{ const int places[] = {{{', '.join(index)}}}; "
             f"print_value({start}, places, {len(index)}, {code}, {flags}); }}"
         )
 
-    emitter.loops(value.type.shape or (), body, independent=False)
+    write_loops(emitter, value.type.shape or (), body, independent=False)
 
 
 def _text(op: Op, attribute: str) -> str:

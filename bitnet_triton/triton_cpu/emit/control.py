@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bitnet_triton.triton_cpu.analyse import invariant
+from bitnet_triton.triton_cpu.emit.arrays import reusable, settle, store_into
 from bitnet_triton.triton_cpu.emit.ctypes import c_type
+from bitnet_triton.triton_cpu.emit.dispatch import handles, run_block
 from bitnet_triton.triton_cpu.emit.dot import pack_ahead
-from bitnet_triton.triton_cpu.emit.emitter import Emitter, handles
+from bitnet_triton.triton_cpu.emit.elements import element
+from bitnet_triton.triton_cpu.emit.emitter import Emitter
 from bitnet_triton.triton_cpu.emit.lanes import keeps_lanes, open_lanes
-from bitnet_triton.triton_cpu.emit.nest import Nest
+from bitnet_triton.triton_cpu.emit.nest import Index, Nest
 from bitnet_triton.triton_cpu.emit.strides import linear, stride
-from bitnet_triton.triton_cpu.emit.values import Buffer, Held, Index, Lanes, Lazy, Scalar
+from bitnet_triton.triton_cpu.emit.values import Buffer, Held, Lanes, Lazy, Scalar
 from bitnet_triton.triton_cpu.ir import Block, Op, Value
 
 
@@ -27,7 +30,7 @@ class _Carried:
 
 @handles("scf.for")
 def _for(emitter: Emitter, op: Op) -> None:
-    emitter.settle(op)
+    settle(emitter, op)
     lower, upper, step = (emitter.scalar(operand) for operand in op.operands[:3])
     body = op.regions[0][0]
     counter, *arguments = body.args
@@ -52,7 +55,7 @@ def _for(emitter: Emitter, op: Op) -> None:
         emitter.write(f"{c_type(counter.type)} const {name} = ({c_type(counter.type)}){wide};")
         emitter.held[counter] = Scalar(name)
         with emitter.scope(body):
-            emitter.run_block(body)
+            run_block(emitter, body)
             _carry(emitter, carried)
         emitter.write(f"++{trip};")
     for item in carried:
@@ -84,14 +87,14 @@ def _enter_loop(emitter: Emitter, item: _Carried, body: Block) -> None:
         emitter.held[argument] = open_lanes(emitter, item.initial)
         return
     name = emitter.array(argument.type.size, c_type(argument.type), argument.name)
-    emitter.store_into(item.initial, name)
+    store_into(emitter, item.initial, name)
     emitter.held[argument] = Buffer(name, body)
 
 
 def _alias(emitter: Emitter, value: Value) -> Lazy:
     """Stand for another value that does not change."""
     return Lazy(
-        lambda index, nest: emitter.element(value, index, nest),
+        lambda index, nest: element(emitter, value, index, nest),
         lambda dim: stride(emitter, value, dim),
         lambda dim: linear(emitter, value, dim),
     )
@@ -117,9 +120,9 @@ def _induction(emitter: Emitter, item: _Carried, step: Value, trip: str) -> Lazy
         emitter.mark_address(item.initial)
         emitter.mark_address(step)
 
-    def element(index: Index, nest: Nest) -> str:
-        start = emitter.element(item.initial, index, nest)
-        by = emitter.element(step, index, nest)
+    def value_at(index: Index, nest: Nest) -> str:
+        start = element(emitter, item.initial, index, nest)
+        by = element(emitter, step, index, nest)
         if type_.pointer or emitter.is_address(item.argument):
             return nest.bind(c_elem, f"({start} + {factor}({trip}) * {by})")
         return nest.bind(c_elem, f"{c_elem}(uint64_t({start}) + uint64_t({trip}) * uint64_t({by}))")
@@ -130,7 +133,7 @@ def _induction(emitter: Emitter, item: _Carried, step: Value, trip: str) -> Lazy
     def is_linear(dim: int) -> bool:
         return linear(emitter, item.initial, dim) and linear(emitter, step, dim)
 
-    return Lazy(element, constant_step, is_linear)
+    return Lazy(value_at, constant_step, is_linear)
 
 
 def _carry(emitter: Emitter, carried: list[_Carried]) -> None:
@@ -159,11 +162,11 @@ def _yielded_array(emitter: Emitter, value: Value, target: str, targets: set[str
     buffer = emitter.buffer(value)
     if buffer is not None and (buffer.name == target or buffer.name not in targets):
         return buffer.name
-    if buffer is None and emitter.reusable(value) == target:
-        emitter.store_into(value, target)
+    if buffer is None and reusable(emitter, value) == target:
+        store_into(emitter, value, target)
         return target
     name = emitter.array(value.type.size, c_type(value.type), "next")
-    emitter.store_into(value, name)
+    store_into(emitter, value, name)
     return name
 
 
@@ -189,7 +192,7 @@ def _leave_loop(emitter: Emitter, item: _Carried) -> None:
 
 @handles("scf.if")
 def _if(emitter: Emitter, op: Op) -> None:
-    emitter.settle(op)
+    settle(emitter, op)
     condition = emitter.scalar(op.operands[0])
     for result in op.results:
         declare(emitter, result)
@@ -197,7 +200,7 @@ def _if(emitter: Emitter, op: Op) -> None:
         if not region or not region[0].ops:
             continue
         with emitter.braces(head), emitter.scope(region[0]):
-            end = emitter.run_block(region[0])
+            end = run_block(emitter, region[0])
             _assign(emitter, op.results, end.operands)
 
 
@@ -222,14 +225,14 @@ def _assign(emitter: Emitter, targets: list[Value], sources: list[Value]) -> Non
 def assign(emitter: Emitter, place: Held, source: Value) -> None:
     """Write a value into a place that was declared for it."""
     if isinstance(place, Buffer):
-        emitter.store_into(source, place.name)
+        store_into(emitter, source, place.name)
     elif isinstance(place, Scalar):
         emitter.write(f"{place.code} = {emitter.scalar(source)};")
 
 
 @handles("scf.while")
 def _while(emitter: Emitter, op: Op) -> None:
-    emitter.settle(op)
+    settle(emitter, op)
     before, after = op.regions[0][0], op.regions[1][0]
     for argument, initial in zip(before.args, op.operands):
         declare(emitter, argument)
@@ -244,11 +247,11 @@ def _while(emitter: Emitter, op: Op) -> None:
         emitter.held[argument] = Buffer(held.name) if isinstance(held, Buffer) else held
     with emitter.braces("while (true)"):
         with emitter.scope(before):
-            end = emitter.run_block(before)
+            end = run_block(emitter, before)
             _assign(emitter, op.results, end.operands[1:])
             emitter.write(f"if (!{emitter.scalar(end.operands[0])}) break;")
         with emitter.scope(after):
-            end = emitter.run_block(after)
+            end = run_block(emitter, after)
             stage(emitter, before.args, end.operands)
 
 
@@ -259,7 +262,7 @@ def stage(emitter: Emitter, targets: list[Value], sources: list[Value]) -> None:
         c_elem = c_type(source.type)
         if source.is_block:
             name = emitter.array(source.type.size, c_elem, "next")
-            emitter.store_into(source, name)
+            store_into(emitter, source, name)
         else:
             name = emitter.fresh("next")
             emitter.write(f"{c_elem} const {name} = {emitter.scalar(source)};")

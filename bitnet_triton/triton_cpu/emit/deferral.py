@@ -2,29 +2,46 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from bitnet_triton.triton_cpu.analyse import INDEXING
 from bitnet_triton.triton_cpu.emit import scalar
-from bitnet_triton.triton_cpu.emit.lanes import vector_product
+from bitnet_triton.triton_cpu.emit.arrays import materialise
+from bitnet_triton.triton_cpu.emit.elements import ELEMENTS
+from bitnet_triton.triton_cpu.emit.emitter import Emitter
 from bitnet_triton.triton_cpu.emit.masks import may_hold_everywhere
 from bitnet_triton.triton_cpu.emit.order import inlined
 from bitnet_triton.triton_cpu.emit.strides import stride
+from bitnet_triton.triton_cpu.emit.vector_products import vector_product
 from bitnet_triton.triton_cpu.emit.views import is_memory, untransposed
 from bitnet_triton.triton_cpu.ir import Op, Value
-
-if TYPE_CHECKING:
-    from bitnet_triton.triton_cpu.emit.emitter import Emitter
 
 _PER_ELEMENT = ("arith.", "math.", "tt.fp_to_fp", "tt.bitcast", "tt.extern_elementwise")
 
 
-def should_write_out(emitter: Emitter, value: Value) -> bool:
+def defer(emitter: Emitter, op: Op) -> None:
+    """Leave an elementwise operation to the nests that read it, unless that is wasteful."""
+    if op.name not in ELEMENTS:
+        # Find out now, while the operation's line is known, whether C++ can say it
+        scalar.expression(op, ["x"] * len(op.operands), wraps=True)
+    for result in op.results:
+        if op.name == "tt.broadcast":
+            # what is repeated, not its repetitions
+            source = op.operands[0]
+            if _is_dear_to_repeat(emitter, source) or _should_write_out(emitter, result):
+                materialise(emitter, source)
+            elif _must_wait(emitter, result):
+                emitter.pending.append(result)
+        elif _should_write_out(emitter, result):
+            materialise(emitter, result)
+        elif _must_wait(emitter, result):
+            emitter.pending.append(result)
+
+
+def _should_write_out(emitter: Emitter, value: Value) -> bool:
     """Tell whether computing ``value`` in every nest that reads it would be wasteful."""
     return value.type.size > 1 and _is_dear(emitter, value) and _read_twice(emitter, value)
 
 
-def must_wait(emitter: Emitter, value: Value) -> bool:
+def _must_wait(emitter: Emitter, value: Value) -> bool:
     """Tell whether a deferred value has to be watched: it reads memory, or costs something."""
     return lazy_cost(emitter, value)[1] or _is_dear(emitter, value)
 
@@ -40,7 +57,7 @@ def _is_dear(emitter: Emitter, value: Value) -> bool:
     return price >= scalar.EXPENSIVE and (loads or not is_index)
 
 
-def is_dear_to_repeat(emitter: Emitter, value: Value) -> bool:
+def _is_dear_to_repeat(emitter: Emitter, value: Value) -> bool:
     """Tell whether a broadcast of ``value`` would compute something dear again and again."""
     return lazy_cost(emitter, value)[0] > 2 * scalar.LOAD_COST
 

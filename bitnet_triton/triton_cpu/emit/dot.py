@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from bitnet_triton.triton_cpu.analyse import in_seven_bits, walk
 from bitnet_triton.triton_cpu.emit.accumulate import HALVES, accumulator, finish
+from bitnet_triton.triton_cpu.emit.arrays import store_into
 from bitnet_triton.triton_cpu.emit.bytes import fill_bytes
 from bitnet_triton.triton_cpu.emit.ctypes import c_type
-from bitnet_triton.triton_cpu.emit.emitter import Emitter, handles
-from bitnet_triton.triton_cpu.emit.lanes import emit_vector_products, vector_product
+from bitnet_triton.triton_cpu.emit.dispatch import handles
+from bitnet_triton.triton_cpu.emit.emitter import Emitter
+from bitnet_triton.triton_cpu.emit.lanes import emit_vector_products
+from bitnet_triton.triton_cpu.emit.vector_products import vector_product
 from bitnet_triton.triton_cpu.emit.views import (
     View,
     address_step,
@@ -145,7 +148,7 @@ def _batched(emitter: Emitter, op: Op) -> None:
     arrays = []
     for operand in (a, b):
         array = emitter.array(operand.type.size, c_elem, "batch")
-        emitter.store_into(operand, array, elem)
+        store_into(emitter, operand, array, elem)
         arrays.append(array)
     packed = emitter.packed_array(k, n, c_elem)
     at = emitter.fresh("batch")

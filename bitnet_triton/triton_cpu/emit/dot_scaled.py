@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bitnet_triton.triton_cpu.emit.accumulate import accumulator, finish
 from bitnet_triton.triton_cpu.emit.ctypes import c_type
-from bitnet_triton.triton_cpu.emit.dot import accumulator, finish
-from bitnet_triton.triton_cpu.emit.emitter import Emitter, handles
-from bitnet_triton.triton_cpu.emit.nest import Nest
-from bitnet_triton.triton_cpu.emit.values import Index
+from bitnet_triton.triton_cpu.emit.dispatch import handles
+from bitnet_triton.triton_cpu.emit.elements import element
+from bitnet_triton.triton_cpu.emit.emitter import Emitter
+from bitnet_triton.triton_cpu.emit.loops import write_loops
+from bitnet_triton.triton_cpu.emit.nest import Index, Nest
 from bitnet_triton.triton_cpu.ir import Op, Value
 
 # MLIR's enumeration of element types; the others have a tensor type of their own
@@ -64,17 +66,17 @@ def _expanded(emitter: Emitter, operand: _Operand, shape: tuple[int, int]) -> st
         place = list(index)
         if operand.two_in_a_byte:
             place[packed_dim] = f"({index[packed_dim]} / 2)"
-        code = emitter.element(operand.values, (place[0], place[1]), nest)
+        code = element(emitter, operand.values, (place[0], place[1]), nest)
         value = f"float({code})"
         if operand.two_in_a_byte:
             value = f"e2m1({code}, {index[packed_dim]} % 2)"
         if operand.scales is not None:
             block = depth // (operand.scales.type.shape or (1, 1))[1]
             at = (index[1 - operand.along], f"({index[operand.along]} / {block})")
-            scale = emitter.element(operand.scales, at, nest)
+            scale = element(emitter, operand.scales, at, nest)
             kind = c_type(operand.scales.type)
             value += f" * {f'e8m0({scale})' if kind == 'int8_t' else f'float({scale})'}"
         nest.statement(f"{array}[({index[0]}) * {shape[1]} + {index[1]}] = {value};")
 
-    emitter.loops(shape, body)
+    write_loops(emitter, shape, body)
     return array

@@ -1,19 +1,68 @@
-"""Elements of operations that say where data stands: inlined wherever they are read."""
+"""Elements of block values: expressions in an index, inlined wherever they are read."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
+from bitnet_triton.triton_cpu.emit import scalar
 from bitnet_triton.triton_cpu.emit.ctypes import c_type, literal
-from bitnet_triton.triton_cpu.emit.nest import Nest
-from bitnet_triton.triton_cpu.emit.values import Index
-from bitnet_triton.triton_cpu.ir import Op, Value
+from bitnet_triton.triton_cpu.emit.emitter import Emitter
+from bitnet_triton.triton_cpu.emit.nest import Index, Nest
+from bitnet_triton.triton_cpu.emit.values import Buffer, Lazy, row_major
+from bitnet_triton.triton_cpu.ir import Op, UnsupportedOperation, Value
 
-if TYPE_CHECKING:
-    from bitnet_triton.triton_cpu.emit.emitter import Emitter
+Element = Callable[[Emitter, Op, Value, Index, Nest], str]
 
-Element = Callable[["Emitter", Op, Value, Index, Nest], str]
+
+def element(emitter: Emitter, value: Value, index: Index, nest: Nest) -> str:
+    """Return the expression of one element; what it needs is written into ``nest``."""
+    shape = value.type.shape
+    if shape is None:
+        return emitter.scalar(value)
+    index = tuple("0" if size == 1 else i for size, i in zip(shape, index))
+    key = (value, index)
+    if key not in nest.elements:
+        nest.elements[key] = _element(emitter, value, index, nest)
+    return nest.elements[key]
+
+
+def _element(emitter: Emitter, value: Value, index: Index, nest: Nest) -> str:
+    held = emitter.held.get(value)
+    if isinstance(held, Buffer):
+        place = row_major(value.type.shape or (), index)
+        return nest.bind(c_type(value.type), array_element(value, held.name, place))
+    if isinstance(held, Lazy):
+        return held.element(index, nest)
+    if value.type.elem == "i1" and not value.type.pointer:
+        known = nest.assumed.known(value)
+        if known is not None:
+            return known
+        nest.meet_masks({value: {index}})
+    op = value.op
+    if op is None:
+        raise UnsupportedOperation(f"the block argument `{value.name}` has no value")
+    if op.name in ELEMENTS:
+        return ELEMENTS[op.name](emitter, op, value, index, nest)
+    operands = [element(emitter, operand, index, nest) for operand in op.operands]
+    return _compute(emitter, op, operands, nest)
+
+
+def _compute(emitter: Emitter, op: Op, operands: list[str], nest: Nest) -> str:
+    simple = scalar.simplified(op, operands)
+    if simple is not None:
+        return simple
+    result = op.results[0]
+    code = scalar.expression(op, operands, wraps=not emitter.is_address(result))
+    return nest.bind(c_type(result.type), code)
+
+
+def element_now(emitter: Emitter, value: Value, index: Index) -> str:
+    """Compute one element at a constant index, at the current place in the program."""
+    nest = Nest(emitter, 0)
+    code = element(emitter, value, index, nest)
+    for line in nest.levels[0]:
+        emitter.write(line)
+    return code
 
 
 def _constant(emitter: Emitter, op: Op, value: Value, index: Index, nest: Nest) -> str:
@@ -31,32 +80,32 @@ def _range(emitter: Emitter, op: Op, value: Value, index: Index, nest: Nest) -> 
 
 def _expand(emitter: Emitter, op: Op, value: Value, index: Index, nest: Nest) -> str:
     axis = op.integer("axis")
-    return emitter.element(op.operands[0], index[:axis] + index[axis + 1 :], nest)
+    return element(emitter, op.operands[0], index[:axis] + index[axis + 1 :], nest)
 
 
 def _broadcast(emitter: Emitter, op: Op, value: Value, index: Index, nest: Nest) -> str:
-    return emitter.element(op.operands[0], index, nest)
+    return element(emitter, op.operands[0], index, nest)
 
 
 def _transpose(emitter: Emitter, op: Op, value: Value, index: Index, nest: Nest) -> str:
     source = ["0"] * len(index)
     for place, origin in zip(index, op.integers("order")):
         source[origin] = place
-    return emitter.element(op.operands[0], tuple(source), nest)
+    return element(emitter, op.operands[0], tuple(source), nest)
 
 
 def _load(emitter: Emitter, op: Op, value: Value, index: Index, nest: Nest) -> str:
-    address = emitter.element(op.operands[0], index, nest)
+    address = element(emitter, op.operands[0], index, nest)
     c_elem = c_type(value.type)
     read = load_expression(address, op)
     if len(op.operands) == 1:
         return nest.bind(c_elem, read, hint=value.name)
-    mask = emitter.element(op.operands[1], index, nest)
+    mask = element(emitter, op.operands[1], index, nest)
     if mask == "true":
         return nest.bind(c_elem, read, hint=value.name)
     other = f"{c_elem}(0)"
     if len(op.operands) > 2:
-        other = emitter.element(op.operands[2], index, nest)
+        other = element(emitter, op.operands[2], index, nest)
     if mask == "false":
         return nest.bind(c_elem, other, hint=value.name)
     return nest.bind(c_elem, f"{mask} ? {read} : {other}", hint=value.name)

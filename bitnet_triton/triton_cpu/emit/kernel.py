@@ -16,6 +16,7 @@ from bitnet_triton.triton_cpu.emit import (  # noqa: F401  (they register what t
 )
 from bitnet_triton.triton_cpu.emit.blocks import merge_returns, run_blocks
 from bitnet_triton.triton_cpu.emit.ctypes import c_type
+from bitnet_triton.triton_cpu.emit.dispatch import run_block
 from bitnet_triton.triton_cpu.emit.emitter import Emitter
 from bitnet_triton.triton_cpu.emit.values import Scalar
 from bitnet_triton.triton_cpu.ir import Op
@@ -68,7 +69,7 @@ def emit_kernel(
     for place, argument in enumerate(blocks[0].args):
         emitter.held[argument] = Scalar(_parameter(place, argument.name))
     if straight:
-        emitter.run_block(blocks[0])
+        run_block(emitter, blocks[0])
     else:
         run_blocks(emitter, blocks)
     return Emitted(_unit(emitter, kernel), name, tuple(sorted(emitter.disjoint)))

@@ -7,92 +7,21 @@ bytes is long, its sums are added up at once: they would only take room in the c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
 from bitnet_triton.triton_cpu.analyse import walk
 from bitnet_triton.triton_cpu.emit.accumulate import accumulator, finish
-from bitnet_triton.triton_cpu.emit.byte_rows import LONG_ROW, emit_byte_rows, kind
-from bitnet_triton.triton_cpu.emit.bytes import BYTES, in_bytes
+from bitnet_triton.triton_cpu.emit.arrays import store_into
+from bitnet_triton.triton_cpu.emit.byte_rows import emit_byte_rows, kind
 from bitnet_triton.triton_cpu.emit.ctypes import c_type
-from bitnet_triton.triton_cpu.emit.nest import Nest
-from bitnet_triton.triton_cpu.emit.values import Buffer, Index, Lanes
-from bitnet_triton.triton_cpu.emit.views import (
-    address_step,
-    is_memory,
-    matrix_view,
-    untransposed,
-)
+from bitnet_triton.triton_cpu.emit.elements import element
+from bitnet_triton.triton_cpu.emit.emitter import Emitter
+from bitnet_triton.triton_cpu.emit.loops import write_loops
+from bitnet_triton.triton_cpu.emit.nest import Index, Nest
+from bitnet_triton.triton_cpu.emit.values import Buffer, Lanes
+from bitnet_triton.triton_cpu.emit.vector_products import VectorProduct, adds_up, vector_product
+from bitnet_triton.triton_cpu.emit.views import matrix_view
 from bitnet_triton.triton_cpu.ir import Op, Value
 
-if TYPE_CHECKING:
-    from bitnet_triton.triton_cpu.emit.emitter import Emitter
-
 LANES = 16
-_MOST_VECTORS = 4
-# of bytes: more than a few pay only where rows are long, as sums are read and written once a row
-_MOST_BYTE_VECTORS = 32
-_ROWS = 4
-
-
-@dataclass(frozen=True)
-class VectorProduct:
-    """A product seen as matrix [rows, depth] times vectors [count, depth].
-
-    Attributes:
-        matrix: the operand with many rows.
-        vectors: the other one.
-        along: dimension of ``matrix`` that is summed.
-        count: number of vectors.
-        rows: number of rows, a multiple of 16.
-        depth: length of the sums.
-    """
-
-    op: Op
-    matrix: Value
-    vectors: Value
-    along: int
-    count: int
-    rows: int
-    depth: int
-
-
-def vector_product(emitter: Emitter, op: Op) -> VectorProduct | None:
-    """Return how a product is computed row by row; None if it is better packed."""
-    a, b, _ = op.operands[:3]
-    if a.type.rank != 2 or a.type.elem != b.type.elem:
-        return None
-    (m, k), n = a.type.shape or (0, 0), (b.type.shape or (0, 0))[1]
-    left, right = VectorProduct(op, b, a, 0, m, n, k), VectorProduct(op, a, b, 1, n, m, k)
-    result = op.results[0].type.elem
-    if a.type.elem == "i8" and result == "i32":
-        both = [product for product in (left, right) if _fits_bytes(emitter, product)]
-        # what has to be unpacked is the matrix: that is done once for all vectors
-        return min(both, key=lambda p: (not _is_plain(emitter, p.vectors), p.count), default=None)
-    few = left if m <= n else right
-    # Partial sums of several vectors lie one vector after the other: only as rows of the result
-    fits = few.count == 1 or (few.count <= _MOST_VECTORS and few.along == 0)
-    floats = a.type.elem in ("f32", "bf16", "f16") and result == "f32"
-    if floats and fits and few.rows % _ROWS == 0:
-        root, order = untransposed(emitter, few.matrix)
-        if is_memory(emitter, root) and address_step(emitter, root, order[few.along]) == 1:
-            return few
-    return None
-
-
-def _fits_bytes(emitter: Emitter, product: VectorProduct) -> bool:
-    most = _MOST_BYTE_VECTORS if product.depth >= LONG_ROW else _MOST_VECTORS
-    return (
-        product.count <= most
-        and product.rows % _ROWS == 0
-        and product.depth % BYTES == 0
-        and in_bytes(emitter, product.matrix, product.along)
-    )
-
-
-def _is_plain(emitter: Emitter, value: Value) -> bool:
-    root, _ = untransposed(emitter, value)
-    return emitter.buffer(root) is not None or is_memory(emitter, root)
 
 
 def keeps_lanes(emitter: Emitter, argument: Value, yielded: Value) -> bool:
@@ -105,7 +34,7 @@ def keeps_lanes(emitter: Emitter, argument: Value, yielded: Value) -> bool:
         if use.name != "tt.dot" or use.operands[2] is not value or use.block is not yielded.block:
             return False
         product = vector_product(emitter, use)
-        if product is None or _adds_up(product) or _may_be_written_out(use):
+        if product is None or adds_up(product) or _may_be_written_out(use):
             return False
         value = use.results[0]
     return value is not argument and len(value.uses) == 1
@@ -123,7 +52,7 @@ def open_lanes(emitter: Emitter, initial: Value) -> Lanes:
     """Declare partial sums, all zero, and what they will be added to."""
     n, c_elem = initial.type.size, c_type(initial.type)
     start = emitter.array(n, c_elem, "start")
-    emitter.store_into(initial, start)
+    store_into(emitter, initial, start)
     return Lanes(_zero_lanes(emitter, n, c_elem), start)
 
 
@@ -144,7 +73,7 @@ def emit_vector_products(emitter: Emitter, op: Op) -> None:
         _emit_rows(emitter, product)
         return
     group = _group(emitter, product)
-    if _adds_up(product):
+    if adds_up(product):
         _emit_long_rows(emitter, group)
         return
     targets = [_target(emitter, product) for product in group]
@@ -158,11 +87,6 @@ def emit_vector_products(emitter: Emitter, op: Op) -> None:
     for product, target in zip(group, targets):
         emitter.done.add(product.op)
         _hold(emitter, product, target)
-
-
-def _adds_up(product: VectorProduct) -> bool:
-    """Tell whether rows are long enough to add up the lanes of a sum after each one."""
-    return product.matrix.type.elem == "i8" and product.depth >= LONG_ROW
 
 
 def _emit_long_rows(emitter: Emitter, group: list[VectorProduct]) -> None:
@@ -252,10 +176,10 @@ def _vector_array(emitter: Emitter, product: VectorProduct) -> str:
     def body(nest: Nest, index: Index) -> None:
         i, k = (index[1 - depth_dim], index[depth_dim])
         nest.statement(
-            f"{array}[({i}) * {product.depth} + {k}] = {emitter.element(value, index, nest)};"
+            f"{array}[({i}) * {product.depth} + {k}] = {element(emitter, value, index, nest)};"
         )
 
-    emitter.loops(value.type.shape or (), body)
+    write_loops(emitter, value.type.shape or (), body)
     return array
 
 

@@ -8,15 +8,13 @@ everywhere, and the loop nest needs no masks at all.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from bitnet_triton.triton_cpu.analyse import splat_integer
 from bitnet_triton.triton_cpu.emit.ctypes import BITS
+from bitnet_triton.triton_cpu.emit.elements import element_now
+from bitnet_triton.triton_cpu.emit.emitter import Emitter
 from bitnet_triton.triton_cpu.emit.strides import source_dim, stride
 from bitnet_triton.triton_cpu.ir import Op, Value
-
-if TYPE_CHECKING:
-    from bitnet_triton.triton_cpu.emit.emitter import Emitter
 
 _LESS = {2: "<", 3: "<="}
 _GREATER = {4: ">", 5: ">="}
@@ -96,7 +94,7 @@ def _first_elements(emitter: Emitter, op: Op, dim: int) -> tuple[list[str], str]
     if not flat or stride(emitter, left, dim) != 1 or stride(emitter, right, dim) != 0:
         return None
     first = ("0",) * left.type.rank
-    start, bound = (emitter.element_now(v, first) for v in op.operands)
+    start, bound = (element_now(emitter, v, first) for v in op.operands)
     return _unwrapped(emitter, left, dim, start), f"int64_t({bound}) - int64_t({start})"
 
 
@@ -106,7 +104,7 @@ def _unwrapped(emitter: Emitter, value: Value, dim: int, start: str) -> list[str
         return []
     shape = value.type.shape or ()
     last = tuple(str(size - 1) if d == dim else "0" for d, size in enumerate(shape))
-    return [f"({start} <= {emitter.element_now(value, last)})"]
+    return [f"({start} <= {element_now(emitter, value, last)})"]
 
 
 def may_hold_everywhere(emitter: Emitter, mask: Value, depth: int = 0) -> bool:
@@ -166,8 +164,8 @@ def _extreme(emitter: Emitter, value: Value, highest: bool) -> tuple[str, list[s
         for up in (False, True)
     ]
     if span == 0:
-        return emitter.element_now(value, corners[0]), []
-    low, high = (emitter.element_now(value, corner) for corner in corners)
+        return element_now(emitter, value, corners[0]), []
+    low, high = (element_now(emitter, value, corner) for corner in corners)
     # An integer that wraps around inside the block stands in the wrong order at its ends
     ordered = [] if emitter.is_address(value) else [f"({low} <= {high})"]
     return (high if highest else low), ordered

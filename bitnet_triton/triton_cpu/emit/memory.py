@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from bitnet_triton.triton_cpu.emit.arrays import materialise, settle
 from bitnet_triton.triton_cpu.emit.ctypes import c_type
-from bitnet_triton.triton_cpu.emit.elements import load_expression
-from bitnet_triton.triton_cpu.emit.emitter import Emitter, handles
-from bitnet_triton.triton_cpu.emit.nest import Nest
+from bitnet_triton.triton_cpu.emit.deferral import defer
+from bitnet_triton.triton_cpu.emit.dispatch import handles
+from bitnet_triton.triton_cpu.emit.elements import element, load_expression
+from bitnet_triton.triton_cpu.emit.emitter import Emitter
+from bitnet_triton.triton_cpu.emit.loops import write_loops
+from bitnet_triton.triton_cpu.emit.nest import Index, Nest
 from bitnet_triton.triton_cpu.emit.order import finish_loads
 from bitnet_triton.triton_cpu.emit.strides import stride
-from bitnet_triton.triton_cpu.emit.values import Index, Scalar
+from bitnet_triton.triton_cpu.emit.values import Scalar
 from bitnet_triton.triton_cpu.ir import Op, Value
 
 
@@ -16,9 +20,9 @@ from bitnet_triton.triton_cpu.ir import Op, Value
 def _load(emitter: Emitter, op: Op) -> None:
     result = op.results[0]
     if result.is_block:
-        emitter.defer(op)
+        defer(emitter, op)
         if op.flag("isVolatile"):
-            emitter.materialise(result)
+            materialise(emitter, result)
         return
     operands = [emitter.scalar(operand) for operand in op.operands]
     code = load_expression(operands[0], op)
@@ -30,7 +34,7 @@ def _load(emitter: Emitter, op: Op) -> None:
 
 @handles("tt.store")
 def _store(emitter: Emitter, op: Op) -> None:
-    emitter.settle(op)
+    settle(emitter, op)
     target = op.operands[0]
     if not target.is_block:
         address, value, *mask = (emitter.scalar(operand) for operand in op.operands)
@@ -40,14 +44,14 @@ def _store(emitter: Emitter, op: Op) -> None:
     finish_loads(emitter, op)
 
     def body(nest: Nest, index: Index) -> None:
-        mask = emitter.element(op.operands[2], index, nest) if len(op.operands) > 2 else "true"
+        mask = element(emitter, op.operands[2], index, nest) if len(op.operands) > 2 else "true"
         if mask == "false":
             return
-        address, value = (emitter.element(v, index, nest) for v in op.operands[:2])
+        address, value = (element(emitter, v, index, nest) for v in op.operands[:2])
         condition = f"if ({mask}) " if mask != "true" else ""
         nest.statement(condition + _write(op, address, value))
 
-    emitter.loops(target.type.shape or (), body, _store_order(emitter, target))
+    write_loops(emitter, target.type.shape or (), body, _store_order(emitter, target))
 
 
 def _write(op: Op, address: str, value: str) -> str:

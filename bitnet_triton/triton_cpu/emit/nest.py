@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
-from bitnet_triton.triton_cpu.emit.split import NOTHING_ASSUMED, Assumption
+from bitnet_triton.triton_cpu.emit.writer import Writer
 from bitnet_triton.triton_cpu.ir import Value
 
-if TYPE_CHECKING:
-    from bitnet_triton.triton_cpu.emit.emitter import Emitter
-    from bitnet_triton.triton_cpu.emit.values import Index
+# Where an element stands: a C++ expression for every dimension
+Index = tuple[str, ...]
 
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
-
-
 # GCC unrolls loops of so few trips before it vectorises, and versions 11 and 12 then mix up groups
 # of lanes in some nests; kept as loops they are vectorised right, and as well
 _SHORT_LOOP = 16
@@ -32,6 +29,28 @@ def loop_pragmas(trips: int, *, independent: bool = True) -> list[str]:
     return [*pragmas, "#pragma GCC unroll 1"] if trips <= _SHORT_LOOP else pragmas
 
 
+@dataclass(frozen=True)
+class Assumption:
+    """What is taken to be known of the conditions in one part of a loop.
+
+    Attributes:
+        granted: conditions that hold for every element.
+        denied: conditions that hold for none.
+    """
+
+    granted: frozenset[Value] = frozenset()
+    denied: frozenset[Value] = frozenset()
+
+    def known(self, mask: Value) -> str | None:
+        """Return the C++ constant that a condition is, if that is known."""
+        if mask in self.granted:
+            return "true"
+        return "false" if mask in self.denied else None
+
+
+NOTHING_ASSUMED = Assumption()
+
+
 class Nest:
     """Collects statements, each at the outermost loop whose index it depends on.
 
@@ -44,8 +63,8 @@ class Nest:
         assumed: what is taken to be known of conditions.
     """
 
-    def __init__(self, emitter: Emitter, loops: int, assumed: Assumption = NOTHING_ASSUMED) -> None:
-        self.emitter = emitter
+    def __init__(self, writer: Writer, loops: int, assumed: Assumption = NOTHING_ASSUMED) -> None:
+        self._writer = writer
         self.levels: list[list[str]] = [[] for _ in range(loops + 1)]
         self.depth_of: dict[str, int] = {}
         self.elements: dict[tuple[Value, Index], str] = {}
@@ -67,7 +86,7 @@ class Nest:
     def bind(self, c_type: str, expression: str, *depends: str, hint: str = "t") -> str:
         """Name an expression, at the outermost level where it can be computed."""
         level = self.level(expression, *depends)
-        name = self.emitter.fresh(hint)
+        name = self._writer.fresh(hint)
         self.levels[level].append(f"{c_type} const {name} = {expression};")
         self.depth_of[name] = level
         return name

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from bitnet_triton.triton_cpu.analyse import base_pointer, offsets
+from bitnet_triton.triton_cpu.emit.arrays import materialise
+from bitnet_triton.triton_cpu.emit.emitter import Emitter
 from bitnet_triton.triton_cpu.ir import Op, Value
-
-if TYPE_CHECKING:
-    from bitnet_triton.triton_cpu.emit.emitter import Emitter
 
 
 def inlined(emitter: Emitter, value: Value) -> Iterator[Op]:
@@ -55,4 +53,4 @@ def finish_loads(emitter: Emitter, op: Op) -> None:
     target = op.operands[0]
     for operand in op.operands:
         if any(not may_fuse(emitter, load, target) for load in fused_loads(emitter, operand)):
-            emitter.materialise(operand)
+            materialise(emitter, operand)

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from bitnet_triton.triton_cpu.emit import scalar
+from bitnet_triton.triton_cpu.emit.arrays import materialise
 from bitnet_triton.triton_cpu.emit.ctypes import c_type, literal
-from bitnet_triton.triton_cpu.emit.elements import array_element
-from bitnet_triton.triton_cpu.emit.emitter import TERMINATORS, Emitter, handles
+from bitnet_triton.triton_cpu.emit.dispatch import TERMINATORS, handles
+from bitnet_triton.triton_cpu.emit.elements import array_element, element
+from bitnet_triton.triton_cpu.emit.emitter import Emitter
+from bitnet_triton.triton_cpu.emit.loops import write_loops
 from bitnet_triton.triton_cpu.emit.masks import outermost
-from bitnet_triton.triton_cpu.emit.nest import Nest, loop_pragmas
+from bitnet_triton.triton_cpu.emit.nest import Assumption, Index, Nest, loop_pragmas
 from bitnet_triton.triton_cpu.emit.order import fused_loads
-from bitnet_triton.triton_cpu.emit.split import Assumption, split_loop
-from bitnet_triton.triton_cpu.emit.values import Buffer, Index, Scalar, row_major
+from bitnet_triton.triton_cpu.emit.split import split_loop
+from bitnet_triton.triton_cpu.emit.values import Buffer, Scalar, row_major
 from bitnet_triton.triton_cpu.ir import Block, Op, Value
 
 # Combining operations that include/reduce.h folds in registers
@@ -92,7 +95,7 @@ def _reduce_columns(emitter: Emitter, op: Op, axis: int, outputs: list[str]) -> 
     def body(at: str) -> Callable[[Nest, Index], None]:
         def write(nest: Nest, index: Index) -> None:
             full = (*index[:axis], at, *index[axis:])
-            values = [emitter.element(operand, full, nest) for operand in op.operands]
+            values = [element(emitter, operand, full, nest) for operand in op.operands]
             place = row_major(kept, index)
             if at != "0":
                 olds = _read_back(op, outputs, place, nest)
@@ -102,9 +105,9 @@ def _reduce_columns(emitter: Emitter, op: Op, axis: int, outputs: list[str]) -> 
 
         return write
 
-    emitter.loops(kept, body("0"))
+    write_loops(emitter, kept, body("0"))
     with emitter.braces(f"for (int {step} = 1; {step} < {shape[axis]}; ++{step})"):
-        emitter.loops(kept, body(step))
+        write_loops(emitter, kept, body(step))
 
 
 def _read_back(op: Op, arrays: list[str], place: str, nest: Nest) -> list[str]:
@@ -157,7 +160,7 @@ def _reduce_rows(emitter: Emitter, op: Op, axis: int, outputs: list[str]) -> Non
             last = f"hreduce<{fold}, {lanes}>({name})" if fold else f"{name}[0]"
             nest.statement(f"{output}[{place}] = {last};")
 
-    emitter.loops(kept, body, independent=False)
+    write_loops(emitter, kept, body, independent=False)
 
 
 def _masked_rows(emitter: Emitter, op: Op, nest: Nest, index: Index, axis: int) -> list[str] | None:
@@ -176,7 +179,7 @@ def _masked_rows(emitter: Emitter, op: Op, nest: Nest, index: Index, axis: int) 
         inner = Nest(emitter, 1, assumed)
         inner.depth_of[at] = 1
         full = (*index[:axis], at, *index[axis:])
-        values = [emitter.element(operand, full, inner) for operand in op.operands]
+        values = [element(emitter, operand, full, inner) for operand in op.operands]
         stores = [f"{name}[{at}] = {value};" for name, value in zip(rows, values)]
         return inner, _inner_loop(inner, at, n, stores, first, end)
 
@@ -216,7 +219,7 @@ def _lane_loop(
     at = lane if start == "0" else f"({start} + {lane})"
     if rows is None:
         full = (*index[:axis], at, *index[axis:])
-        values = [emitter.element(operand, full, inner) for operand in op.operands]
+        values = [element(emitter, operand, full, inner) for operand in op.operands]
     else:
         values = _read_back(op, rows, at, inner)
     if start != "0":
@@ -250,7 +253,7 @@ def _fold(
 def _scan(emitter: Emitter, op: Op) -> None:
     axis, reverse = op.integer("axis"), op.flag("reverse")
     shape = op.operands[0].type.shape or ()
-    sources = [emitter.materialise(operand).name for operand in op.operands]
+    sources = [materialise(emitter, operand).name for operand in op.operands]
     outputs = [emitter.array(r.type.size, c_type(r.type), r.name) for r in op.results]
     kept = shape[:axis] + shape[axis + 1 :]
     first = shape[axis] - 1 if reverse else 0
@@ -272,11 +275,11 @@ def _scan(emitter: Emitter, op: Op) -> None:
         for output, value in zip(outputs, values):
             nest.statement(f"{output}[{here}] = {value};")
 
-    emitter.loops(kept, copy)
+    write_loops(emitter, kept, copy)
     order = (f"{at} = {shape[axis] - 2}; {at} >= 0; --{at}" if reverse
              else f"{at} = 1; {at} < {shape[axis]}; ++{at}")  # fmt: skip
     with emitter.braces(f"for (int {order})"):
-        emitter.loops(kept, step)
+        write_loops(emitter, kept, step)
     for result, name in zip(op.results, outputs):
         emitter.held[result] = Buffer(name, emitter.block)
 
@@ -292,12 +295,12 @@ def _map_elementwise(emitter: Emitter, op: Op) -> None:
 
     def body(nest: Nest, index: Index) -> None:
         places = [(*index[:-1], f"({index[-1]} * {pack} + {j})") for j in range(pack)]
-        inputs = [emitter.element(v, place, nest) for v in op.operands for place in places]
+        inputs = [element(emitter, v, place, nest) for v in op.operands for place in places]
         values = iter(combine(emitter, op.regions[0][0], inputs, nest))
         for output in outputs:
             for place in places:
                 nest.statement(f"{output}[{row_major(shape, place)}] = {next(values)};")
 
-    emitter.loops((*shape[:-1], shape[-1] // pack), body)
+    write_loops(emitter, (*shape[:-1], shape[-1] // pack), body)
     for result, name in zip(op.results, outputs):
         emitter.held[result] = Buffer(name, emitter.block)

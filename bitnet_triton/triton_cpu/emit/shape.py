@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 
+from bitnet_triton.triton_cpu.emit.arrays import materialise, store_into
 from bitnet_triton.triton_cpu.emit.ctypes import c_type
-from bitnet_triton.triton_cpu.emit.emitter import Emitter, handles
-from bitnet_triton.triton_cpu.emit.nest import Nest
+from bitnet_triton.triton_cpu.emit.dispatch import handles
+from bitnet_triton.triton_cpu.emit.elements import element, element_now
+from bitnet_triton.triton_cpu.emit.emitter import Emitter
+from bitnet_triton.triton_cpu.emit.loops import write_loops
+from bitnet_triton.triton_cpu.emit.nest import Index, Nest
 from bitnet_triton.triton_cpu.emit.order import fused_loads
-from bitnet_triton.triton_cpu.emit.values import Buffer, Index, Lazy, Scalar, row_major
+from bitnet_triton.triton_cpu.emit.values import Buffer, Lazy, Scalar, row_major
 from bitnet_triton.triton_cpu.ir import Op, Value
 
 
@@ -20,7 +24,7 @@ def _reshape(emitter: Emitter, op: Op) -> None:
     if origin is not None and lies_still:
         emitter.held[result] = _split_view(emitter, source, result, origin)
         return
-    emitter.held[result] = Buffer(emitter.materialise(source).name)
+    emitter.held[result] = Buffer(materialise(emitter, source).name)
 
 
 def _split_dims(source: tuple[int, ...], result: tuple[int, ...]) -> list[list[int]] | None:
@@ -48,35 +52,35 @@ def _split_dims(source: tuple[int, ...], result: tuple[int, ...]) -> list[list[i
 def _split_view(emitter: Emitter, source: Value, result: Value, groups: list[list[int]]) -> Lazy:
     shape = result.type.shape or ()
 
-    def element(index: Index, nest: Nest) -> str:
+    def value_at(index: Index, nest: Nest) -> str:
         places = []
         for group in groups:
             sizes = tuple(shape[d] for d in group)
             place = row_major(sizes, tuple(index[d] for d in group))
             places.append(place if place.isidentifier() or place == "0" else f"({place})")
-        return emitter.element(source, tuple(places), nest)
+        return element(emitter, source, tuple(places), nest)
 
-    return Lazy(element)
+    return Lazy(value_at)
 
 
 @handles("tt.unsplat")
 def _unsplat(emitter: Emitter, op: Op) -> None:
     source = op.operands[0]
-    emitter.held[op.results[0]] = Scalar(emitter.element_now(source, ("0",) * source.type.rank))
+    emitter.held[op.results[0]] = Scalar(element_now(emitter, source, ("0",) * source.type.rank))
 
 
 @handles("tt.join")
 def _join(emitter: Emitter, op: Op) -> None:
     result = op.results[0]
 
-    def element(index: Index, nest: Nest) -> str:
+    def value_at(index: Index, nest: Nest) -> str:
         if index[-1] in ("0", "1"):
-            return emitter.element(op.operands[int(index[-1])], index[:-1], nest)
-        first, second = (emitter.element(v, index[:-1], nest) for v in op.operands)
+            return element(emitter, op.operands[int(index[-1])], index[:-1], nest)
+        first, second = (element(emitter, v, index[:-1], nest) for v in op.operands)
         return nest.bind(c_type(result.type), f"{index[-1]} == 0 ? {first} : {second}")
 
     if all(use.name == "tt.split" for use in result.uses) and not _loads(emitter, op):
-        emitter.held[result] = Lazy(element)
+        emitter.held[result] = Lazy(value_at)
         return
     name = emitter.array(result.type.size, c_type(result.type), "joined")
     for place, operand in enumerate(op.operands):
@@ -94,26 +98,26 @@ def _copy_into(emitter: Emitter, source: Value, result: Value, name: str, last: 
     step = shape[-1]
 
     def body(nest: Nest, index: Index) -> None:
-        code = emitter.element(source, index, nest)
+        code = element(emitter, source, index, nest)
         place = row_major(shape[:-1], index)
         nest.statement(f"{name}[({place}) * {step} + {last}] = {code};")
 
-    emitter.loops(shape[:-1], body)
+    write_loops(emitter, shape[:-1], body)
 
 
 @handles("tt.split")
 def _split(emitter: Emitter, op: Op) -> None:
     source = op.operands[0]
     if fused_loads(emitter, source):
-        emitter.materialise(source)
+        materialise(emitter, source)
     for place, result in enumerate(op.results):
         emitter.held[result] = _half(emitter, source, str(place))
         if not result.is_block:
-            emitter.held[result] = Scalar(emitter.element_now(source, (str(place),)))
+            emitter.held[result] = Scalar(element_now(emitter, source, (str(place),)))
 
 
 def _half(emitter: Emitter, source: Value, place: str) -> Lazy:
-    return Lazy(lambda index, nest: emitter.element(source, (*index, place), nest))
+    return Lazy(lambda index, nest: element(emitter, source, (*index, place), nest))
 
 
 @handles("tt.cat")
@@ -122,7 +126,7 @@ def _cat(emitter: Emitter, op: Op) -> None:
     name = emitter.array(result.type.size, c_type(result.type), "cat")
     start = 0
     for operand in op.operands:
-        emitter.store_into(operand, f"({name} + {start})")
+        store_into(emitter, operand, f"({name} + {start})")
         start += operand.type.size
     emitter.held[result] = Buffer(name, emitter.block)
 
@@ -131,16 +135,16 @@ def _cat(emitter: Emitter, op: Op) -> None:
 def _gather(emitter: Emitter, op: Op) -> None:
     source, places, result = *op.operands, op.results[0]
     axis = op.integer("axis")
-    held = emitter.materialise(source)
+    held = materialise(emitter, source)
     name = emitter.array(result.type.size, c_type(result.type), "gathered")
 
     def body(nest: Nest, index: Index) -> None:
-        place = emitter.element(places, index, nest)
+        place = element(emitter, places, index, nest)
         origin = row_major(source.type.shape or (), (*index[:axis], place, *index[axis + 1 :]))
         target = row_major(result.type.shape or (), index)
         nest.statement(f"{name}[{target}] = {held.name}[{origin}];")
 
-    emitter.loops(result.type.shape or (), body)
+    write_loops(emitter, result.type.shape or (), body)
     emitter.held[result] = Buffer(name, emitter.block)
 
 
@@ -153,13 +157,13 @@ def _histogram(emitter: Emitter, op: Op) -> None:
     emitter.write(f"memset({name}, 0, sizeof({c_type(result.type)}) * {bins});")
 
     def body(nest: Nest, index: Index) -> None:
-        code = emitter.element(source, index, nest)
+        code = element(emitter, source, index, nest)
         wanted = f"uint64_t({code}) < {bins}"
         if mask:
-            wanted += f" && {emitter.element(mask[0], index, nest)}"
+            wanted += f" && {element(emitter, mask[0], index, nest)}"
         nest.statement(f"if ({wanted}) ++{name}[{code}];")
 
-    emitter.loops(source.type.shape or (), body, independent=False)
+    write_loops(emitter, source.type.shape or (), body, independent=False)
     emitter.held[result] = Buffer(name, emitter.block)
 
 

@@ -10,40 +10,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from bitnet_triton.triton_cpu.emit.emitter import Emitter
 from bitnet_triton.triton_cpu.emit.masks import prefix
+from bitnet_triton.triton_cpu.emit.nest import NOTHING_ASSUMED, Assumption, Index
 from bitnet_triton.triton_cpu.ir import Value
-
-if TYPE_CHECKING:
-    from bitnet_triton.triton_cpu.emit.emitter import Emitter
-    from bitnet_triton.triton_cpu.emit.values import Index
 
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
 # Shorter loops are not worth the code
 _LONG_LOOP = 128
-
-
-@dataclass(frozen=True)
-class Assumption:
-    """What is taken to be known of the conditions in one part of a loop.
-
-    Attributes:
-        granted: conditions that hold for every element.
-        denied: conditions that hold for none.
-    """
-
-    granted: frozenset[Value] = frozenset()
-    denied: frozenset[Value] = frozenset()
-
-    def known(self, mask: Value) -> str | None:
-        """Return the C++ constant that a condition is, if that is known."""
-        if mask in self.granted:
-            return "true"
-        return "false" if mask in self.denied else None
-
-
-NOTHING_ASSUMED = Assumption()
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from bitnet_triton.triton_cpu.analyse import splat_integer
+from bitnet_triton.triton_cpu.emit.emitter import Emitter
 from bitnet_triton.triton_cpu.emit.values import Buffer, Lazy
 from bitnet_triton.triton_cpu.ir import Value
-
-if TYPE_CHECKING:
-    from bitnet_triton.triton_cpu.emit.emitter import Emitter
 
 _DEPTH = 40
 _SAME = frozenset({"arith.extsi", "arith.extui", "arith.trunci", "tt.broadcast"})
@@ -56,8 +53,6 @@ def stride(emitter: Emitter, value: Value, dim: int, depth: int = 0) -> int | No
 
 
 def _product_stride(operands: list[Value], a: int, b: int) -> int | None:
-    from bitnet_triton.triton_cpu.analyse import splat_integer
-
     if a == 0 and b == 0:
         return 0
     factor = splat_integer(operands[1] if b == 0 else operands[0])

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from bitnet_triton.triton_cpu.emit.nest import Index, Nest
 from bitnet_triton.triton_cpu.ir import Block
-
-if TYPE_CHECKING:
-    from bitnet_triton.triton_cpu.emit.nest import Nest
-
-Index = tuple[str, ...]
 
 
 @dataclass(frozen=True)

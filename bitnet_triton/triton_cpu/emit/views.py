@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from bitnet_triton.triton_cpu.analyse import splat_integer
 from bitnet_triton.triton_cpu.emit.ctypes import c_type
+from bitnet_triton.triton_cpu.emit.elements import element, element_now
+from bitnet_triton.triton_cpu.emit.emitter import Emitter
+from bitnet_triton.triton_cpu.emit.loops import write_loops
 from bitnet_triton.triton_cpu.emit.masks import holds_everywhere, prefix, prefixes
-from bitnet_triton.triton_cpu.emit.nest import Nest
+from bitnet_triton.triton_cpu.emit.nest import Index, Nest
 from bitnet_triton.triton_cpu.emit.strides import contiguous_along, linear, stride
-from bitnet_triton.triton_cpu.emit.values import Index, row_major
+from bitnet_triton.triton_cpu.emit.values import row_major
 from bitnet_triton.triton_cpu.ir import Value
-
-if TYPE_CHECKING:
-    from bitnet_triton.triton_cpu.emit.emitter import Emitter
 
 
 @dataclass(frozen=True)
@@ -108,10 +107,10 @@ def fill_array(
         place = (
             row_major((columns, rows), (j, i)) if to_columns else row_major((rows, columns), index)
         )
-        code = emitter.element(value, index, nest)
+        code = element(emitter, value, index, nest)
         nest.statement(f"{array}[{place}] = {f'{c_elem}({code})' if c_elem else code};")
 
-    emitter.loops((rows, columns), body, (1, 0) if from_columns else None)
+    write_loops(emitter, (rows, columns), body, (1, 0) if from_columns else None)
     return View(array, ("1", str(rows)) if to_columns else (str(columns), "1"))
 
 
@@ -265,14 +264,14 @@ def _assign(emitter: Emitter, names: tuple[str, str, str], view: View) -> None:
 def _address_view(emitter: Emitter, root: Value, order: tuple[int, ...]) -> View:
     assert root.op is not None
     address = root.op.operands[0]
-    origin = emitter.element_now(address, ("0", "0"))
+    origin = element_now(emitter, address, ("0", "0"))
     base, c_elem = emitter.fresh("base"), c_type(root.type)
     emitter.write(f"const {c_elem}* const {base} = (const {c_elem}*)({origin});")
     steps = []
     for dim in order:
         known = stride(emitter, address, dim)
         if known is None:
-            neighbour = emitter.element_now(address, ("1", "0") if dim == 0 else ("0", "1"))
+            neighbour = element_now(emitter, address, ("1", "0") if dim == 0 else ("0", "1"))
             steps.append(f"int64_t({neighbour} - {origin})")
         else:
             steps.append(str(known))
