@@ -65,13 +65,14 @@ def run_blocks(emitter: Emitter, blocks: list[Block]) -> None:
     Values that several blocks read are stored in variables that are declared before all blocks.
     """
     labels = {block.label: emitter.fresh("block") for block in blocks}
-    crossing = {
+    # in order, unlike a set: the same kernel is the same text in every process, and compiled once
+    crossing = [
         value
         for block in blocks
         for op in block.ops
         for value in op.results
         if any(not use.block.inside(block) for use in value.uses if use.block is not None)
-    }
+    ]
     places: dict[Value, Held] = {}
     for value in (*(a for block in blocks[1:] for a in block.args), *crossing):
         declare(emitter, value)
