@@ -128,7 +128,8 @@ class Recording:
         It writes behind what the cache holds, so a step may run again, or by other means.
         """
         self._hidden.copy_(model.embed_tokens(input_ids)[:, 0])
-        self._places.copy_(places)
+        # not to wait for the GPU: it copies what is in ``places`` now
+        self._places.copy_(places, non_blocking=True)
         self.graph.replay()
         return self._result.clone()[:, None]
 

@@ -4,10 +4,13 @@ import copy
 
 import pytest
 import torch
+from transformers import DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 
 import bitnet_triton as bt
+from bitnet_triton.models.bitnet import greedy
+from bitnet_triton.models.bitnet.ahead import can_run_ahead
 from bitnet_triton.models.bitnet.greedy import tell_once
 from bitnet_triton.models.recording import Recording
 from bitnet_triton.nn.head import Int8Head, OutputHead
@@ -138,6 +141,81 @@ def test_streamers_get_every_token(load):
     tokens = generate(load(), streamer=streamer)
     assert streamer.tokens == tokens[0].tolist()
     assert streamer.ended
+
+
+@pytest.fixture
+def ahead(monkeypatch):
+    """Run a step ahead as on a GPU; count the steps of the decoder."""
+    steps = []
+    monkeypatch.setattr(
+        greedy, "can_run_ahead", lambda device, cache: can_run_ahead(torch.device("cuda"), cache)
+    )
+
+    def count(self, ids, call=greedy._Steps.__call__):
+        steps.append(ids)
+        return call(self, ids)
+
+    monkeypatch.setattr(greedy._Steps, "__call__", count)
+    return steps
+
+
+def end_at(model, place, ids=IDS):
+    """Return the token that is written at a place: as end of text, it ends there."""
+    tokens = theirs(model, ids=ids, n=place)[0, ids.shape[1] :].tolist()
+    return tokens[-1], tokens.index(tokens[-1]) + 1
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_a_step_ahead_is_taken_back(load, ahead, fuse):
+    model = load(fuse=fuse)
+    eos, written = end_at(model, 6)
+    settings = {"n": 12, "eos": eos, "return_dict_in_generate": True}
+    expected, actual = theirs(model, **settings), generate(model, **settings)
+    assert torch.equal(actual.sequences, expected.sequences)
+    assert len(ahead) == written  # one of them too many
+    held = [(layer.keys, layer.values) for layer in expected.past_key_values.layers]
+    assert actual.past_key_values.get_seq_length() == expected.past_key_values.get_seq_length()
+    for layer, (keys, values) in zip(actual.past_key_values.layers, held, strict=True):
+        torch.testing.assert_close(layer.keys, keys)
+        torch.testing.assert_close(layer.values, values)
+
+
+def test_no_step_is_ahead_of_the_last_one(load, ahead):
+    model = load()
+    assert torch.equal(generate(model, n=7), theirs(model, n=7))
+    assert len(ahead) == 6
+
+
+def test_rows_that_end_apart_with_a_step_ahead(load, ahead, assert_same):
+    model = load()
+    for place in (2, 4):
+        eos, _ = end_at(model, place, PADDED)
+        assert_same(model, ids=PADDED, attention_mask=MASK, n=9, eos=eos)
+
+
+def test_windows_cannot_step_back(load, ahead):
+    model = load(attention=PLANS["sliding"])
+    eos, written = end_at(model, 6)
+    assert torch.equal(generate(model, n=12, eos=eos), theirs(model, n=12, eos=eos))
+    assert len(ahead) == written - 1
+
+
+def test_an_interrupt_leaves_the_cache_as_the_tokens_stand(load, ahead):
+    class Impatient(BaseStreamer):
+        put_calls = 0
+
+        def put(self, value):
+            self.put_calls += 1
+            if self.put_calls == 5:
+                raise KeyboardInterrupt
+
+        def end(self):
+            pass
+
+    model, cache = load(), DynamicCache()
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, streamer=Impatient(), past_key_values=cache)
+    assert cache.get_seq_length() == IDS.shape[1] + 3  # the prompt and four tokens but the last
 
 
 def test_a_second_turn_continues_the_cache(load):

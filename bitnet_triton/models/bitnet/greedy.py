@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from bitnet_triton.models.bitnet.ahead import Told, can_run_ahead, longest
 from bitnet_triton.models.fusion import has_global_hooks
 from bitnet_triton.nn.head import Int8Head, OutputHead
 from bitnet_triton.runtime.device import autocast_dtype
@@ -89,26 +90,49 @@ def decode_greedily(
     padding = None
     if any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria):
         padding = config._pad_token_tensor.to(token.device)
-    step: dict[str, Any] = {}
-    unfinished = torch.ones_like(token)
-    while True:
-        if padding is not None:
-            token = token * unfinished + padding * (1 - unfinished)
-        ids = torch.cat([ids, token[:, None]], 1)
-        if streamer is not None:
-            streamer.put(token.cpu())
-        unfinished = unfinished & ~stopping_criteria(ids, None)
-        if not unfinished.any():
-            break
-        step = _next_step(step, ids) if step else _first_step(model, ids, model_kwargs)
-        hidden = model.model(**step).last_hidden_state
-        token = model.lm_head.topk(hidden[:, -1])[1][:, 0]
+    next_token = _Steps(model, model_kwargs)
+    cache, most = model_kwargs["past_key_values"], longest(stopping_criteria)
+    ahead = can_run_ahead(token.device, cache)
+    unfinished, following = torch.ones_like(token), None
+    try:
+        while True:
+            if padding is not None:
+                token = token * unfinished + padding * (1 - unfinished)
+            ids = torch.cat([ids, token[:, None]], 1)
+            unfinished = unfinished & ~stopping_criteria(ids, None)
+            goes_on, written = Told(unfinished.any()), Told(token) if streamer else None
+            if ahead and (most is None or ids.shape[1] < most):
+                following = next_token(ids)
+            if written is not None:
+                streamer.put(written.read())
+            if not goes_on.read():
+                break
+            token, following = next_token(ids) if following is None else following, None
+    finally:
+        if following is not None:
+            cache.crop(-1)
     if streamer is not None:
         streamer.end()
     if not config.return_dict_in_generate:
         return ids
-    cache = model_kwargs["past_key_values"]
     return GenerateDecoderOnlyOutput(sequences=ids, past_key_values=cache)  # type: ignore[arg-type]
+
+
+class _Steps:
+    """Runs the decoder for the last token of some ids; what else it is told changes by one."""
+
+    def __init__(self, model: Any, model_kwargs: dict[str, Any]) -> None:
+        self._model, self._kwargs = model, model_kwargs
+        self._step: dict[str, Any] = {}
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Return the likeliest tokens behind ``ids`` [B T] as [B]."""
+        if self._step:
+            self._step = _next_step(self._step, ids)
+        else:
+            self._step = _first_step(self._model, ids, self._kwargs)
+        hidden = self._model.model(**self._step).last_hidden_state
+        return self._model.lm_head.topk(hidden[:, -1])[1][:, 0]
 
 
 def _first_step(model: Any, ids: Tensor, model_kwargs: dict[str, Any]) -> dict[str, Any]:

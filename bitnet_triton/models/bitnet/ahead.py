@@ -1,0 +1,51 @@
+"""Running a step ahead: a GPU works on the next token while Python looks at the last one.
+
+To read a value from a GPU is to wait until it has caught up, and then it waits for Python in turn.
+So greedy decoding starts a step before it reads whether the step before was the last one; if it
+was, the step is taken back out of the cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from bitnet_triton.cache import GrowingLayer
+
+_CAN_STEP_BACK = (DynamicLayer, GrowingLayer)
+
+
+def can_run_ahead(device: torch.device, cache: Any) -> bool:
+    """Tell whether it pays, and whether ``cache`` can forget a token again."""
+    return device.type == "cuda" and all(type(layer) in _CAN_STEP_BACK for layer in cache.layers)
+
+
+def longest(stopping_criteria: Any) -> int | None:
+    """Return the number of tokens at which a criterion stops, which Python knows beforehand."""
+    lengths = [criterion.max_length for criterion in stopping_criteria if _is_length(criterion)]
+    return min(lengths, default=None)
+
+
+def _is_length(criterion: Any) -> bool:
+    return isinstance(getattr(criterion, "max_length", None), int)
+
+
+class Told:
+    """A small tensor on its way to the CPU, while the GPU is given more to do."""
+
+    def __init__(self, value: Tensor) -> None:
+        # elsewhere nothing would tell when it is there
+        self._value = value.to("cpu", non_blocking=value.is_cuda)
+        self._event = None
+        if value.is_cuda:
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(value.device))
+
+    def read(self) -> Tensor:
+        """Wait for it; the work that was started after it goes on."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._value
