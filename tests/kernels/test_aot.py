@@ -84,8 +84,8 @@ BF16_INSTRUCTION = {
     "sm_120": MMA_BF16,
     "gfx942": r"v_mfma_f32_\w+_bf16",
 }
-# bytes of local memory. Triton 3.6 puts 8 to 32 there in five float32 or selecting kernels
-MOST_SPILLED = 32 if triton.__version__.startswith("3.6.") else 0
+# bytes of local memory: none with the release that tiles are chosen for (docs/gpu-kernels.md)
+MOST_SPILLED = 0 if triton.__version__.startswith("3.7.") else 136
 # of shared memory for a program; relatives of the other targets have 99 KB
 LARGEST_KB = {"sm_90": 227, "sm_100": 227, "gfx942": 64}
 # every kernel that multiplies matrices, by the type of its operands where they are bfloat16 or int8
