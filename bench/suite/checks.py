@@ -34,6 +34,7 @@ class Checks:
         *,
         essential: bool = True,
         backend: str | None = "triton",
+        poisoned: bool = True,
     ) -> None:
         """Add a check.
 
@@ -44,12 +45,14 @@ class Checks:
             essential: stays in a quick run.
             backend: is forced: a kernel that cannot run is a failure, not a reference in its place.
                 None where the op has no kernel for this device.
+            poisoned: uninitialised memory is NaN, so that an element that nobody writes shows. A
+                kernel writes that in front of each of ours.
         """
         name = f"{op} {what}"
 
         def run() -> list[Result]:
             start = time.monotonic()
-            _check(check, backend)
+            _check(check, backend, poisoned)
             took = time.monotonic() - start
             return [{"name": name, "op": op, "status": "passed", "reason": "", "seconds": took}]
 
@@ -60,8 +63,7 @@ class Checks:
         return sorted(self.items, key=lambda item: not item.essential)
 
 
-def _check(check: Callable[[], None], backend: str | None) -> None:
-    """Run with uninitialised memory that shows: an element that nobody writes is NaN."""
+def _check(check: Callable[[], None], backend: str | None, poisoned: bool) -> None:
     settings = torch.utils.deterministic
     before = (
         torch.are_deterministic_algorithms_enabled(),
@@ -69,7 +71,7 @@ def _check(check: Callable[[], None], backend: str | None) -> None:
         settings.fill_uninitialized_memory,
     )
     torch.use_deterministic_algorithms(True, warn_only=True)
-    settings.fill_uninitialized_memory = True
+    settings.fill_uninitialized_memory = poisoned
     try:
         if backend is None:
             check()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -11,6 +12,9 @@ import torch
 
 from bitnet_triton.runtime.autotune import gpu_family
 from bitnet_triton.runtime.device import is_interpreted
+
+# the first release of CUDA whose graphs know such launches
+_RECORDS_OVERLAP = 12030
 
 _in_order: ContextVar[bool] = ContextVar("bitnet_triton_in_order", default=False)
 
@@ -21,10 +25,15 @@ def can_overlap(device: torch.device) -> bool:
     They have programmatic dependent launch (CUDA programming guide), for which a kernel has to be
     written (``kernels/common/dependent.py``).
     """
-    if device.type == "cpu" or _in_order.get():
+    return device.type != "cpu" and not _in_order.get() and _can(device, gpu_family(device))
+
+
+@functools.cache
+def _can(device: torch.device, family: str) -> bool:
+    if family not in ("sm_90", "sm_100") or is_interpreted():
         return False
-    new_enough = gpu_family(device) in ("sm_90", "sm_100") and _driver_records_overlap()
-    return new_enough and not is_interpreted()
+    # what is compiled ahead of time, with tensors on the meta device, does not run here
+    return device.type != "cuda" or _driver_version() >= _RECORDS_OVERLAP
 
 
 @contextlib.contextmanager
@@ -37,7 +46,11 @@ def in_order() -> Iterator[None]:
         _in_order.reset(token)
 
 
-@functools.cache
-def _driver_records_overlap() -> bool:
-    """Tell whether such launches may stand in a CUDA graph: since CUDA 12.3."""
-    return not torch.cuda.is_available() or vars(torch._C)["_cuda_getDriverVersion"]() >= 12030
+def _driver_version() -> int:
+    """Return the version of CUDA that the driver is made for, 12030 for 12.3; 0: there is none."""
+    version = ctypes.c_int(0)
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    return version.value if driver.cuDriverGetVersion(ctypes.byref(version)) == 0 else 0

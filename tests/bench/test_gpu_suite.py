@@ -1,6 +1,8 @@
 """The suite for GPUs, on a CPU at small sizes: what it reports, what it skips, when it fails."""
 
+import contextlib
 import dataclasses
+import gc
 import importlib
 import json
 import multiprocessing
@@ -8,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -18,12 +21,14 @@ from typer.testing import CliRunner
 from bench import gpu_suite
 from bench.case import Settings
 from bench.measure import Row, spread
-from bench.suite import SECTIONS, check_attention, check_linear, plan, show
+from bench.models import SHAPES
+from bench.suite import SECTIONS, check_attention, check_linear, plan, show, steps
 from bench.suite.checks import Checks, assert_codes_close
 from bench.suite.plan import Clock, Item, Outcome, Plan, Section, run_section
 from bench.suite.targets import QUANTIZED, TARGETS, Target, ratio_to
 from bitnet_triton.kernels.rms_norm.op import NORM_FWD
 from bitnet_triton.kernels.ternary_linear.launchers import QUANTIZED_FWD
+from bitnet_triton.models.recording import Recording
 from bitnet_triton.runtime import Implementation, backend_objection
 from bitnet_triton.testing import assert_close
 
@@ -172,6 +177,39 @@ def test_checks_see_memory_that_nobody_wrote_and_leave_the_settings():
     checks.items[0].run()
     assert seen[0].isnan().all()
     assert torch.are_deterministic_algorithms_enabled() == before
+
+
+@needs_triton
+def test_nothing_is_written_between_kernels_that_overlap(monkeypatch):
+    """A kernel that fills new memory would wait for the one before, in place of ours."""
+    filled = []
+
+    def record(self, model, launchers, record=Recording._record):
+        with torch.profiler.profile() as profile:
+            hidden = record(self, model, launchers)
+        filled.extend(e.key for e in profile.key_averages() if "fill" in e.key)
+        return hidden
+
+    monkeypatch.setattr(Recording, "_record", record)
+    items = steps.checks(Plan(Settings()))
+    outcome = run_section(section(items[:1]), Plan(Settings()), time.monotonic() + 60, tell)
+    assert outcome.results[0]["reason"] == ""
+    assert filled == []
+
+
+@needs_triton
+def test_a_recorded_step_is_timed_on_memory_that_is_still_there():
+    inputs = steps._inputs(SHAPES["tiny"], 1, 8, 4, Settings())
+    build = steps._recorded(contextlib.nullcontext)
+    work = build(inputs)
+    kept = weakref.ref(inputs.models.get("fused").model.decode_steps.recording)
+    build(inputs)
+    gc.collect()
+    assert kept() is not None
+    work.call()
+    del work
+    gc.collect()
+    assert kept() is None
 
 
 def test_codes_may_be_off_by_one_beside_a_tie_and_no_more():

@@ -370,11 +370,12 @@ def test_kernels_of_a_decode_step_overlap_since_hopper(family):
         assert launch.options.get("DEPENDENT", False) == overlaps
 
 
-@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("target", ["sm_90", "sm_100", "sm_120"])
 @pytest.mark.parametrize("kernel", OVERLAPPED)
 def test_a_kernel_touches_nothing_before_the_one_before_it_has_ended(kernel, target):
     """Read in the machine code, where no compiler moves anything any more."""
     chosen = [launch for launch in launches_of(target).values() if kernel_name(launch) == kernel]
+    assert chosen
     for launch in chosen:
         instructions = sass(compile_launch(launch, TARGETS[target]))
         wait = next(i for i, line in enumerate(instructions) if "ACQBULK" in line)
