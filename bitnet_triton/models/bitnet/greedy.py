@@ -100,7 +100,8 @@ def decode_greedily(
                 token = token * unfinished + padding * (1 - unfinished)
             ids = torch.cat([ids, token[:, None]], 1)
             unfinished = unfinished & ~stopping_criteria(ids, None)
-            goes_on, written = Told(unfinished.any()), Told(token) if streamer else None
+            goes_on = Told(unfinished.any())
+            written = None if streamer is None else Told(token)
             if ahead and (most is None or ids.shape[1] < most):
                 following = next_token(ids)
             if written is not None:
