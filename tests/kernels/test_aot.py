@@ -96,9 +96,10 @@ INT8_PRODUCTS = (
 # what a decode step is made of
 OVERLAPPED = (
     "rms_norm_fwd", "rms_norm_quantize_fwd", "relu2_mul_norm_quantize_fwd", "silu_mul_quantize_fwd",
-    "quantize_activations_fwd", "ternary_linear_fwd_one", "ternary_linear_fwd_few",
-    "rotary_and_store", "flash_attention_decode", "flash_attention_decode_merge",
-    "split_activations_fwd", "int8_linear_fwd", "int8_linear_topk_fwd", "merge_best",
+    "quantize_activations_fwd", "ternary_linear_fwd", "ternary_linear_fwd_one",
+    "ternary_linear_fwd_few", "rotary_and_store", "flash_attention_decode",
+    "flash_attention_decode_merge", "split_activations_fwd", "int8_linear_fwd",
+    "int8_linear_topk_fwd", "merge_best",
 )  # fmt: skip
 MANY_TOKENS = ("ternary_linear_fwd", "bit_linear_fwd", "bit_linear_fwd_from_codes")
 FLOAT_PRODUCTS = (

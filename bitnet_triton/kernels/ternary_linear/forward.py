@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bitnet_triton.kernels.common.dependent import dependent, wait_for_inputs
 from bitnet_triton.kernels.common.tiles import part_of_tile
 from bitnet_triton.kernels.ternary_linear.merged import count_tiles, part_ends
 from bitnet_triton.kernels.ternary_linear.tiles import (
@@ -51,10 +52,11 @@ def _ternary_linear_fwd_kernel(
     # sizes; where the first and the second part end
     M, R, K, end0, end1,
     # compile-time
-    PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-    TOKENS_LEFT: tl.constexpr, IN_PLACE: tl.constexpr,
+    DEPENDENT: tl.constexpr, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr, TOKENS_LEFT: tl.constexpr, IN_PLACE: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(DEPENDENT)
     # int64: token * N and row * K overflow int32 from 2**31 elements on
     tokens = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     part, start, end, first = part_of_tile(tl.program_id(0), R, end0, end1, PARTS, BLOCK_R)
@@ -141,7 +143,7 @@ def launch_ternary_linear_fwd(
         scale if residual is None else residual, y,
         M, R, K, *part_ends(rows),
         PARTS=len(rows), HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
-        **config,
+        **config, **dependent(a.device),
         # a fused multiply-add would skip the rounding before the residual
         enable_fp_fusion=residual is None,
     )  # fmt: skip
