@@ -99,8 +99,8 @@ class DecodeSteps:
         masks: tuple[Mask, ...],
     ) -> Tensor | None:
         B, columns = input_ids.shape[0], layers[0].get_seq_length()
-        held = [layer.held for layer in layers]
-        found = describe_places(attention_mask, position_ids, B, columns, held)
+        held, on_gpu = [layer.held for layer in layers], input_ids.is_cuda
+        found = describe_places(attention_mask, position_ids, B, columns, held, on_gpu)
         if found is None:
             return None
         tell_padding(cache, found[2])
@@ -113,7 +113,7 @@ class DecodeSteps:
             return None
         left = [layer.held for layer in layers]
         if left != held:  # some have dropped what has left their window
-            found = describe_places(attention_mask, position_ids, B, columns, left)
+            found = describe_places(attention_mask, position_ids, B, columns, left, on_gpu)
             assert found is not None
         hidden = self._replay(model, input_ids, Step(stores, found[0], found[1], masks))
         if hidden is not None:

@@ -128,7 +128,7 @@ class Recording:
         It writes behind what the cache holds, so a step may run again, or by other means.
         """
         self._hidden.copy_(model.embed_tokens(input_ids)[:, 0])
-        # not to wait for the GPU: it copies what is in ``places`` now
+        # pinned, where there is a GPU: nothing waits, and PyTorch keeps it until it is copied
         self._places.copy_(places, non_blocking=True)
         self.graph.replay()
         return self._result.clone()[:, None]
@@ -174,6 +174,7 @@ def describe_places(
     B: int,
     columns: int,
     held: Sequence[int],
+    pinned: bool = False,
 ) -> tuple[Tensor, tuple[int, ...], Tensor | None] | None:
     """Return ``places`` and ``groups`` of a step, and its padding; None where that is not all.
 
@@ -183,9 +184,10 @@ def describe_places(
         B: rows of the batch.
         columns: tokens before the new one, padding included.
         held: how many of them each layer holds.
+        pinned: whether ``places`` go to a GPU, which then reads them by itself.
     """
     lengths = sorted(set(held))
-    places = torch.empty((len(lengths), 4, B), dtype=torch.int32)
+    places = torch.empty((len(lengths), 4, B), dtype=torch.int32, pin_memory=pinned)
     places[:, 1] = columns
     padding: Tensor | None = None
     if attention_mask is not None and not attention_mask.all():

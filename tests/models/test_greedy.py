@@ -10,7 +10,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import bitnet_triton as bt
 from bitnet_triton.models.bitnet import greedy
-from bitnet_triton.models.bitnet.ahead import can_run_ahead
+from bitnet_triton.models.bitnet.ahead import Told, can_run_ahead
 from bitnet_triton.models.bitnet.greedy import tell_once
 from bitnet_triton.models.recording import Recording
 from bitnet_triton.nn.head import Int8Head, OutputHead
@@ -159,38 +159,117 @@ def ahead(monkeypatch):
     return steps
 
 
-def end_at(model, place, ids=IDS):
+def end_at(model, place, ids=IDS, **kwargs):
     """Return the token that is written at a place: as end of text, it ends there."""
-    tokens = theirs(model, ids=ids, n=place)[0, ids.shape[1] :].tolist()
+    tokens = theirs(model, ids=ids, n=place, **kwargs)[0, ids.shape[1] :].tolist()
     return tokens[-1], tokens.index(tokens[-1]) + 1
 
 
+def assert_same_cache(actual, expected):
+    assert actual.get_seq_length() == expected.get_seq_length()
+    for layer, other in zip(actual.layers, expected.layers, strict=True):
+        torch.testing.assert_close(layer.keys, other.keys)
+        torch.testing.assert_close(layer.values, other.values)
+
+
+@pytest.mark.parametrize("own_cache", [False, True])
 @pytest.mark.parametrize("fuse", [True, False])
-def test_a_step_ahead_is_taken_back(load, ahead, fuse):
+def test_a_step_ahead_is_taken_back(load, ahead, fuse, own_cache):
     model = load(fuse=fuse)
     eos, written = end_at(model, 6)
-    settings = {"n": 12, "eos": eos, "return_dict_in_generate": True}
-    expected, actual = theirs(model, **settings), generate(model, **settings)
+
+    def run(loop):
+        cache = {"past_key_values": DynamicCache()} if own_cache else {}
+        return loop(model, n=12, eos=eos, return_dict_in_generate=True, **cache)
+
+    expected, actual = run(theirs), run(generate)
     assert torch.equal(actual.sequences, expected.sequences)
     assert len(ahead) == written  # one of them too many
-    held = [(layer.keys, layer.values) for layer in expected.past_key_values.layers]
-    assert actual.past_key_values.get_seq_length() == expected.past_key_values.get_seq_length()
-    for layer, (keys, values) in zip(actual.past_key_values.layers, held, strict=True):
-        torch.testing.assert_close(layer.keys, keys)
-        torch.testing.assert_close(layer.values, values)
+    assert_same_cache(actual.past_key_values, expected.past_key_values)
 
 
 def test_no_step_is_ahead_of_the_last_one(load, ahead):
     model = load()
-    assert torch.equal(generate(model, n=7), theirs(model, n=7))
+    settings = {"n": 7, "return_dict_in_generate": True}
+    expected, actual = theirs(model, **settings), generate(model, **settings)
+    assert torch.equal(actual.sequences, expected.sequences)
     assert len(ahead) == 6
+    assert_same_cache(actual.past_key_values, expected.past_key_values)
 
 
-def test_rows_that_end_apart_with_a_step_ahead(load, ahead, assert_same):
+def test_rows_that_end_apart_with_a_step_ahead(load, ahead):
+    model, ids = load(), torch.cat([IDS, IDS.flip(1)])
+    for place in (3, 5):
+        eos, _ = end_at(model, place, ids)
+        settings = {"ids": ids, "n": 9, "eos": eos, "return_dict_in_generate": True}
+        expected, actual = theirs(model, **settings), generate(model, **settings)
+        assert torch.equal(actual.sequences, expected.sequences)
+        assert_same_cache(actual.past_key_values, expected.past_key_values)
+
+
+def test_padding_is_looked_at_before_a_step(load, ahead):
     model = load()
-    for place in (2, 4):
-        eos, _ = end_at(model, place, PADDED)
-        assert_same(model, ids=PADDED, attention_mask=MASK, n=9, eos=eos)
+    eos, _ = end_at(model, 6, PADDED[:1], attention_mask=MASK[:1])
+    settings = {"ids": PADDED[:1], "attention_mask": MASK[:1], "n": 12, "eos": eos}
+    tokens = generate(model, **settings)
+    assert torch.equal(tokens, theirs(model, **settings))
+    assert len(ahead) == tokens.shape[1] - PADDED.shape[1] - 1
+
+
+def test_a_cache_of_another_kind_is_not_run_ahead_of(load, ahead):
+    class Counting(DynamicCache):
+        updates = 0
+
+        def update(self, *args, **kwargs):
+            self.updates += 1
+            return super().update(*args, **kwargs)
+
+    model = load(fuse=False)
+    eos, written = end_at(model, 6)
+    cache = Counting()
+    generate(model, n=12, eos=eos, past_key_values=cache)
+    assert cache.updates == written * len(cache.layers)
+
+
+def test_a_step_that_fails_fails_only_if_it_is_wanted(load, ahead, monkeypatch):
+    model = load()
+    eos, written = end_at(model, 6)
+    expected = theirs(model, n=12, eos=eos)
+
+    def fail(self, ids, call=greedy._Steps.__call__):
+        if ids.shape[1] == IDS.shape[1] + written:
+            raise torch.OutOfMemoryError
+        return call(self, ids)
+
+    monkeypatch.setattr(greedy._Steps, "__call__", fail)
+    assert torch.equal(generate(model, n=12, eos=eos), expected)
+    with pytest.raises(torch.OutOfMemoryError):
+        generate(model, n=12)
+
+
+def test_a_value_on_its_way_from_a_gpu_is_waited_for(monkeypatch):
+    order = []
+
+    class Event:
+        def record(self, stream):
+            order.append(f"record on {stream}")
+
+        def synchronize(self):
+            order.append("synchronize")
+
+    class OnGpu:
+        is_cuda, device = True, "cuda:1"
+
+        def to(self, device, non_blocking):
+            order.append(f"to {device} {non_blocking}")
+            return torch.tensor(7)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    told = Told(OnGpu())
+    assert order == ["to cpu True", "record on stream of cuda:1"]
+    assert told.read() == 7
+    assert order[2:] == ["synchronize"]
 
 
 def test_windows_cannot_step_back(load, ahead):

@@ -7,20 +7,23 @@ was, the step is taken back out of the cache.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from bitnet_triton.cache import GrowingLayer
 
 _CAN_STEP_BACK = (DynamicLayer, GrowingLayer)
 
 
-def can_run_ahead(device: torch.device, cache: Any) -> bool:
+def can_run_ahead(device: torch.device, cache: Cache) -> bool:
     """Tell whether it pays, and whether ``cache`` can forget a token again."""
-    return device.type == "cuda" and all(type(layer) in _CAN_STEP_BACK for layer in cache.layers)
+    if device.type != "cuda" or type(cache) not in (Cache, DynamicCache):
+        return False
+    return all(type(layer) in _CAN_STEP_BACK for layer in cache.layers)
 
 
 def longest(stopping_criteria: Any) -> int | None:
@@ -49,3 +52,37 @@ class Told:
         if self._event is not None:
             self._event.synchronize()
         return self._value
+
+
+class StepAhead:
+    """A step that has been started, and may turn out not to be wanted.
+
+    Args:
+        step: maps ids [B T] to the tokens [B] behind them, and adds one token to ``cache``.
+        ids: int64 [B T].
+        cache: of the step.
+    """
+
+    def __init__(self, step: Callable[[Tensor], Tensor], ids: Tensor, cache: Cache) -> None:
+        self._cache = cache
+        self._result: Tensor | Exception
+        try:
+            self._result = step(ids)
+        except Exception as error:  # a text that has ended does not need it
+            self._result = error
+
+    def take(self) -> Tensor:
+        """Return its tokens, or raise what it has raised."""
+        if isinstance(self._result, Exception):
+            raise self._result
+        return self._result
+
+    def take_back(self) -> None:
+        """Make the cache what it was."""
+        if not isinstance(self._result, Exception):
+            self._cache.crop(-1)
+
+    def wait(self) -> None:
+        """Wait until nothing of it runs any more: it writes behind what the cache holds."""
+        if not isinstance(self._result, Exception):
+            Told(self._result).read()

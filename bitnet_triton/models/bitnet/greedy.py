@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from bitnet_triton.models.bitnet.ahead import Told, can_run_ahead, longest
+from bitnet_triton.models.bitnet.ahead import StepAhead, Told, can_run_ahead, longest
 from bitnet_triton.models.fusion import has_global_hooks
 from bitnet_triton.nn.head import Int8Head, OutputHead
 from bitnet_triton.runtime.device import autocast_dtype
@@ -93,7 +93,7 @@ def decode_greedily(
     next_token = _Steps(model, model_kwargs)
     cache, most = model_kwargs["past_key_values"], longest(stopping_criteria)
     ahead = can_run_ahead(token.device, cache)
-    unfinished, following = torch.ones_like(token), None
+    unfinished, started = torch.ones_like(token), None
     try:
         while True:
             if padding is not None:
@@ -102,16 +102,18 @@ def decode_greedily(
             unfinished = unfinished & ~stopping_criteria(ids, None)
             goes_on = Told(unfinished.any())
             written = None if streamer is None else Told(token)
-            if ahead and (most is None or ids.shape[1] < most):
-                following = next_token(ids)
+            if ahead and next_token.needs_no_look and (most is None or ids.shape[1] < most):
+                started = StepAhead(next_token, ids, cache)
             if written is not None:
-                streamer.put(written.read())
+                streamer.put(written.read().clone())  # not pinned, if it is kept
             if not goes_on.read():
                 break
-            token, following = next_token(ids) if following is None else following, None
+            token, started = next_token(ids) if started is None else started.take(), None
     finally:
-        if following is not None:
-            cache.crop(-1)
+        if started is not None:
+            started.take_back()
+    if started is not None:
+        started.wait()
     if streamer is not None:
         streamer.end()
     if not config.return_dict_in_generate:
@@ -125,6 +127,12 @@ class _Steps:
     def __init__(self, model: Any, model_kwargs: dict[str, Any]) -> None:
         self._model, self._kwargs = model, model_kwargs
         self._step: dict[str, Any] = {}
+
+    @property
+    def needs_no_look(self) -> bool:
+        """Whether a step is started without looking at padding, which waits for the GPU."""
+        looked_at = (self._step.get(name) for name in ("attention_mask", "position_ids"))
+        return bool(self._step) and all(value is None for value in looked_at)
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Return the likeliest tokens behind ``ids`` [B T] as [B]."""
