@@ -34,7 +34,7 @@ class Inputs:
     prompt: Tensor
     following: Tensor
 
-    def decode(self, mode: Mode, steps: int | None = None) -> tuple[Tensor, DecodeSteps]:
+    def decode(self, mode: Mode) -> tuple[Tensor, DecodeSteps]:
         """Return the hidden states of steps [B steps D], and what has run them."""
         decoder: Any = self.models.get("fused").model
         decoder.decode_steps = DecodeSteps()  # with a recording of its own
@@ -42,7 +42,7 @@ class Inputs:
         found = []
         with torch.no_grad(), mode():
             decoder(input_ids=self.prompt, past_key_values=cache, use_cache=True)
-            for token in self.following[:, :steps].split(1, dim=1):
+            for token in self.following.split(1, dim=1):
                 out = decoder(input_ids=token, past_key_values=cache, use_cache=True)
                 found.append(out.last_hidden_state)
         if decoder.decode_steps.recording is None:
