@@ -32,6 +32,7 @@ class AttentionContext:
         global_tokens: bool [B T], columns that see and are seen by everything; None: none.
         global_heads: q, k and v of the call's tokens by projections of their own, for global
             queries; None: those of all others.
+        s_aux: [H], learnable sinks, as for ``flash_attention``; None: none.
     """
 
     layer: int
@@ -45,6 +46,7 @@ class AttentionContext:
     frequencies: Tensor | None = None
     global_tokens: Tensor | None = None
     global_heads: tuple[Tensor, Tensor, Tensor] | None = None
+    s_aux: Tensor | None = None
 
     def phase(self, Tq: int) -> str | None:
         """Return "prefill" or "decode"; None for a call with tokens of both, or of unknown ones."""

@@ -39,8 +39,8 @@ class Full(MaskMode):
         if not torch.compiler.is_compiling():  # logging would break the graph
             _tell("dropout" if context.tokens.matrix is None else "a matrix for a mask")
         q, k, v, matrix = *(t.transpose(1, 2) for t in (q, k, v)), _matrix(q, k, context)
-        if context.softcap is not None:
-            return _capped(q, k, v, matrix, context.softcap, context).transpose(1, 2)
+        if context.softcap is not None or context.s_aux is not None:
+            return _in_torch(q, k, v, matrix, context).transpose(1, 2)
         y = F.scaled_dot_product_attention(
             q,
             k,
@@ -58,17 +58,20 @@ def _tell(reason: str) -> None:
     logger.info("attention with %s runs on PyTorch's attention, not on flash_attention", reason)
 
 
-def _capped(
-    q: Tensor, k: Tensor, v: Tensor, matrix: Tensor, softcap: float, context: AttentionContext
-) -> Tensor:
-    """Attend with bounded scores, which PyTorch's function does not have, [B H T D]."""
+def _in_torch(q: Tensor, k: Tensor, v: Tensor, matrix: Tensor, context: AttentionContext) -> Tensor:
+    """Attend with bounded scores or sinks, which PyTorch's function does not have, [B H T D]."""
     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
-    scores = softcap * torch.tanh(q @ k.transpose(2, 3) * (context.scale / softcap))
+    scores, softcap = q @ k.transpose(2, 3) * context.scale, context.softcap
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if matrix.dtype == torch.bool:
         scores = scores.masked_fill(~matrix, torch.finfo(scores.dtype).min)
     else:
         scores = scores + matrix
-    weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+    if context.s_aux is not None:
+        sinks = context.s_aux.to(scores.dtype)[:, None, None]
+        scores = torch.cat([scores, sinks.expand(*scores.shape[:-1], 1)], dim=-1)
+    weights = scores.softmax(-1, dtype=torch.float32)[..., : k.shape[2]].to(q.dtype)
     return F.dropout(weights, context.dropout) @ v
 
 

@@ -35,6 +35,7 @@ def attend(
     dropout: float = 0.0,
     softcap: float | None = None,
     position_ids: Tensor | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend as transformers asks: query [B H Tq D], key and value [B Hk Tk D] -> [B Tq H D].
@@ -45,11 +46,12 @@ def attend(
     ``AttentionContext``.
 
     Raises:
-        ValueError: the model has sinks of its own without keys (``s_aux``), or asks for what the
-            mode of the layer cannot do.
+        ValueError: a model with a plan has learnable sinks (``s_aux``), or asks for what the mode
+            of the layer cannot do.
     """
-    if kwargs.get("s_aux") is not None:
-        raise ValueError("`s_aux`: attention 'bitnet_triton' has no sinks without keys")
+    plan = getattr(module, "attention_plan", None)
+    if plan is not None and s_aux is not None:
+        raise ValueError("`s_aux`: a model with an attention plan has no learnable sinks")
     context = AttentionContext(
         layer=getattr(module, "layer_idx", 0),
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
@@ -57,12 +59,12 @@ def attend(
         dropout=dropout,
         softcap=softcap,
         positions=position_ids,
+        s_aux=s_aux,
         **{name: kwargs.get(name) for name in _OF_PLANS},
     )
     # under autocast rotary embeddings leave queries and keys wider than values
     dtype = autocast_dtype(query.device.type) or query.dtype
     q, k, v = (t.transpose(1, 2).to(dtype) for t in (query, key, value))
-    plan = getattr(module, "attention_plan", None)
     if plan is None:
         return _FULL(q, k, v, context), None
     return run_plan(plan, q, k, v, context), None

@@ -83,7 +83,10 @@ def masked_attention(
     """
     if context.dense_from is not None:
         mask = replace(mask, dense_from=context.dense_from)
-    settings: Any = {"scale": context.scale, "softcap": context.softcap, "return_lse": True}
+    settings: Any = {
+        "scale": context.scale, "softcap": context.softcap, "s_aux": context.s_aux,
+        "return_lse": True,
+    }  # fmt: skip
     starts = context.tokens.cu_seqlens
     if starts is None:
         settings |= context.tokens.lengths(q, k)

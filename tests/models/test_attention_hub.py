@@ -7,6 +7,8 @@ from transformers import (
     BertModel,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -20,6 +22,7 @@ from transformers import (
 import bitnet_triton.models  # noqa: F401  registers the name
 from bitnet_triton.attention import hub
 from bitnet_triton.attention.hub_mask import describe_mask
+from bitnet_triton.attention.plan import AttentionPlan
 from bitnet_triton.attention.tokens import Tokens
 
 SIZES = {
@@ -40,7 +43,15 @@ FAMILIES = {
         Gemma2ForCausalLM,
         Gemma2Config(**GROUPED, sliding_window=4, attn_logit_softcapping=2.0, layer_types=LAYERS),
     ),
-}
+    # a learnable sink in every head, and windows in turns
+    "gpt_oss": (
+        GptOssForCausalLM,
+        GptOssConfig(
+            **GROUPED, num_local_experts=4, num_experts_per_tok=2, sliding_window=4,
+            layer_types=LAYERS, rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        ),
+    ),
+}  # fmt: skip
 T = 14
 
 
@@ -109,6 +120,9 @@ def test_packed_sequences_are_described(model, seen, error):
     call = lambda m: m(ids, position_ids=places, use_cache=False).logits  # noqa: E731
     theirs, ours = both(model, call)
     assert error(ours, theirs) <= 1e-5
+    if model.config.model_type == "gpt_oss":  # whose masks transformers tells no positions
+        assert all(tokens.cu_seqlens is None and tokens.matrix is None for tokens in seen)
+        return
     expected = [0, 5, 12, 14, 19, 26, 28]
     assert all(tokens.cu_seqlens.tolist() == expected for tokens in seen)
 
@@ -215,10 +229,30 @@ def test_an_encoder_sees_both_sides(error):
     assert error(ours[mask.bool()], theirs[mask.bool()]) <= 1e-5
 
 
-def test_sinks_without_keys_are_refused():
-    q = torch.randn(1, 2, 3, 16)
-    with pytest.raises(ValueError, match="`s_aux`: attention 'bitnet_triton' has no sinks"):
-        hub.attend(torch.nn.Identity(), q, q, q, None, s_aux=torch.zeros(2))
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_sinks_count_where_a_matrix_or_dropout_needs_pytorch(dropout, error):
+    family, config = FAMILIES["gpt_oss"]
+    model = family(config).train()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0.0, 0.3)
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = dropout
+    ids = torch.randint(3, 96, (2, T))
+    mask = torch.ones_like(ids)
+    mask[1, 5] = dropout > 0  # a hole is what only a matrix says
+    results = []
+    for name in ("eager", "bitnet_triton"):
+        model.set_attn_implementation(name)
+        torch.manual_seed(0)
+        results.append(model(ids, attention_mask=mask).logits)
+    assert error(results[1][:, 6:], results[0][:, 6:]) <= 1e-5
+
+
+def test_sinks_of_a_model_with_a_plan_are_refused():
+    q, module = torch.randn(1, 2, 3, 16), torch.nn.Identity()
+    module.attention_plan = AttentionPlan(prefill=(hub.Full(),), decode=(hub.Full(),))
+    with pytest.raises(ValueError, match="`s_aux`: a model with an attention plan"):
+        hub.attend(module, q, q, q, None, s_aux=torch.zeros(2))
 
 
 def test_an_unknown_mask_function_becomes_a_matrix():

@@ -17,6 +17,7 @@ from bitnet_triton.kernels.common.checks import (
 from bitnet_triton.kernels.flash_attention.arguments import Call, flatten
 from bitnet_triton.kernels.flash_attention.launchers import ATTENTION_BWD, ATTENTION_FWD
 from bitnet_triton.kernels.flash_attention.mask import Mask
+from bitnet_triton.kernels.flash_attention.sink_logits import add_sink_logits
 from bitnet_triton.kernels.quantize.op import FLOATS
 from bitnet_triton.runtime import register_op, remember_backend, remembered_backend, select
 
@@ -170,7 +171,7 @@ def _check_packed(
     return cu_q.numel() - 1
 
 
-def flash_attention(
+def flash_attention(  # noqa: PLR0913 - lengths have the names that flash-attn gives them
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -183,6 +184,7 @@ def flash_attention(
     leftpad_k: Tensor | None = None,
     seqused_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
+    s_aux: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend to the keys that a mask shows, without a matrix of scores or of the mask.
@@ -207,12 +209,16 @@ def flash_attention(
         seqused_q: int32 [B], number of valid queries of each row; those behind give zeros.
             Default: all.
         seqused_k: int32 [B], one past the last valid key of each row. Default: all.
+        s_aux: [H] float16, bfloat16 or float32, learnable sinks (gpt-oss): a logit of each head
+            that takes part in the softmax and has no value; -inf: none. Not scaled, not capped.
+            Default: none. Keys that every query sees are ``Mask.sinks``.
         return_lse: return the logarithm of the sum of exponentials as well.
 
     Returns:
         ``out`` [B Tq H Dv] (or [sum Tq, H, Dv]) in the dtype of ``q``; with ``return_lse`` also
-        float32 [B H Tq] (or [H, sum Tq]), -inf for a query without a key. Both are differentiable
-        in ``q``, ``k`` and ``v``.
+        float32 [B H Tq] (or [H, sum Tq]), -inf for a query without a key; with ``s_aux`` the sink
+        is in the sum, and all that is in it for such a query. Both are differentiable in ``q``,
+        ``k``, ``v`` and ``s_aux``.
 
     Raises:
         TypeError: a tensor has a wrong dtype, or ``mask`` is no Mask.
@@ -226,6 +232,11 @@ def flash_attention(
     B = _check_packed(q, cu_seqlens_q, cu_seqlens_k, leftpad_k)
     _check_lengths(B, q.device, leftpad_k=leftpad_k, seqused_q=seqused_q, seqused_k=seqused_k)
     _check_mask(mask, q, k, B, packed)
+    if s_aux is not None:
+        check_tensor("s_aux", s_aux)
+        check_dtype("s_aux", s_aux, *FLOATS)
+        check_shape("s_aux", s_aux, "H", H=q.shape[-2])
+        check_device("s_aux", s_aux, q.device)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"`softcap`: expected a positive number, got {softcap}")
     if torch.compiler.is_compiling():
@@ -240,4 +251,6 @@ def flash_attention(
     wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
     run = _FlashAttention.apply if wants_gradient else _attention_fwd
     out, lse = run(q, k, v, *flatten(call))
+    if s_aux is not None:
+        out, lse = add_sink_logits(out, lse, s_aux)
     return (out, lse) if return_lse else out

@@ -20,8 +20,11 @@ def attention_reference(
     leftpad_k: Tensor | None = None,
     seqused_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
+    s_aux: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend with q [B Tq H D], k [B Tk Hk D], v [B Tk Hk Dv].
+
+    ``s_aux`` [H] is one more score of each row, whose value is zero (gpt-oss, arXiv:2508.10925).
 
     Returns:
         out [B Tq H Dv] and lse [B H Tq], both in the dtype of ``q``.
@@ -36,6 +39,12 @@ def attention_reference(
     empty = ~visible.any(-1, keepdim=True)
     # a row without a key has no softmax; zeros instead keep its gradient free of NaN
     scores = scores.masked_fill(~visible, float("-inf")).masked_fill(empty, 0.0)
+    if s_aux is not None:
+        sinks = s_aux[:, None].expand(scores.shape[:-1])
+        scores = torch.cat([scores, sinks[..., None]], dim=-1)
+        weights = scores.softmax(-1)[..., :-1].masked_fill(~visible, 0.0)
+        lse = torch.where(empty.squeeze(-1), sinks, scores.logsumexp(-1))
+        return torch.einsum("bhij,bjhd->bihd", weights, v), lse
     weights = scores.softmax(-1).masked_fill(~visible, 0.0)
     lse = scores.logsumexp(-1).masked_fill(empty.squeeze(-1), float("-inf"))
     return torch.einsum("bhij,bjhd->bihd", weights, v), lse
