@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import typing
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -24,6 +25,7 @@ def register_op(
     *,
     function: type[torch.autograd.Function] | None = None,
     mutates_args: Sequence[str] = (),
+    bundle: type[Any] | None = None,
 ) -> Callable[..., Any]:
     """Register ``launcher`` as ``torch.ops.bitnet_triton.<name>`` and return what ops call.
 
@@ -40,9 +42,14 @@ def register_op(
         function: its ``setup_context`` and ``backward`` become the autograd rule of the op.
         mutates_args: names of the tensors that the launcher writes to. Autograd and tracers are
             told of it; such an op has no autograd rule.
+        bundle: class of the last argument of ``launcher`` and ``fake``. Its method ``flatten``
+            returns tensors and plain numbers, of which its class method ``build``, whose parameters
+            have types, makes it again. The registered op, and so its autograd rule, has these parts
+            in its place; an eager call hands it over as it is.
     """
     assert function is None or not mutates_args
     names = list(inspect.signature(launcher).parameters)
+    bundled = len(names) - 1
     mutated = [names.index(name) for name in mutates_args]
 
     @functools.wraps(launcher)
@@ -56,11 +63,16 @@ def register_op(
                 return launcher(*args)
         return launcher(*args)
 
-    schema = torch.library.infer_schema(launcher, mutates_args=mutates_args)
+    typed, run_fake = launcher, fake
+    run_op: Callable[..., Any] = plain
+    if bundle is not None:
+        typed = _typed_in_parts(launcher, bundle)
+        run_op, run_fake = (_taking_parts(f, bundled, bundle) for f in (plain, fake))
+    schema = torch.library.infer_schema(typed, mutates_args=mutates_args)
     op = torch.library.custom_op(
-        f"{NAMESPACE}::{name}", plain, mutates_args=mutates_args, schema=schema
+        f"{NAMESPACE}::{name}", run_op, mutates_args=mutates_args, schema=schema
     )
-    op.register_fake(fake)
+    op.register_fake(run_fake)
     if function is not None:
         # torch reads it in every call, and would make it anew each time: some 20 microseconds
         cast("Any", function.forward).__signature__ = inspect.signature(function.forward)
@@ -69,13 +81,44 @@ def register_op(
     @functools.wraps(launcher)
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling() or type(args[0]) not in _PLAIN_TENSORS or _is_watched():
-            return op(*args)
+            return op(*args) if bundle is None else op(*args[:bundled], *args[bundled].flatten())
         # as the dispatcher does: a backward that saved the tensor then notices the change
         for place in mutated:
             torch.autograd.graph.increment_version(args[place])
         return plain(*args)
 
     return call
+
+
+def _taking_parts(
+    function: Callable[..., Any], bundled: int, bundle: type[Any]
+) -> Callable[..., Any]:
+    """Return ``function`` with the parts of its last argument, number ``bundled``, in its place."""
+
+    def run(*args: Any) -> Any:
+        return function(*args[:bundled], bundle.build(*args[bundled:]))
+
+    return run
+
+
+def _typed_in_parts(launcher: Callable[..., Any], bundle: type[Any]) -> Callable[..., Any]:
+    """Return a function that only says what the registered op takes and returns."""
+
+    def typed(*args: Any) -> Any:
+        raise AssertionError
+
+    own, parts = (
+        _resolved(inspect.signature(f), typing.get_type_hints(f)) for f in (launcher, bundle.build)
+    )
+    parameters = [*list(own.parameters.values())[:-1], *parts.parameters.values()]
+    cast("Any", typed).__signature__ = own.replace(parameters=parameters)
+    return typed
+
+
+def _resolved(signature: inspect.Signature, hints: dict[str, Any]) -> inspect.Signature:
+    """Return a signature with types in place of their names."""
+    parameters = [p.replace(annotation=hints[p.name]) for p in signature.parameters.values()]
+    return inspect.Signature(parameters, return_annotation=hints.get("return"))
 
 
 def _is_watched() -> bool:

@@ -1,5 +1,10 @@
 """Registered ops: straight to the launcher in eager mode, through the dispatcher when traced."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import Tensor
@@ -104,3 +109,54 @@ def test_a_tensor_of_inference_mode_may_be_changed():
         total = torch.zeros(3)
         add(torch.ones(3), total)
     assert torch.equal(total, torch.ones(3))
+
+
+@dataclass
+class _Settings:
+    """A bundle; the class counts how often one is taken apart and put together."""
+
+    factor: float
+    offset: Tensor | None = None
+    flattened: ClassVar[int] = 0
+
+    @classmethod
+    def build(cls, factor: float, tensors: list[Tensor | None]) -> _Settings:
+        return cls(factor, tensors[0])
+
+    def flatten(self) -> tuple[float, list[Tensor | None]]:
+        _Settings.flattened += 1
+        return self.factor, [self.offset]
+
+
+def _shifted(x: Tensor, settings: _Settings) -> Tensor:
+    seen.append(settings)
+    return x * settings.factor + (0 if settings.offset is None else settings.offset)
+
+
+shifted = register_op(
+    "test_shifted", _shifted, lambda x, settings: torch.empty_like(x), bundle=_Settings
+)
+
+
+def test_an_eager_call_hands_its_bundle_over_as_it_is(monkeypatch):
+    monkeypatch.setattr(_Settings, "flattened", 0)
+    x, settings = torch.randn(3), _Settings(2.0, torch.ones(3))
+    assert torch.equal(shifted(x, settings), x * 2 + 1)
+    assert seen == [settings]
+    assert seen[0] is settings
+    assert _Settings.flattened == 0
+
+
+@pytest.mark.parametrize("offset", [None, torch.ones(3)], ids=["none", "tensor"])
+def test_a_tracer_gets_the_parts_of_a_bundle(offset):
+    x = torch.randn(3)
+    op = torch.ops.bitnet_triton.test_shifted
+    assert str(op.default._schema) == (
+        "bitnet_triton::test_shifted(Tensor x, float factor, Tensor?[] tensors) -> Tensor"
+    )
+    compiled = torch.compile(
+        lambda x: shifted(x + 1, _Settings(2.0, offset)) - 1, fullgraph=True, backend="aot_eager"
+    )
+    expected = (x + 1) * 2 + (0 if offset is None else 1) - 1
+    assert torch.equal(compiled(x), expected)
+    assert torch.equal(op(x + 1, 2.0, [offset]) - 1, expected)

@@ -1,11 +1,11 @@
-"""A call of flash_attention as torch.library takes it: tensors and plain numbers.
+"""A call of flash_attention: what the launchers of every backend read beside q, k and v.
 
-``Call`` is what the launchers of every backend read; ``flatten`` and ``Call.build`` convert it.
+torch.library takes tensors and plain numbers: ``Call.flatten`` and ``Call.build`` convert it, for
+registered ops alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -14,6 +14,11 @@ from bitnet_triton.kernels.flash_attention.description import PATTERNS
 from bitnet_triton.kernels.flash_attention.mask import Mask
 
 _NONE = -1  # stands for None in a list of integers
+
+
+Flat = tuple[
+    list[Tensor | None], list[int], list[int], list[int] | None, list[float]
+]  # the arguments of ``Call.build``
 
 
 @dataclass(frozen=True)
@@ -45,14 +50,24 @@ class Call:
         """Whether its lengths are among those that the decode kernel takes."""
         return self.cu_seqlens_q is None and self.seqused_q is None
 
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        """All that it holds, the mask's first."""
+        tokens, start = self.mask.global_tokens, self.mask.dense_from
+        return [
+            tokens if isinstance(tokens, Tensor) else None,
+            start if isinstance(start, Tensor) else None,
+            self.cu_seqlens_q, self.cu_seqlens_k, self.leftpad_k, self.seqused_q, self.seqused_k,
+        ]  # fmt: skip
+
     @classmethod
     def build(
         cls,
-        tensors: Sequence[Tensor | None],
-        numbers: Sequence[int],
-        dilation: Sequence[int],
-        tokens: Sequence[int] | None,
-        factors: Sequence[float],
+        tensors: list[Tensor | None],
+        numbers: list[int],
+        dilation: list[int],
+        tokens: list[int] | None,
+        factors: list[float],
     ) -> Call:
         """Put together what ``flatten`` took apart."""
         window, right, sinks, block, summary, top_k, start = (
@@ -76,31 +91,20 @@ class Call:
         )
         return cls(mask, scale, softcap or None, *lengths)
 
-
-Flat = tuple[
-    list[Tensor | None], list[int], list[int], list[int] | None, list[float]
-]  # the arguments of ``Call.build``
-
-
-def flatten(call: Call) -> Flat:
-    """Take a call apart into the arguments of ``Call.build``."""
-    mask = call.mask
-    tokens, start = mask.global_tokens, mask.dense_from
-    tensors = [
-        tokens if isinstance(tokens, Tensor) else None,
-        start if isinstance(start, Tensor) else None,
-        call.cu_seqlens_q, call.cu_seqlens_k, call.leftpad_k, call.seqused_q, call.seqused_k,
-    ]  # fmt: skip
-    numbers = [
-        int(mask.causal),
-        None if mask.pattern is None else PATTERNS.index(mask.pattern),
-        mask.window, mask.window_right, mask.sinks, mask.block, mask.summary, mask.top_k,
-        None if isinstance(start, Tensor) else start,
-    ]  # fmt: skip
-    return (
-        tensors,
-        [_NONE if n is None else n for n in numbers],
-        list(mask.dilations),
-        list(tokens) if isinstance(tokens, tuple) else None,
-        [call.scale, call.softcap or 0.0, mask.threshold or 0.0],
-    )
+    def flatten(self) -> Flat:
+        """Take it apart into the arguments of ``build``."""
+        mask = self.mask
+        tokens, start = mask.global_tokens, mask.dense_from
+        numbers = [
+            int(mask.causal),
+            None if mask.pattern is None else PATTERNS.index(mask.pattern),
+            mask.window, mask.window_right, mask.sinks, mask.block, mask.summary, mask.top_k,
+            None if isinstance(start, Tensor) else start,
+        ]  # fmt: skip
+        return (
+            self.tensors,
+            [_NONE if n is None else n for n in numbers],
+            list(mask.dilations),
+            list(tokens) if isinstance(tokens, tuple) else None,
+            [self.scale, self.softcap or 0.0, mask.threshold or 0.0],
+        )

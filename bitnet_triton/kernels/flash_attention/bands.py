@@ -44,7 +44,12 @@ class Band:
     block: int | None = None
     summary: int | None = None
 
-    @property
+    @functools.cached_property
+    def steps(self) -> tuple[int, ...]:
+        """The steps of all heads, each once."""
+        return tuple({step for step, *_ in self.heads})
+
+    @functools.cached_property
     def is_dilated(self) -> bool:
         """Whether any head skips keys."""
         return any(step > 1 or dilation > 1 for step, _, _, dilation in self.heads)

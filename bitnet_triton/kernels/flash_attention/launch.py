@@ -34,21 +34,20 @@ def launch_forward(
     """Map q, k, v to out in the dtype of ``q`` and lse in float32."""
     plan = plan_call(q, k, call)
     cuts = launch_select(q, k, call, plan) if call.mask.selects else None
-    wide = torch.float32 if len(plan.bands) > 1 else q.dtype
-    parts = [
-        _launch_band(q, k, v, call, plan, band, None, wide, visited, cuts, with_keys=number == 0)
-        for number, band in enumerate(plan.bands)
-    ]
-    # the kernels write and read contiguous results
-    out, lse = (t.contiguous() for t in _merged(parts))
+    first, *more = plan.bands
+    wide = torch.float32 if more else q.dtype
+    out, lse = _launch_band(q, k, v, call, plan, first, None, wide, visited, cuts, with_keys=True)
+    if more:
+        parts = [(out, lse)] + [
+            _launch_band(q, k, v, call, plan, band, None, wide, visited, cuts, with_keys=False)
+            for band in more
+        ]
+        # the kernels write and read contiguous results
+        out, lse = (t.contiguous() for t in merge_attention(*zip(*parts)))
     if plan.rows is not None:
         band = dense_band(call.mask.causal)
         _launch_band(q, k, v, call, plan, band, (out, lse), wide, visited, cuts, with_keys=False)
-    return out.to(q.dtype), lse
-
-
-def _merged(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    return parts[0] if len(parts) == 1 else merge_attention(*zip(*parts))
+    return out.to(q.dtype) if more else out, lse
 
 
 def _launch_band(
@@ -88,8 +87,8 @@ def _row_tiles(kernel: str, q: Tensor, v: Tensor, cuts: Tensor | None) -> dict[s
 def _results(q: Tensor, v: Tensor, plan: Plan, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     *lead, T, H, _ = q.shape
     if not plan.zeroed:
-        out = q.new_empty((*lead, T, H, v.shape[-1]), dtype=dtype)
-        return out, q.new_empty((*lead, H, T), dtype=torch.float32)
+        out = torch.empty((*lead, T, H, v.shape[-1]), dtype=dtype, device=q.device)
+        return out, torch.empty((*lead, H, T), dtype=torch.float32, device=q.device)
     # rows of padding belong to no tile
     out = q.new_zeros((*lead, T, H, v.shape[-1]), dtype=dtype)
     return out, q.new_full((*lead, H, T), float("-inf"), dtype=torch.float32)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,43 +28,46 @@ _LARGEST_STRIDE = 2**23
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 
-def _triton_fwd(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    # Triton is imported on first use, here and below: that takes longer than this package
-    from bitnet_triton.kernels.flash_attention.decode import decode_objection, launch_decode
-    from bitnet_triton.kernels.flash_attention.launch import launch_forward
+@functools.cache
+def _triton_modules() -> tuple[ModuleType, ModuleType]:
+    """Import Triton on first use: that takes longer than this package, and asking again costs."""
+    from bitnet_triton.kernels.flash_attention import decode, launch
 
+    return decode, launch
+
+
+def _triton_fwd(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    decode, launch = _triton_modules()
     q, k, v = _inner_contiguous(q, k, v)
     if call.softcap is None and call.scale <= 0:
         # a softmax that scales what it has subtracted needs a positive factor
         q, call = -q, replace(call, scale=-call.scale or torch.finfo(torch.float32).tiny)
-    if call.decodes and decode_objection(q, k, call.mask) is None:
-        return launch_decode(
+    if call.decodes and decode.decode_objection(q, k, call.mask) is None:
+        return decode.launch_decode(
             q, k, v, mask=call.mask, scale=call.scale, softcap=call.softcap,
             leftpad_k=call.leftpad_k, seqused_k=call.seqused_k,
         )  # fmt: skip
-    return launch_forward(q, k, v, call)
+    return launch.launch_forward(q, k, v, call)
 
 
 def _triton_bwd(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     call: Call,
 ) -> Gradients:  # fmt: skip
-    from bitnet_triton.kernels.flash_attention.launch import launch_backward
-
+    _, launch = _triton_modules()
     dlse = None if dlse is None else dlse.contiguous()
     q, k, v = _inner_contiguous(q, k, v)
     out, lse = out.contiguous(), lse.contiguous()
-    return launch_backward(dout.contiguous(), dlse, q, k, v, out, lse, call)
+    return launch.launch_backward(dout.contiguous(), dlse, q, k, v, out, lse, call)
 
 
 def _inner_contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple([t if _fits_a_tile(t) else t.contiguous() for t in tensors])
+
+
+def _fits_a_tile(t: Tensor) -> bool:
     # offsets within a tile are of 32 bits
-    return tuple(
-        [
-            t if t.stride(-1) == 1 and t.stride(-3) < _LARGEST_STRIDE else t.contiguous()
-            for t in tensors
-        ]
-    )
+    return t.stride(-1) == 1 and t.stride(-3) < _LARGEST_STRIDE
 
 
 def _triton_objection(q: Tensor, v: Tensor, call: Call) -> str | None:

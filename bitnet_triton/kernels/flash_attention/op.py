@@ -14,7 +14,7 @@ from bitnet_triton.kernels.common.checks import (
     check_shape,
     check_tensor,
 )
-from bitnet_triton.kernels.flash_attention.arguments import Call, flatten
+from bitnet_triton.kernels.flash_attention.arguments import Call
 from bitnet_triton.kernels.flash_attention.launchers import ATTENTION_BWD, ATTENTION_FWD
 from bitnet_triton.kernels.flash_attention.mask import Mask
 from bitnet_triton.kernels.flash_attention.sink_logits import add_sink_logits
@@ -29,21 +29,14 @@ def _is_empty(q: Tensor, k: Tensor, call: Call) -> bool:
     return q.numel() == 0 or k.numel() == 0 or no_sequence
 
 
-def _launch_fwd(
-    q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor | None], numbers: list[int],
-    dilation: list[int], tokens: list[int] | None, factors: list[float],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    call = Call.build(tensors, numbers, dilation, tokens, factors)
+def _launch_fwd(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     if _is_empty(q, k, call):
-        out, lse = _fake_fwd(q, k, v, tensors, numbers, dilation, tokens, factors)
+        out, lse = _fake_fwd(q, k, v, call)
         return out.zero_(), lse.fill_(float("-inf"))
     return select("flash_attention", ATTENTION_FWD, q.device, q, v, call)(q, k, v, call)
 
 
-def _fake_fwd(
-    q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor | None], numbers: list[int],
-    dilation: list[int], tokens: list[int] | None, factors: list[float],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _fake_fwd(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     *rows, H, _ = q.shape
     lse_shape = [*rows[:-1], H, rows[-1]]
     return (
@@ -54,10 +47,8 @@ def _fake_fwd(
 
 def _launch_bwd(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    tensors: list[Tensor | None], numbers: list[int], dilation: list[int],
-    tokens: list[int] | None, factors: list[float],
+    call: Call,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    call = Call.build(tensors, numbers, dilation, tokens, factors)
     if _is_empty(q, k, call):
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     run = select("flash_attention_bwd", ATTENTION_BWD, q.device, q, v, call)
@@ -66,22 +57,26 @@ def _launch_bwd(
 
 def _fake_bwd(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    tensors: list[Tensor | None], numbers: list[int], dilation: list[int],
-    tokens: list[int] | None, factors: list[float],
+    call: Call,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 class _FlashAttention(torch.autograd.Function):
+    """Takes a ``Call``, or its parts as the rule of the registered op."""
+
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
-        return _attention_fwd(q, k, v, *flat)
+    def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        return _attention_fwd(q, k, v, call)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        q, k, v, tensors, *ctx.plain = inputs
-        ctx.given = [t is not None for t in tensors]
-        ctx.save_for_backward(q, k, v, *output, *[t for t in tensors if t is not None])
+        q, k, v, *rest = inputs
+        ctx.inputs = len(inputs)
+        ctx.call = rest[0] if len(rest) == 1 else Call.build(*rest)
+        # saved as well: autograd tells when one has changed since
+        given = [t for t in ctx.call.tensors if t is not None]
+        ctx.save_for_backward(q, k, v, *output, *given)
         # an lse that nothing depends on has no gradient, instead of one of zeros
         ctx.set_materialize_grads(False)
         remember_backend(ctx)
@@ -89,22 +84,45 @@ class _FlashAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
-        q, k, v, out, lse, *given = ctx.saved_tensors
-        rest = iter(given)
-        tensors = [next(rest) if is_given else None for is_given in ctx.given]
+        q, k, v, out, lse, *_ = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout
         with remembered_backend(ctx):
-            grads = _attention_bwd(dout, dlse, q, k, v, out, lse, tensors, *ctx.plain)
-        return *grads, None, None, None, None, None
+            grads = _attention_bwd(dout, dlse, q, k, v, out, lse, ctx.call)
+        return *grads, *[None] * (ctx.inputs - 3)
 
 
-_attention_bwd = register_op("flash_attention_bwd", _launch_bwd, _fake_bwd)
+_attention_bwd = register_op("flash_attention_bwd", _launch_bwd, _fake_bwd, bundle=Call)
 _attention_fwd = register_op(
-    "flash_attention_fwd", _launch_fwd, _fake_fwd, function=_FlashAttention
+    "flash_attention_fwd", _launch_fwd, _fake_fwd, function=_FlashAttention, bundle=Call
 )
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
+    if not _fit(q, k, v, packed):
+        _explain_tensors(q, k, v, packed)
+
+
+def _fit(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> bool:
+    """Tell at a glance whether ``_explain_tensors`` has nothing to say: most calls are right."""
+    if not type(q) is type(k) is type(v) is Tensor or not q.dtype == k.dtype == v.dtype:
+        return False
+    a, b, c = q.shape, k.shape, v.shape
+    if not len(a) == len(b) == len(c) == (3 if packed else 4):
+        return False
+    return (
+        q.dtype in FLOATS
+        and q.device == k.device == v.device
+        and (packed or a[0] == b[0])
+        and b[:-1] == c[:-1]
+        and a[-1] == b[-1] > 0
+        and c[-1] > 0
+        and b[-2] > 0
+        and a[-2] % b[-2] == 0
+    )
+
+
+def _explain_tensors(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
+    """Raise what is wrong with q, k and v, by name, if anything is."""
     check_tensor("q", q)
     check_dtype("q", q, *FLOATS)
     rows = "T" if packed else "B Tq"
@@ -230,7 +248,8 @@ def flash_attention(  # noqa: PLR0913 - lengths have the names that flash-attn g
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     _check_tensors(q, k, v, packed)
     B = _check_packed(q, cu_seqlens_q, cu_seqlens_k, leftpad_k)
-    _check_lengths(B, q.device, leftpad_k=leftpad_k, seqused_q=seqused_q, seqused_k=seqused_k)
+    if not (leftpad_k is seqused_q is seqused_k is None):
+        _check_lengths(B, q.device, leftpad_k=leftpad_k, seqused_q=seqused_q, seqused_k=seqused_k)
     _check_mask(mask, q, k, B, packed)
     if s_aux is not None:
         check_tensor("s_aux", s_aux)
@@ -248,9 +267,12 @@ def flash_attention(  # noqa: PLR0913 - lengths have the names that flash-attn g
         mask, q.shape[-1] ** -0.5 if scale is None else scale, softcap,
         cu_seqlens_q, cu_seqlens_k, leftpad_k, seqused_q, seqused_k,
     )  # fmt: skip
-    wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    run = _FlashAttention.apply if wants_gradient else _attention_fwd
-    out, lse = run(q, k, v, *flatten(call))
+    wants_gradient = torch.is_grad_enabled() and (
+        q.requires_grad or k.requires_grad or v.requires_grad
+    )
+    # a tracer sees the registered op, which has the same gradient
+    eager = wants_gradient and not torch.compiler.is_compiling()
+    out, lse = (_FlashAttention.apply if eager else _attention_fwd)(q, k, v, call)
     if s_aux is not None:
         out, lse = add_sink_logits(out, lse, s_aux)
     return (out, lse) if return_lse else out

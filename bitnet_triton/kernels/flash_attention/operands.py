@@ -20,11 +20,10 @@ def strides(t: Tensor) -> tuple[int, int, int]:
 
 def grid_tiles(t: Tensor, block: int, band: Band, batch: int) -> int:
     """Return the programs that all tiles of rows of ``t`` need, without asking for lengths."""
-    steps = {step for step, *_ in band.heads}
     if t.ndim == 4:
-        return max(step * cdiv(cdiv(t.shape[1], step), block) for step in steps)
+        return max([step * cdiv(cdiv(t.shape[1], step), block) for step in band.steps])
     # each class of each sequence may end in a tile of its own
-    return cdiv(t.shape[0], block) + batch * max(steps)
+    return cdiv(t.shape[0], block) + batch * max(band.steps)
 
 
 def common(q: Tensor, k: Tensor, v: Tensor, call: Call, plan: Plan, band: Band) -> dict[str, Any]:

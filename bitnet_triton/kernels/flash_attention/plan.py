@@ -53,10 +53,8 @@ class Plan:
 def plan_call(q: Tensor, k: Tensor, call: Call) -> Plan:
     """Prepare a call: its bands, its lengths and its lists; nothing waits for the device."""
     mask, packed = call.mask, call.cu_seqlens_q is not None
-    given = (call.leftpad_k, call.seqused_q, call.seqused_k)
-    lengths = None
-    if packed or any(t is not None for t in given):
-        lengths = _lengths(q, k, call)
+    given = not (call.leftpad_k is call.seqused_q is call.seqused_k is None)
+    lengths = _lengths(q, k, call) if packed or given else None
     keys = rows = None
     if mask.sinks or mask.global_tokens is not None:
         keys = _key_list(q, k, call, lengths)
@@ -65,7 +63,7 @@ def plan_call(q: Tensor, k: Tensor, call: Call) -> Plan:
     return Plan(
         bands_of(mask), lengths, packed, keys, rows,
         flagged=mask.global_tokens is not None,
-        zeroed=any(t is not None for t in given),
+        zeroed=given,
     )  # fmt: skip
 
 
