@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -12,6 +13,7 @@ from rich.markup import escape
 
 from bitnet_triton import __version__
 from bitnet_triton.cli import bench, doctor, generate, pack
+from bitnet_triton.cli.arguments import WrongArgumentError
 
 app = typer.Typer(
     name="bitnet-triton",
@@ -24,6 +26,11 @@ app.command()(generate.generate)
 app.command()(doctor.doctor)
 app.command()(pack.pack)
 app.command(context_settings=bench.CONTEXT_SETTINGS)(bench.bench)
+
+# What typer raises for a command line that it cannot parse; typer exports only the classes below
+_CommandLineError: type[Exception] = next(
+    kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
+)
 
 
 def _print_version(wanted: bool) -> None:
@@ -52,11 +59,30 @@ def common(
 
 
 def main() -> None:
-    """Run the command line; what the user can mend is one line and exit code 1."""
+    """Run the command line.
+
+    A wrong argument is one line and exit code 2, anything else that the user can mend one line and
+    exit code 1.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a letter that the terminal lacks is no error
+            stream.reconfigure(errors="replace")
     try:
-        app()
+        sys.exit(app(prog_name="bitnet-triton", standalone_mode=False) or 0)
+    except WrongArgumentError as error:
+        _stop(error, str(error), 2)
+    except _CommandLineError as error:
+        _stop(error, error.format_message(), error.exit_code)  # type: ignore[attr-defined]
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
-        if "-v" in sys.argv or "--verbose" in sys.argv:
-            raise
-        Console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False)
-        sys.exit(1)
+        _stop(error, str(error) or type(error).__name__, 1)
+
+
+def _stop(error: Exception, message: str, code: int) -> NoReturn:
+    if "-v" in sys.argv or "--verbose" in sys.argv:
+        raise error
+    if message.strip():  # without arguments typer has shown the help
+        line = f"[bold red]Error:[/] {escape(' '.join(message.split()))}"
+        Console(stderr=True).print(line, highlight=False, soft_wrap=True)
+    sys.exit(code)

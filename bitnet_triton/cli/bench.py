@@ -24,8 +24,17 @@ def bench(context: typer.Context) -> None:
     """Run the benchmarks of a source checkout, as `python -m bench` does.
 
     Example: `bitnet-triton bench ternary_linear`
+
+    The benchmarks come with the source, not with the installed package: get the source, then
+    `pip install -e ".[bench]"` in its folder.
     """
-    load_benchmarks(Path(bitnet_triton.__file__).parent.parent)
+    try:
+        load_benchmarks(Path(bitnet_triton.__file__).parent.parent)
+    except FileNotFoundError:
+        if {"--help", "-h"}.isdisjoint(context.args) and context.args:
+            raise
+        typer.echo(context.get_help())
+        return
     commands = importlib.import_module("bench.__main__")
     commands.main(context.args, "bitnet-triton bench")
 
@@ -45,8 +54,8 @@ def load_benchmarks(checkout: Path) -> ModuleType:
     is_ours = project.is_file() and 'name = "bitnet-triton"' in project.read_text(encoding="utf-8")
     if not (is_ours and source.is_file()):
         raise FileNotFoundError(
-            "benchmarks come with the source checkout, not with the installed package; "
-            "clone the repository, `pip install -e .[bench]` there, and run `python -m bench`"
+            "benchmarks come with the source checkout, not with the installed package; get the "
+            "source, `pip install -e '.[bench]'` in its folder, and run `python -m bench` there"
         )
     imported = sys.modules.get("bench")
     if imported is not None:

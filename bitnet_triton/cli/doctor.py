@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from bitnet_triton.cli.arguments import check_forced_backend
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +40,7 @@ def doctor(
 
     - `BITNET_TRITON_BACKEND=reference bitnet-triton doctor`
     """
+    check_forced_backend()
     _print_versions()
     devices = _devices()
     _print_machine(devices)
@@ -76,6 +80,9 @@ def _print_machine(devices: list[torch.device]) -> None:
     table.add_row(
         "cpu", f"{platform.machine()}, {cpu_capability()}, {torch.get_num_threads()} threads"
     )
+    hint = crowding(torch.get_num_threads(), len(os.sched_getaffinity(0)), os.getloadavg()[0])
+    if hint:
+        table.add_row("", f"[yellow]{hint}[/]")
     compiler = cpp_compiler()
     table.add_row("C++ compiler", _first_line(compiler) if compiler else "[yellow]none[/]")
     _add_triton_cpu(table)
@@ -87,6 +94,26 @@ def _print_machine(devices: list[torch.device]) -> None:
         table.add_row("gpu", "none that torch can use")
     console.print("\n[bold]Machine[/]")
     console.print(table)
+
+
+def crowding(threads: int, cores: int, load: float) -> str | None:
+    """Say what to do where other programs leave fewer cores free than there are threads.
+
+    A parallel region ends with its slowest thread, and those that wait for it spin on cores that
+    others need.
+
+    Args:
+        threads: how many this process would use.
+        cores: how many it may run on.
+        load: how many processes want to run, on average over the last minute.
+    """
+    free = max(cores - load, 0.0)
+    if threads < 2 or threads <= free + 0.5:  # half a core is noise, this process included
+        return None
+    return (
+        f"busy: {threads} threads on {cores} cores, of which {free:.1f} are free (load average "
+        f"{load:.1f}); OMP_WAIT_POLICY=passive or fewer threads will be faster"
+    )
 
 
 def _add_triton_cpu(table: Table) -> None:

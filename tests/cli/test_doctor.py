@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from bitnet_triton import triton_cpu
 from bitnet_triton.cli import app
+from bitnet_triton.cli.doctor import crowding
 from bitnet_triton.kernels import IMPLEMENTATIONS, TernaryWeight, ternary_linear
 from bitnet_triton.runtime.select import _device_objection
 
@@ -86,6 +87,34 @@ def test_a_backend_that_differs_fails_the_check(monkeypatch):
     result = doctor("--check")
     assert "DIFFERS" in result.stdout
     assert result.exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("threads", "cores", "load", "is_crowded"),
+    [
+        (2, 2, 0.0, False),
+        (2, 2, 0.4, False),
+        (2, 2, 1.5, True),
+        (2, 2, 9.0, True),
+        (1, 2, 9.0, False),  # one thread waits for nobody
+        (8, 64, 32.0, False),
+        (32, 64, 48.0, True),
+    ],
+)
+def test_says_so_where_there_are_more_threads_than_free_cores(threads, cores, load, is_crowded):
+    hint = crowding(threads, cores, load)
+    assert (hint is not None) == is_crowded
+    if hint:
+        assert f"{threads} threads on {cores} cores, of which {max(cores - load, 0):.1f}" in hint
+        assert "OMP_WAIT_POLICY=passive" in hint
+
+
+@pytest.mark.parametrize(("load", "times"), [(50.0, 1), (0.0, 0)])
+def test_prints_the_hint_beside_the_threads(monkeypatch, load, times):
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr("torch.get_num_threads", lambda: 2)
+    assert doctor().stdout.count("OMP_WAIT_POLICY=passive") == times
 
 
 @pytest.mark.gpu

@@ -1,13 +1,12 @@
 """``bitnet-triton generate`` on the embedded model."""
 
-import json
 import re
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from bitnet_triton.cli import app, main
+from bitnet_triton.cli import app
 
 runner = CliRunner()
 FAST = ["--backend", "reference", "--max-new-tokens", "12"]
@@ -68,49 +67,6 @@ def test_attention_is_chosen_by_name_and_settings():
 
 def test_a_request_to_think_stands_behind_the_text():
     assert "Think step by step" in generate("x = 1", "--think").stdout.splitlines()[2]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--window", "4"], "`--window`: expected `--attention` beside it"),
-        (["--attention", "slidng"], "did you mean 'sliding'?"),
-        (["--attention", "sliding"], "the setting 'window' is missing"),
-        (["--attention", "full", "--window", "4"], "setting of mode 'full' out of: none; got"),
-        (["--attention", "{"], "`--attention`: expected JSON"),
-        (["--attention", "swaa", "--full-layers", "99"], "expected layers below"),
-        (["--backend", "cuda"], "expected one of triton, compile, reference, triton-cpu, got"),
-        (["--dtype", "int8"], "expected float32, bfloat16 or float16, got 'int8'"),
-        (["--chat"], "expected a tokenizer with a chat template"),
-    ],
-)
-def test_bad_options_are_one_clear_line(arguments, message, capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["bitnet-triton", "generate", "x", *arguments])
-    monkeypatch.setenv("COLUMNS", "300")
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 1
-    error = capsys.readouterr().err
-    assert message in error
-    assert "Traceback" not in error
-
-
-def test_a_dense_model_is_refused(tmp_path, capsys, monkeypatch):
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    import bitnet_triton as bt
-
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(bt.TINY_MODEL).save_pretrained(tmp_path)
-    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
-    monkeypatch.setattr("sys.argv", ["bitnet-triton", "generate", "--model", str(tmp_path)])
-    with pytest.raises(SystemExit):
-        main()
-    assert "a dense LlamaForCausalLM" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("command", ["generate", "pack", "doctor", "bench"])

@@ -41,6 +41,6 @@ def test_refuses_a_target_with_files_in_one_line(masters, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["bitnet-triton", "pack", str(masters), str(masters)])
     with pytest.raises(SystemExit) as stopped:
         main()
-    assert stopped.value.code == 1
+    assert stopped.value.code == 2
     assert "expected a new or empty folder" in " ".join(capsys.readouterr().err.split())
     assert {file.name: file.read_bytes() for file in masters.iterdir()} == before
