@@ -12,7 +12,6 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from bitnet_triton.models.fusion import (
     BITNET,
-    DENSE_ATTENTION,
     LLAMA,
     Architecture,
     Fusion,
@@ -86,14 +85,28 @@ class FusedDecoderLayer(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, attention.layer_idx)
         implementation = attention.config._attn_implementation
-        if run.attention and attention_mask is None and implementation in DENSE_ATTENTION:
-            q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-            return run.attention(q, k, v, attention.scaling)
+        if run.attention and attention_mask is None and implementation == "sdpa":
+            seen = _seen_without_mask(attention, query.shape[2], key.shape[2], kwargs)
+            if seen is not None:
+                q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+                return run.attention(q, k[:, :seen], v[:, :seen], attention.scaling)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         return attend(
             attention, query, key, value, attention_mask,
             dropout=0.0, scaling=attention.scaling, **kwargs,
         )[0]  # fmt: skip
+
+
+def _seen_without_mask(attention: Any, Tq: int, Tk: int, kwargs: dict[str, Any]) -> int | None:
+    """Return how many keys causal attention is over where transformers makes no mask for "sdpa".
+
+    A single query sees all of them. Several stand at the first places, each sees what comes before
+    it, and behind them a static cache holds slots that nobody has written. None: not causal.
+    """
+    if Tq == 1:
+        return Tk
+    is_causal = kwargs.get("is_causal")
+    return Tq if (attention.is_causal if is_causal is None else is_causal) else None
 
 
 class FusedBitNetLayer(FusedDecoderLayer, BitNetDecoderLayer):
