@@ -2,7 +2,7 @@
 
 An op brings a table of implementations; ``select`` returns the one that runs. Each op logs its
 choice once for every device: at INFO when it is the preferred backend, at WARNING with the
-objections when it is not.
+objections when it is not. Where several ops share the first objection, the first of them warns.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ ENVIRONMENT_VARIABLE = "BITNET_TRITON_BACKEND"
 
 _forced: ContextVar[str | None] = ContextVar("bitnet_triton_backend", default=None)
 _logged: set[tuple[str, str, str]] = set()
+# Why the preferred backend does not run on a device: a warning once, not once an op
+_told: set[tuple[str, str]] = set()
 
 
 def _no_objection(*_: Any) -> None:
@@ -190,13 +192,17 @@ def _log_choice(op: str, device_type: str, backend: str, objections: list[tuple[
     fast = ("triton", "compile") if device_type == "cpu" else ("triton",)
     if backend in fast:
         logger.info("%s on %s runs on backend `%s`", op, device_type, backend)
-    else:
-        logger.warning(
-            "%s on %s runs on the slow backend `%s` (%s)",
-            op, device_type, backend, _joined(objections),
-        )  # fmt: skip
+        return
+    reason = (device_type, objections[0][1])
+    level = logging.INFO if reason in _told else logging.WARNING
+    _told.add(reason)
+    logger.log(
+        level, "%s on %s runs on the slow backend `%s` (%s); `bitnet-triton doctor` tells of all ops",
+        op, device_type, backend, _joined(objections),
+    )  # fmt: skip
 
 
 def forget_logged_choices() -> None:
     """Log the next choice of every op again, as in a fresh process."""
     _logged.clear()
+    _told.clear()

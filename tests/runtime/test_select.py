@@ -143,12 +143,28 @@ def test_a_slow_choice_is_a_warning_with_the_reasons(caplog):
         select("one", ALL, torch.device("cuda"))
         select("two", without("triton", "compile"), CPU)
     assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
-        ("WARNING", "one on cuda runs on the slow backend `compile` (triton: too old)"),
+        (
+            "WARNING",
+            "one on cuda runs on the slow backend `compile` (triton: too old); "
+            "`bitnet-triton doctor` tells of all ops",
+        ),
         (
             "WARNING",
             "two on cpu runs on the slow backend `reference` (triton: two has no `triton` "
-            "implementation; compile: two has no `compile` implementation)",
+            "implementation; compile: two has no `compile` implementation); "
+            "`bitnet-triton doctor` tells of all ops",
         ),
+    ]
+
+
+def test_a_reason_that_several_ops_share_is_one_warning(caplog):
+    caplog.set_level(logging.INFO, "bitnet_triton")
+    for op in ("one", "two", "three"):
+        select(op, ALL, torch.device("cuda"))
+    assert [(r.levelname, r.getMessage().split()[0]) for r in caplog.records] == [
+        ("WARNING", "one"),
+        ("INFO", "two"),
+        ("INFO", "three"),
     ]
 
 
