@@ -197,7 +197,8 @@ def _log_choice(op: str, device_type: str, backend: str, objections: list[tuple[
     level = logging.INFO if reason in _told else logging.WARNING
     _told.add(reason)
     logger.log(
-        level, "%s on %s runs on the slow backend `%s` (%s); `bitnet-triton doctor` tells of all ops",
+        level,
+        "%s on %s runs on the slow backend `%s` (%s); `bitnet-triton doctor` tells of all ops",
         op, device_type, backend, _joined(objections),
     )  # fmt: skip
 
