@@ -455,6 +455,17 @@ def test_what_does_not_fit_is_refused(arguments, error, message, attention, buil
         model(token_ids(2, 4), **arguments)
 
 
+def test_another_attention_is_refused_and_not_run_in_silence(build, token_ids):
+    model, refused = build(SLIDING), "`attn_implementation`: expected none beside `config"
+    with pytest.raises(ValueError, match=f"{refused}.attention`, got 'eager'"):
+        model.set_attn_implementation("eager")
+    model.set_attn_implementation(model.config._attn_implementation)
+    model(token_ids(2, 4))
+    model.config._attn_implementation = "sdpa"
+    with pytest.raises(ValueError, match=f"{refused}.attention`, got 'sdpa'"):
+        model(token_ids(2, 4))
+
+
 def test_padding_between_tokens_is_refused_but_by_full_attention(build, token_ids):
     ids, mask = token_ids(2, 6), torch.ones(2, 6, dtype=torch.long)
     mask[0, 2] = 0

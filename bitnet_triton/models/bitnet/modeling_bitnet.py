@@ -18,6 +18,7 @@ from bitnet_triton.models.bitnet.configuration_bitnet import BitNetConfig
 from bitnet_triton.models.bitnet.global_attention import build_projections
 from bitnet_triton.models.bitnet.greedy import decode_greedily, greedy_objection, tell_once
 from bitnet_triton.models.bitnet.planned import (
+    check_attention_implementation,
     check_global_tokens,
     check_no_plan_arguments,
     describe_call,
@@ -35,11 +36,7 @@ def _prepared_plan(config: BitNetConfig) -> AttentionPlan | None:
     """Return the plan of ``config``, if any, and lead transformers' attention layers to it."""
     if config.attention is None:
         return None
-    asked = config._attn_implementation
-    if asked not in (None, hub.NAME):
-        raise ValueError(
-            f"`attn_implementation`: expected none beside `config.attention`, got {asked!r}"
-        )
+    check_attention_implementation(config._attn_implementation)
     config._attn_implementation = hub.NAME
     plan = AttentionPlan.from_config(config.attention, config.num_hidden_layers)
     plan.check_layers(config.num_hidden_layers)  # again: keyword arguments come after its check
@@ -128,6 +125,16 @@ class _TernaryModel(hf.BitNetPreTrainedModel):
         return hf.BitNetPreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, expected_keys
         )
+
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        """Change who computes attention.
+
+        Raises:
+            ValueError: ``config.attention`` says how, and ``attn_implementation`` is another way.
+        """
+        if self.attention_plan is not None:
+            check_attention_implementation(attn_implementation)
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
     # transformers refuses these casts for quantised models; ours keep their codes and scales
     def half(self) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 
-from bitnet_triton.attention import AttentionPlan
+from bitnet_triton.attention import AttentionPlan, hub
 from bitnet_triton.attention.caches import bound_positions, build_cache, tell_padding
 from bitnet_triton.attention.streaming import Streaming
 from bitnet_triton.attention.tokens import Tokens
@@ -40,6 +40,7 @@ def describe_call(
         The mask, the positions, and further arguments for the attention layers.
     """
     plan, (B, T) = model.attention_plan, x.shape[:2]
+    check_attention_implementation(model.config._attn_implementation)
     mask = create_causal_mask(
         config=model.config,
         inputs_embeds=torch.empty(B, T, 0, dtype=model.dtype, device=x.device),
@@ -89,6 +90,14 @@ def replace_dynamic_cache(
     if is_assistant:
         cache.activate_past_recording()
     model_kwargs["past_key_values"] = cache
+
+
+def check_attention_implementation(name: Any) -> None:
+    """Raise where a model with a plan is asked to attend in another way."""
+    if name not in (None, hub.NAME):
+        raise ValueError(
+            f"`attn_implementation`: expected none beside `config.attention`, got {name!r}"
+        )
 
 
 def check_no_plan_arguments(**arguments: Any) -> None:
