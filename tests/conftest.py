@@ -29,6 +29,9 @@ def pytest_addoption(parser):
     parser.addoption(
         "--seed", type=int, default=None, help="repeat a run; its seed is in its header"
     )
+    parser.addoption(
+        "--peer-all", action="store_true", help="run all of transformers' own tests (tests/peer)"
+    )
 
 
 @pytest.hookimpl(tryfirst=True)
