@@ -106,7 +106,7 @@ FAILS = {
     "*Plan*::test_retain_grad_hidden_states_attentions": _PLANNED,
     "*Plan*::test_can_set_attention_dynamically": _PLANNED,
     "*Plan*::test_eager_matches_sdpa_inference*": _PLANNED,
-    "*Plan*::test_sdpa_can_dispatch_non_composite_models": _PLANNED,
+    "*Plan*::test_sdpa_can_dispatch_non_composite_models": _IN_PLACE,
     "*Hub*::test_can_set_attention_dynamically": _IN_PLACE,
     "*Hub*::test_sdpa_can_dispatch_non_composite_models": _IN_PLACE,
 }
