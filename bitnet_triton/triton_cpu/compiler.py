@@ -21,6 +21,9 @@ from bitnet_triton.triton_cpu.toolchain import toolchain
 # Not "cpu": torch takes a backend of that name for the triton-cpu project
 BACKEND = "tcpu"
 TARGET = GPUTarget(BACKEND, platform.machine(), 1)
+# Bytes that a program may keep its blocks in, as Triton is told
+LARGEST_MEMORY = 1 << 30
+_CACHE_LINE = 64
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,8 @@ def _make_cpp(module: Any, metadata: dict[str, Any], options: CPUOptions) -> str
         text, materialise=options.materialise, assume_disjoint=options.assume_disjoint
     )
     metadata["name"] = emitted.name
-    metadata["shared"] = 0
+    # Triton refuses a kernel that takes more than the device has; host code divides by it
+    metadata["shared"] = min(max(emitted.memory, _CACHE_LINE), LARGEST_MEMORY)
     metadata["disjoint"] = [list(pair) for pair in emitted.disjoint]
     metadata["arguments"] = compat.argument_types(text)
     return emitted.source

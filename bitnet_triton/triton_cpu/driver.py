@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
 from bitnet_triton.triton_cpu import compat
-from bitnet_triton.triton_cpu.compiler import BACKEND, TARGET
+from bitnet_triton.triton_cpu.compiler import BACKEND, LARGEST_MEMORY, TARGET
 from bitnet_triton.triton_cpu.entry import Entry
 from bitnet_triton.triton_cpu.graph import paused
 from bitnet_triton.triton_cpu.launcher import Launcher
@@ -23,6 +23,8 @@ from bitnet_triton.triton_cpu.launcher import Launcher
 DEVICE = -1
 _SECONDS = 0.05
 _FEWEST, _MOST = 3, 50
+# Vector registers of a core with AVX-512 or NEON; a program has them to itself
+_REGISTERS = 32
 
 
 def benchmark(
@@ -91,19 +93,23 @@ class DeviceInterface:
 class Utilities:
     """Loads binaries, and knows the limits of the device."""
 
-    # Fits any block; what it costs is time, when it leaves the cache of a core
-    PROPERTIES: ClassVar = {"max_shared_mem": 1 << 30, "max_num_regs": 0, "warpSize": 1}
+    # Memory fits any block; what it costs is time, when it leaves the cache of a core. Registers
+    # are those of 64 warps, the most that one processor of a GPU has: host code that divides by
+    # what a kernel takes gets a few programs a core, which even out, and never none
+    PROPERTIES: ClassVar = {
+        "max_shared_mem": LARGEST_MEMORY, "max_num_regs": 64 * _REGISTERS, "warpSize": 1,
+    }  # fmt: skip
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        """Return the limits that Triton checks kernels against."""
-        return {**self.PROPERTIES, "multiprocessor_count": os.cpu_count() or 1}
+        """Return the limits that Triton checks kernels against, and host code computes with."""
+        return {**self.PROPERTIES, "multiprocessor_count": len(os.sched_getaffinity(0))}
 
     def load_binary(
         self, name: str, binary: bytes, shared: int, device: int
     ) -> tuple[Any, Entry, int, int, int]:
         """Load a kernel; return module, function, registers, spills and most threads."""
         entry = Entry(binary)
-        return entry, entry, 0, 0, 1 << 20
+        return entry, entry, _REGISTERS, 0, 1 << 20
 
     def unload_module(self, module: Any) -> None:
         """Keep the library: other kernels may come from the same file."""

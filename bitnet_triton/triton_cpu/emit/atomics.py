@@ -72,9 +72,7 @@ def _poll(emitter: Emitter, op: Op) -> None:
     emitter.write(f"Poll {poll}{''.join(limit)};")
     _each(emitter, op, lambda operands: f"{poll}({', '.join(operands[:2])})")
     text = f"{op.location}: atomic_poll waits for a value that no running program will write"
-    emitter.write(
-        f"if ({poll}.hopeless()) {{ fail({json.dumps(text)}, pid0, pid1, pid2); return; }}"
-    )
+    emitter.write(f"if ({poll}.hopeless()) {emitter.failure(json.dumps(text))}")
 
 
 def _each(emitter: Emitter, op: Op, call: Callable[[list[str]], str]) -> None:

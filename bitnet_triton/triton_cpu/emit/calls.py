@@ -2,67 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 import json
 
-from bitnet_triton.triton_cpu.emit.arrays import materialise, settle, store_into
+from bitnet_triton.triton_cpu.emit.arrays import settle, store_into
 from bitnet_triton.triton_cpu.emit.ctypes import c_type
-from bitnet_triton.triton_cpu.emit.dispatch import handles, run_block
+from bitnet_triton.triton_cpu.emit.dispatch import handles
 from bitnet_triton.triton_cpu.emit.elements import element
 from bitnet_triton.triton_cpu.emit.emitter import Emitter
 from bitnet_triton.triton_cpu.emit.loops import write_loops
 from bitnet_triton.triton_cpu.emit.nest import Index, Nest
-from bitnet_triton.triton_cpu.emit.order import fused_loads
-from bitnet_triton.triton_cpu.emit.strides import linear, stride
-from bitnet_triton.triton_cpu.emit.values import Buffer, Lazy, Scalar
+from bitnet_triton.triton_cpu.emit.values import Buffer
 from bitnet_triton.triton_cpu.ir import Op, Value
 from bitnet_triton.triton_cpu.native import NativeCall, lookup
 
 
 @handles("tt.call")
 def _call(emitter: Emitter, op: Op) -> None:
+    """Call a library function that was kept; all others were inlined."""
     settle(emitter, op)
-    callee = op.attributes["callee"].lstrip("@").strip('"')
-    native = lookup(callee)
-    if native is not None:
-        _sort(emitter, op, native)
-        return
-    function = emitter.functions.get(callee)
-    if function is None or len(function.regions[0]) != 1:
-        raise op.unsupported(f"the function `{callee}` returns early or is not known")
-    _inline(emitter, op, function)
-
-
-def _inline(emitter: Emitter, op: Op, function: Op) -> None:
-    """Emit the body of a function in place of a call to it."""
-    body = copy.deepcopy(function).regions[0][0]
-    for argument, operand in zip(body.args, op.operands):
-        if fused_loads(emitter, operand):
-            materialise(emitter, operand)
-        buffer = emitter.buffer(operand)
-        if not operand.is_block:
-            emitter.held[argument] = Scalar(emitter.scalar(operand))
-        else:
-            emitter.held[argument] = Buffer(buffer.name) if buffer else _alias(emitter, operand)
-    for result in op.results:
-        name = emitter.array(result.type.size if result.is_block else 1, c_type(result.type))
-        emitter.held[result] = Buffer(name) if result.is_block else Scalar(f"{name}[0]")
-    with emitter.braces(), emitter.scope(body):
-        end = run_block(emitter, body)
-        for result, source in zip(op.results, end.operands):
-            held = emitter.held[result]
-            if isinstance(held, Buffer):
-                store_into(emitter, source, held.name)
-            else:
-                emitter.write(f"{emitter.scalar(result)} = {emitter.scalar(source)};")
-
-
-def _alias(emitter: Emitter, value: Value) -> Lazy:
-    return Lazy(
-        lambda index, nest: element(emitter, value, index, nest),
-        lambda dim: stride(emitter, value, dim),
-        lambda dim: linear(emitter, value, dim),
-    )
+    native = lookup(op.attributes["callee"])
+    assert native is not None
+    _sort(emitter, op, native)
 
 
 def _sort(emitter: Emitter, op: Op, native: NativeCall) -> None:
@@ -92,7 +52,7 @@ def _assert(emitter: Emitter, op: Op) -> None:
     settle(emitter, op)
     condition = op.operands[0]
     message = json.dumps(f"{op.location}: {_text(op, 'message')}")
-    failure = f"{{ fail({message}, pid0, pid1, pid2); return; }}"
+    failure = emitter.failure(message)
     if not condition.is_block:
         emitter.write(f"if (!{emitter.scalar(condition)}) {failure}")
         return
@@ -112,7 +72,8 @@ def _print(emitter: Emitter, op: Op) -> None:
         emitter.write(f"print_text({json.dumps(prefix)}, pid0, pid1, pid2);")
     for place, value in enumerate(op.operands):
         is_signed = not signed or bool(signed[place])
-        _print_value(emitter, value, prefix, hexadecimal, is_signed)
+        which = f"(operand {place}) " if len(op.operands) > 1 else ""
+        _print_value(emitter, value, prefix + which, hexadecimal, is_signed)
 
 
 def _print_value(
@@ -121,17 +82,22 @@ def _print_value(
     flags = f"{'true' if hexadecimal else 'false'}, {'true' if is_signed else 'false'}"
     start = f"{json.dumps(prefix)}, pid0, pid1, pid2"
     if not value.is_block:
-        emitter.write(f"print_value({start}, nullptr, 0, {emitter.scalar(value)}, {flags});")
+        emitter.write(
+            f"print_value({start}, nullptr, nullptr, 0, {emitter.scalar(value)}, {flags});"
+        )
         return
+
+    shape = value.type.shape or ()
+    widths = ", ".join(str(len(str(size - 1))) for size in shape)
 
     def body(nest: Nest, index: Index) -> None:
         code = element(emitter, value, index, nest)
         nest.statement(
-            f"{{ const int places[] = {{{', '.join(index)}}}; "
-            f"print_value({start}, places, {len(index)}, {code}, {flags}); }}"
+            f"{{ const int places[] = {{{', '.join(index)}}}, widths[] = {{{widths}}}; "
+            f"print_value({start}, places, widths, {len(index)}, {code}, {flags}); }}"
         )
 
-    write_loops(emitter, value.type.shape or (), body, independent=False)
+    write_loops(emitter, shape, body, independent=False)
 
 
 def _text(op: Op, attribute: str) -> str:

@@ -1,4 +1,4 @@
-"""Loops, branches and returns."""
+"""Loops, branches and early ends."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from bitnet_triton.triton_cpu.emit.nest import Index, Nest
 from bitnet_triton.triton_cpu.emit.strides import linear, stride
 from bitnet_triton.triton_cpu.emit.values import Buffer, Held, Lanes, Lazy, Scalar
 from bitnet_triton.triton_cpu.ir import Block, Op, Value
+from bitnet_triton.triton_cpu.structure import RETURN_IF
 
 
 @dataclass(frozen=True)
@@ -204,6 +205,11 @@ def _if(emitter: Emitter, op: Op) -> None:
             _assign(emitter, op.results, end.operands)
 
 
+@handles(RETURN_IF)
+def _return_if(emitter: Emitter, op: Op) -> None:
+    emitter.write(f"if ({emitter.scalar(op.operands[0])}) return;")
+
+
 def declare(emitter: Emitter, value: Value) -> None:
     """Give a value a place that several branches can write."""
     c_elem = c_type(value.type)
@@ -212,7 +218,7 @@ def declare(emitter: Emitter, value: Value) -> None:
         emitter.held[value] = Buffer(name, emitter.block)
     else:
         name = emitter.fresh(value.name)
-        emitter.write(f"{c_elem} {name};")
+        emitter.write(f"{c_elem} {name}{{}};")
         emitter.held[value] = Scalar(name)
 
 
@@ -224,6 +230,8 @@ def _assign(emitter: Emitter, targets: list[Value], sources: list[Value]) -> Non
 
 def assign(emitter: Emitter, place: Held, source: Value) -> None:
     """Write a value into a place that was declared for it."""
+    if source.op is not None and source.op.name == "ub.poison":
+        return
     if isinstance(place, Buffer):
         store_into(emitter, source, place.name)
     elif isinstance(place, Scalar):

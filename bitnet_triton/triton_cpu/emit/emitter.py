@@ -21,12 +21,9 @@ from bitnet_triton.triton_cpu.ir import Block, Op, Value
 class Emitter(Writer):
     """Writes the body of one kernel, and knows how it holds what it has computed."""
 
-    def __init__(
-        self, function: Op, functions: dict[str, Op], *, materialise: bool, assume_disjoint: bool
-    ) -> None:
+    def __init__(self, function: Op, *, materialise: bool, assume_disjoint: bool) -> None:
         super().__init__()
         self.function = function
-        self.functions = functions
         self.materialise_all = materialise
         self.assume_disjoint = assume_disjoint
         self.held: dict[Value, Held] = {}
@@ -35,6 +32,7 @@ class Emitter(Writer):
         self.disjoint: set[tuple[int, int]] = set()
         self.done: set[Op] = set()
         self.block: Block = function.regions[0][0]
+        self._leave = "return;"
         # Deferred values to watch: they read memory, or cost something
         self.pending: list[Value] = []
         self._addresses = address_slice(function.regions[0])
@@ -67,6 +65,21 @@ class Emitter(Writer):
         buffer = Buffer(name, self.block)
         self.held[value] = buffer
         return buffer
+
+    def failure(self, text: str) -> str:
+        """Return the statement that ends the program and lets the launch fail.
+
+        Args:
+            text: what to say, as C++ writes it.
+        """
+        return f"{{ fail({text}, pid0, pid1, pid2); {self._leave} }}"
+
+    @contextlib.contextmanager
+    def leaving(self, statement: str) -> Iterator[None]:
+        """Write code that is left with this statement, not a mere ``return``."""
+        saved, self._leave = self._leave, statement
+        yield
+        self._leave = saved
 
     def define(self, value: Value, code: str) -> None:
         """Give a scalar value a name of its own."""

@@ -14,13 +14,14 @@ from bitnet_triton.triton_cpu.emit import (  # noqa: F401  (they register what t
     reduce,
     shape,
 )
-from bitnet_triton.triton_cpu.emit.blocks import merge_returns, run_blocks
 from bitnet_triton.triton_cpu.emit.ctypes import c_type
 from bitnet_triton.triton_cpu.emit.dispatch import run_block
 from bitnet_triton.triton_cpu.emit.emitter import Emitter
 from bitnet_triton.triton_cpu.emit.values import Scalar
 from bitnet_triton.triton_cpu.ir import Op
+from bitnet_triton.triton_cpu.native import lookup
 from bitnet_triton.triton_cpu.parse import parse_module
+from bitnet_triton.triton_cpu.structure import structure
 
 _PROGRAM = "int const pid{0}", "int const programs{0}"
 
@@ -33,11 +34,13 @@ class Emitted:
         source: the translation unit.
         name: of the kernel.
         disjoint: pairs of positions of pointer arguments that were taken not to overlap.
+        memory: bytes in which a program keeps its blocks, each element counted as 8.
     """
 
     source: str
     name: str
     disjoint: tuple[tuple[int, int], ...]
+    memory: int
 
 
 def emit_kernel(
@@ -63,16 +66,14 @@ def emit_kernel(
     name, kernel = next(
         (n, f) for n, f in functions.items() if "public" in f.attributes.get("sym_visibility", "")
     )
-    straight = len(kernel.regions[0]) == 1 or merge_returns(kernel)
-    emitter = Emitter(kernel, functions, materialise=materialise, assume_disjoint=assume_disjoint)
-    blocks = kernel.regions[0]
-    for place, argument in enumerate(blocks[0].args):
+    structure(kernel, functions, keep=lambda callee: lookup(callee) is not None)
+    emitter = Emitter(kernel, materialise=materialise, assume_disjoint=assume_disjoint)
+    body = kernel.regions[0][0]
+    for place, argument in enumerate(body.args):
         emitter.held[argument] = Scalar(_parameter(place, argument.name))
-    if straight:
-        run_block(emitter, blocks[0])
-    else:
-        run_blocks(emitter, blocks)
-    return Emitted(_unit(emitter, kernel), name, tuple(sorted(emitter.disjoint)))
+    run_block(emitter, body)
+    disjoint = tuple(sorted(emitter.disjoint))
+    return Emitted(_unit(emitter, kernel), name, disjoint, emitter.arena + emitter.stack)
 
 
 def _parameter(place: int, name: str) -> str:

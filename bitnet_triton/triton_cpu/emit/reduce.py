@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
-from bitnet_triton.triton_cpu.emit import scalar
 from bitnet_triton.triton_cpu.emit.arrays import materialise
-from bitnet_triton.triton_cpu.emit.ctypes import c_type, literal
-from bitnet_triton.triton_cpu.emit.dispatch import TERMINATORS, handles
+from bitnet_triton.triton_cpu.emit.ctypes import c_type
+from bitnet_triton.triton_cpu.emit.dispatch import handles
 from bitnet_triton.triton_cpu.emit.elements import array_element, element
 from bitnet_triton.triton_cpu.emit.emitter import Emitter
 from bitnet_triton.triton_cpu.emit.loops import write_loops
 from bitnet_triton.triton_cpu.emit.masks import outermost
 from bitnet_triton.triton_cpu.emit.nest import Assumption, Index, Nest, loop_pragmas
 from bitnet_triton.triton_cpu.emit.order import fused_loads
+from bitnet_triton.triton_cpu.emit.regions import Region, region_of
 from bitnet_triton.triton_cpu.emit.split import split_loop
 from bitnet_triton.triton_cpu.emit.values import Buffer, Scalar, row_major
-from bitnet_triton.triton_cpu.ir import Block, Op, Value
+from bitnet_triton.triton_cpu.ir import Op
 
 # Combining operations that include/reduce.h folds in registers
 _FOLDS = {
@@ -29,47 +30,6 @@ _FOLDS = {
 _FOLDED_TYPES = frozenset({"f32", "f64", "i32", "i64"})
 
 
-def combine(emitter: Emitter, block: Block, inputs: list[str], nest: Nest) -> list[str]:
-    """Inline a scalar region; return the expressions of what it yields."""
-    return _inline(emitter, block, dict(zip(block.args, inputs)), nest, inputs)
-
-
-def _inline(
-    emitter: Emitter, block: Block, known: dict[Value, str], nest: Nest, inputs: list[str]
-) -> list[str]:
-    def read(value: Value) -> str:
-        return known[value] if value in known else emitter.scalar(value)
-
-    for op in block.ops:
-        if op.name in TERMINATORS:
-            return [read(value) for value in op.operands]
-        if op.name == "scf.if":
-            _inline_branches(emitter, op, known, nest, inputs)
-            continue
-        if op.regions or len(op.results) != 1:
-            raise op.unsupported("inside a reduction, a scan or an elementwise function")
-        result = op.results[0]
-        if op.name == "arith.constant":
-            known[result] = literal(op.attributes["value"], result.type)
-            continue
-        code = scalar.expression(op, [read(value) for value in op.operands], wraps=True)
-        known[result] = nest.bind(c_type(result.type), code, *inputs)
-    raise AssertionError("a region without an end")
-
-
-def _inline_branches(
-    emitter: Emitter, op: Op, known: dict[Value, str], nest: Nest, inputs: list[str]
-) -> None:
-    """Compute both branches of an if, which have no side effects, and choose."""
-    condition = known.get(op.operands[0]) or emitter.scalar(op.operands[0])
-    branches = [
-        _inline(emitter, region[0], dict(known), nest, inputs) for region in op.regions if region
-    ]
-    for place, result in enumerate(op.results):
-        code = f"{condition} ? {branches[0][place]} : {branches[1][place]}"
-        known[result] = nest.bind(c_type(result.type), code, *inputs)
-
-
 @handles("tt.reduce")
 def _reduce(emitter: Emitter, op: Op) -> None:
     axis = op.integer("axis")
@@ -77,16 +37,17 @@ def _reduce(emitter: Emitter, op: Op) -> None:
     outputs = [
         emitter.array(result.type.size, c_type(result.type), result.name) for result in op.results
     ]
-    if all(size == 1 for size in shape[axis + 1 :]):
-        _reduce_rows(emitter, op, axis, outputs)
-    else:
-        _reduce_columns(emitter, op, axis, outputs)
+    along = _reduce_rows if all(size == 1 for size in shape[axis + 1 :]) else _reduce_columns
+    with region_of(emitter, op) as region:
+        along(emitter, op, region, axis, outputs)
     for result, name in zip(op.results, outputs):
         block = result.is_block
         emitter.held[result] = Buffer(name, emitter.block) if block else Scalar(f"{name}[0]")
 
 
-def _reduce_columns(emitter: Emitter, op: Op, axis: int, outputs: list[str]) -> None:
+def _reduce_columns(
+    emitter: Emitter, op: Op, region: Region, axis: int, outputs: list[str]
+) -> None:
     """Combine slice after slice into the result: the inner loop runs along memory."""
     shape = op.operands[0].type.shape or ()
     kept = shape[:axis] + shape[axis + 1 :]
@@ -99,7 +60,7 @@ def _reduce_columns(emitter: Emitter, op: Op, axis: int, outputs: list[str]) -> 
             place = row_major(kept, index)
             if at != "0":
                 olds = _read_back(op, outputs, place, nest)
-                values = combine(emitter, op.regions[0][0], olds + values, nest)
+                values = region.compute(olds + values, nest)
             for name, value in zip(outputs, values):
                 nest.statement(f"{name}[{place}] = {value};")
 
@@ -107,7 +68,7 @@ def _reduce_columns(emitter: Emitter, op: Op, axis: int, outputs: list[str]) -> 
 
     write_loops(emitter, kept, body("0"))
     with emitter.braces(f"for (int {step} = 1; {step} < {shape[axis]}; ++{step})"):
-        write_loops(emitter, kept, body(step))
+        write_loops(emitter, kept, body(step), independent=region.independent)
 
 
 def _read_back(op: Op, arrays: list[str], place: str, nest: Nest) -> list[str]:
@@ -131,7 +92,7 @@ def _fold_name(op: Op) -> str | None:
     return _FOLDS.get(block.ops[0].name)
 
 
-def _reduce_rows(emitter: Emitter, op: Op, axis: int, outputs: list[str]) -> None:
+def _reduce_rows(emitter: Emitter, op: Op, region: Region, axis: int, outputs: list[str]) -> None:
     """Combine along the contiguous axis: lanes side by side first, then among each other."""
     shape = op.operands[0].type.shape or ()
     n = shape[axis]
@@ -147,14 +108,16 @@ def _reduce_rows(emitter: Emitter, op: Op, axis: int, outputs: list[str]) -> Non
             nest.statement(f"alignas(64) {elem} {name}[{lanes}];")
 
         def step(start: str) -> str:
-            return _lane_loop(emitter, op, nest, index, axis, accumulators, lanes, start, rows)
+            return _lane_loop(
+                emitter, op, region, nest, index, axis, accumulators, lanes, start, rows
+            )
 
         nest.statement(step("0"))
         if n > lanes:
             at = emitter.fresh("j")
             head = f"for (int {at} = {lanes}; {at} < {n}; {at} += {lanes})"
             nest.statement(f"{head} {{ {step(at)} }}")
-        _fold(emitter, op, nest, accumulators, lanes, fold)
+        _fold(emitter, op, region, nest, accumulators, lanes, fold)
         place = row_major(kept, index)
         for output, name in zip(outputs, accumulators):
             last = f"hreduce<{fold}, {lanes}>({name})" if fold else f"{name}[0]"
@@ -200,17 +163,18 @@ def _masked_rows(emitter: Emitter, op: Op, nest: Nest, index: Index, axis: int) 
 
 
 def _inner_loop(
-    inner: Nest, at: str, n: int, stores: list[str], first: str = "0", end: str = ""
-) -> str:
+    inner: Nest, at: str, n: int, stores: list[str], first: str = "0", end: str = "",
+    *, independent: bool = True,
+) -> str:  # fmt: skip
     loop = f"for (int {at} = {first}; {at} < {end or n}; ++{at}) "
     body = " ".join(inner.levels[1] + stores)
-    pragmas = "\n".join(loop_pragmas(n))
+    pragmas = "\n".join(loop_pragmas(n, independent=independent))
     return f"{{ {' '.join(inner.levels[0])}\n{pragmas}\n{loop}{{ {body} }} }}"
 
 
 def _lane_loop(
-    emitter: Emitter, op: Op, nest: Nest, index: Index, axis: int, accumulators: list[str],
-    lanes: int, start: str, rows: list[str] | None,
+    emitter: Emitter, op: Op, region: Region, nest: Nest, index: Index, axis: int,
+    accumulators: list[str], lanes: int, start: str, rows: list[str] | None,
 ) -> str:  # fmt: skip
     """Return the code that combines ``lanes`` elements from ``start`` on into the accumulators."""
     lane = emitter.fresh("l")
@@ -224,15 +188,16 @@ def _lane_loop(
         values = _read_back(op, rows, at, inner)
     if start != "0":
         olds = _read_back(op, accumulators, lane, inner)
-        values = combine(emitter, op.regions[0][0], olds + values, inner)
+        values = region.compute(olds + values, inner)
     stores = [f"{name}[{lane}] = {value};" for name, value in zip(accumulators, values)]
     nest.meet_masks(inner.masks)
-    return _inner_loop(inner, lane, lanes, stores)
+    return _inner_loop(inner, lane, lanes, stores, independent=region.independent)
 
 
 def _fold(
-    emitter: Emitter, op: Op, nest: Nest, accumulators: list[str], lanes: int, fold: str | None
-) -> None:
+    emitter: Emitter, op: Op, region: Region, nest: Nest, accumulators: list[str], lanes: int,
+    fold: str | None,
+) -> None:  # fmt: skip
     """Combine the upper half of the lanes into the lower, until one is left."""
     half = 0 if fold else lanes // 2
     while half:
@@ -241,7 +206,7 @@ def _fold(
         inner.depth_of[lane] = 1
         low = _read_back(op, accumulators, lane, inner)
         high = _read_back(op, accumulators, f"{lane} + {half}", inner)
-        values = combine(emitter, op.regions[0][0], low + high, inner)
+        values = region.compute(low + high, inner)
         stores = [f"{name}[{lane}] = {value};" for name, value in zip(accumulators, values)]
         body = " ".join(inner.levels[1] + stores)
         nest.statement("\n".join(["", *loop_pragmas(half, independent=False)]))
@@ -265,21 +230,22 @@ def _scan(emitter: Emitter, op: Op) -> None:
 
     at = emitter.fresh("j")
 
-    def step(nest: Nest, index: Index) -> None:
+    def step(region: Region, nest: Nest, index: Index) -> None:
         here = row_major(shape, (*index[:axis], at, *index[axis:]))
         before = f"{at} {'+' if reverse else '-'} 1"
         there = row_major(shape, (*index[:axis], f"({before})", *index[axis:]))
         olds = _read_back(op, outputs, there, nest)
         news = _read_back(op, sources, here, nest)
-        values = combine(emitter, op.regions[0][0], olds + news, nest)
+        values = region.compute(olds + news, nest)
         for output, value in zip(outputs, values):
             nest.statement(f"{output}[{here}] = {value};")
 
     write_loops(emitter, kept, copy)
     order = (f"{at} = {shape[axis] - 2}; {at} >= 0; --{at}" if reverse
              else f"{at} = 1; {at} < {shape[axis]}; ++{at}")  # fmt: skip
-    with emitter.braces(f"for (int {order})"):
-        write_loops(emitter, kept, step)
+    with region_of(emitter, op) as region, emitter.braces(f"for (int {order})"):
+        combine = functools.partial(step, region)
+        write_loops(emitter, kept, combine, independent=region.independent)
     for result, name in zip(op.results, outputs):
         emitter.held[result] = Buffer(name, emitter.block)
 
@@ -293,14 +259,17 @@ def _map_elementwise(emitter: Emitter, op: Op) -> None:
     if shape[-1] % pack:
         raise op.unsupported(f"the last dimension, {shape[-1]}, is no multiple of pack={pack}")
 
-    def body(nest: Nest, index: Index) -> None:
+    def body(region: Region, nest: Nest, index: Index) -> None:
         places = [(*index[:-1], f"({index[-1]} * {pack} + {j})") for j in range(pack)]
         inputs = [element(emitter, v, place, nest) for v in op.operands for place in places]
-        values = iter(combine(emitter, op.regions[0][0], inputs, nest))
+        values = iter(region.compute(inputs, nest))
         for output in outputs:
             for place in places:
                 nest.statement(f"{output}[{row_major(shape, place)}] = {next(values)};")
 
-    write_loops(emitter, (*shape[:-1], shape[-1] // pack), body)
+    sizes = (*shape[:-1], shape[-1] // pack)
+    with region_of(emitter, op) as region:
+        mapped = functools.partial(body, region)
+        write_loops(emitter, sizes, mapped, independent=region.independent)
     for result, name in zip(op.results, outputs):
         emitter.held[result] = Buffer(name, emitter.block)

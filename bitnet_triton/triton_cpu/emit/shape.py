@@ -170,7 +170,7 @@ def _histogram(emitter: Emitter, op: Op) -> None:
 @handles("ub.poison")
 def _poison(emitter: Emitter, op: Op) -> None:
     result = op.results[0]
-    zero = f"{c_type(result.type)}(0)"
+    zero = f"({c_type(result.type)})0"
     if result.is_block:
         emitter.held[result] = Lazy(lambda _index, _nest: zero)
     else:

@@ -17,12 +17,13 @@ class Writer:
     Attributes:
         lines: the body.
         arena: bytes that it needs for arrays beside its stack.
+        stack: bytes that it needs for arrays on its stack.
     """
 
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.arena = 0
-        self._stack = 0
+        self.stack = 0
         self._depth = 1
         self._names = 0
 
@@ -58,8 +59,8 @@ class Writer:
         """
         name = self.fresh(hint)
         reserved = -(-size * 8 // 64) * 64
-        if reserved <= _LARGE_ARRAY and self._stack + reserved <= _STACK:
-            self._stack += reserved
+        if reserved <= _LARGE_ARRAY and self.stack + reserved <= _STACK:
+            self.stack += reserved
             self.write(f"alignas(64) {element} {name}[{count or max(size, 1)}];")
             return name
         self.write(f"{element}* const {name} = ({element}*)(arena + {self.arena});")

@@ -98,7 +98,7 @@ static __attribute__((unused, noinline)) void print_text(const char* prefix, int
 
 TCPU_INLINE void format_value(char* out, int size, double v, bool, bool) { snprintf(out, size, "%f", v); }
 TCPU_INLINE void format_value(char* out, int size, float v, bool hex, bool s) { format_value(out, size, double(v), hex, s); }
-TCPU_INLINE void format_value(char* out, int size, const void* v, bool, bool) { snprintf(out, size, "%p", v); }
+template <class T> TCPU_INLINE void format_value(char* out, int size, T* v, bool, bool) { snprintf(out, size, "%p", (const void*)v); }
 template <class T> TCPU_INLINE void format_value(char* out, int size, T v, bool hex, bool is_signed) {
   if constexpr (__is_class(T)) snprintf(out, size, "%f", double(float(v)));
   else if (hex) snprintf(out, size, "0x%0*llx", int(sizeof(T) * 2), (unsigned long long)unsigned_t<T>(v));
@@ -106,12 +106,14 @@ template <class T> TCPU_INLINE void format_value(char* out, int size, T v, bool 
   else snprintf(out, size, "%llu", (unsigned long long)unsigned_t<T>(v));
 }
 
+// `prefix` ends with the number of the operand where there are several; `width`: digits of an index
 template <class T>
-static __attribute__((noinline)) void print_value(
-    const char* prefix, int x, int y, int z, const int* index, int rank, T value, bool hex, bool is_signed) {
+static __attribute__((noinline)) void print_value(const char* prefix, int x, int y, int z, const int* index,
+                                                  const int* width, int rank, T value, bool hex, bool is_signed) {
   char places[96] = "", text[64];
   int at = 0;
-  for (int d = 0; d < rank; ++d) at += snprintf(places + at, sizeof places - at, "%s%d", d ? ", " : "", index[d]);
+  for (int d = 0; d < rank; ++d)
+    at += snprintf(places + at, sizeof places - at, "%s%*d", d ? ", " : "", width[d], index[d]);
   format_value(text, sizeof text, value, hex, is_signed);
   printf("pid (%d, %d, %d) idx (%s)%s%s\n", x, y, z, places, prefix, text);
 }
