@@ -74,20 +74,30 @@ NOT_OPERATIONS = {
     *(f"float{bits}" for bits in (16, 32, 64)),
 }
 
+_PLACE_OF_NAN = (
+    "among NaN, which place depends on the order in which elements meet, as on a GPU: the combining"
+    " function of Triton keeps the second of two that do not compare"
+)
 REMARKS = {
     "advance": "removed in Triton 3.9, with `make_block_ptr`",
     "atomic_load": "new in Triton 3.9",
     "atomic_poll": "new in Triton 3.9; without a limit, an error once nobody is left to wait for",
     "atomic_store": "new in Triton 3.9",
     "expect_zero": "new in Triton 3.8",
+    "argmax": _PLACE_OF_NAN,
+    "argmin": _PLACE_OF_NAN,
     "atomic_add": "every `sem` and `scope` is served by the strongest",
     "debug_barrier": "nothing to wait for: one thread runs a program",
-    "device_assert": "with `debug=True`; raises once the grid has run",
+    "device_assert": "with `debug=True`; raises once the grid has run; in combining functions too",
+    "device_print": "one line an element, in the format of GPUs; `hex` leaves floats as they are",
+    "early returns": "of a program, and of functions wherever they are called",
     "dot": "sizes from 1 on; float32 products are exact to float32, whatever `input_precision`",
     "load": "cache hints are read and change nothing; volatile loads are atomic",
     "make_block_ptr": "removed in Triton 3.9",
-    "max": "NaN is passed over, as on a GPU",
-    "min": "NaN is passed over, as on a GPU",
+    "map_elementwise": "the function may branch, loop, load and return early; Triton itself refuses"
+    " stores, atomic operations and assertions in it",
+    "max": "NaN is passed over, as on a GPU; with `return_indices` see `argmax`",
+    "min": "NaN is passed over, as on a GPU; with `return_indices` see `argmax`",
     "num_warps, num_stages": "are read and change nothing",
     "range": "`num_stages`, `flatten`, `warp_specialize` are read and change nothing",
     "store": "cache hints are read and change nothing",

@@ -12,6 +12,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+import triton.language as tl
 from hypothesis import strategies as st
 
 HERE = Path(__file__).parent
@@ -35,6 +36,7 @@ def load(path):
 
 fuzz_values = load(HERE / "fuzz_values.py")  # by this name for the next
 fuzz_programs = load(HERE / "fuzz_programs.py")
+fuzz_returns = load(HERE / "fuzz_returns.py")
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +78,25 @@ def arguments(offset):
     return [floats, integers, scratch, scratch[places:], numbers, *outputs, 3, 1]
 
 
+def chooser(draw):
+    return lambda choices: choices[draw(st.integers(0, len(choices) - 1))]
+
+
 @st.composite
 def programs(draw):
-    def pick(choices):
-        return choices[draw(st.integers(0, len(choices) - 1))]
-
+    pick = chooser(draw)
     text = fuzz_programs.generate(pick, statements=pick(range(6, 16)))
     return text, pick([64, 64, 0, 1, 16])
+
+
+@st.composite
+def returning_programs(draw):
+    return fuzz_returns.generate(chooser(draw)), 64
+
+
+@st.composite
+def mapped_programs(draw):
+    return fuzz_returns.generate_mapped(chooser(draw))
 
 
 def run(launch, kernel, inputs, grid, **options):
@@ -93,21 +107,22 @@ def run(launch, kernel, inputs, grid, **options):
     return copies
 
 
-@hypothesis.settings(
+SETTINGS = hypothesis.settings(
     max_examples=EXAMPLES,
     derandomize=not LONG,
     database=None,
     deadline=None,
-    phases=None if LONG else [hypothesis.Phase.generate],
+    phases=hypothesis.Phase if LONG else [hypothesis.Phase.generate],
     suppress_health_check=list(hypothesis.HealthCheck),
     print_blob=False,
 )
-@hypothesis.given(program=programs())
-def test_random_kernels_agree_with_the_interpreter(program, interpret, tmp_path_factory):
+
+
+def compare_with_interpreter(program, interpret, folder):
     import bitnet_triton.triton_cpu as triton_cpu
 
     text, offset = program
-    source = tmp_path_factory.mktemp("fuzz") / "fuzzed_kernel.py"
+    source = folder / "fuzzed_kernel.py"
     source.write_text(text)
     hypothesis.note(f"second scratch at {offset} of the first\n{text}")
     inputs, grid = arguments(offset), (fuzz_values.PROGRAMS,)
@@ -123,3 +138,35 @@ def test_random_kernels_agree_with_the_interpreter(program, interpret, tmp_path_
                     f"{options}: {name}[{place}] is {got[place].item()}, not "
                     f"{expected[place].item()}; {len(wrong)} elements differ"
                 )
+
+
+@SETTINGS
+@hypothesis.given(program=programs())
+def test_random_kernels_agree_with_the_interpreter(program, interpret, tmp_path_factory):
+    compare_with_interpreter(program, interpret, tmp_path_factory.mktemp("fuzz"))
+
+
+@SETTINGS
+@hypothesis.given(program=returning_programs())
+def test_random_early_returns_agree_with_the_interpreter(program, interpret, tmp_path_factory):
+    compare_with_interpreter(program, interpret, tmp_path_factory.mktemp("fuzz"))
+
+
+@pytest.mark.skipif(not hasattr(tl, "map_elementwise"), reason="not in this Triton")
+@SETTINGS
+@hypothesis.given(text=mapped_programs())
+def test_random_mapped_functions_agree_with_python(text, tmp_path_factory):
+    import bitnet_triton.triton_cpu as triton_cpu
+
+    hypothesis.note(text)
+    source = tmp_path_factory.mktemp("fuzz") / "fuzzed_kernel.py"
+    source.write_text(text)
+    x = torch.arange(64).int() * 37 % 1024
+    y = torch.arange(64).int() * 101 % 512
+    a, b = torch.empty_like(x), torch.empty_like(x)
+    triton_cpu.launch(load(source).kernel, (1,))(x, y, a, b, BLOCK=64)
+    functions = text[text.index("@") : text.rindex("@")].splitlines(keepends=True)
+    names = {}
+    exec("".join(line for line in functions if not line.startswith("@")), names)
+    right = [names["f2"](*pair) for pair in zip(x.tolist(), y.tolist())]
+    assert list(zip(a.tolist(), b.tolist())) == right

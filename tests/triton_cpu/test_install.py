@@ -157,3 +157,46 @@ def test_launch_hooks_are_called(installed):
     finally:
         knobs.runtime.launch_enter_hook.calls.clear()
     assert seen == ["double_kernel"]
+
+
+@triton.jit
+def softmax_kernel(out_ptr, x_ptr, x_step, out_step, rows, columns, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    for row in tl.range(tl.program_id(0), rows, tl.num_programs(0)):
+        x = tl.load(x_ptr + row * x_step + i, mask=i < columns, other=-float("inf"))
+        power = tl.exp(x - tl.max(x, axis=0))
+        tl.store(out_ptr + row * out_step + i, power / tl.sum(power, axis=0), mask=i < columns)
+
+
+@pytest.mark.parametrize("warps", [1, 4, 8, 32])
+def test_host_code_computes_occupancy(installed, warps):
+    """As Triton's tutorial of the fused softmax does."""
+    properties = triton.runtime.driver.active.utils.get_device_properties(0)
+    x = torch.randn(37, 50)
+    out = torch.full_like(x, torch.nan)
+    arguments = out, x, x.stride(0), out.stride(0), *x.shape
+    kernel = softmax_kernel.warmup(*arguments, BLOCK=64, num_warps=warps, grid=(1,))
+    kernel._init_handles()
+    registers, memory = kernel.n_regs, kernel.metadata.shared
+    by_registers = properties["max_num_regs"] // (registers * properties["warpSize"] * warps)
+    by_memory = properties["max_shared_mem"] // memory
+    assert 1 <= min(by_registers, by_memory) <= 64
+    programs = properties["multiprocessor_count"] * min(by_registers, by_memory)
+    softmax_kernel[(min(programs, 37), 1, 1)](*arguments, 64, num_warps=warps)
+    torch.testing.assert_close(out, x.softmax(1))
+
+
+@triton.jit
+def large_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    x = tl.cumsum(tl.load(x_ptr + i))
+    tl.store(out_ptr + i, tl.cumsum(x))
+
+
+def test_a_kernel_says_what_memory_its_blocks_take(installed):
+    sizes = [2**10, 2**12, 2**14]
+    x = torch.zeros(sizes[-1])
+    kernels = [large_kernel.warmup(x, x, BLOCK=size, grid=(1,)) for size in sizes]
+    memory = [kernel.metadata.shared for kernel in kernels]
+    assert memory[0] >= 2 * 4 * sizes[0]  # two blocks of float32 are there at once
+    assert memory == [memory[0], 4 * memory[0], 16 * memory[0]]

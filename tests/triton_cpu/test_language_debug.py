@@ -1,6 +1,7 @@
 """Assertions, printing and hints: what a kernel says to the reader and to the compiler."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -99,6 +100,79 @@ def test_debugging_finds_integers_that_overflow(run, check):
         run(overflowing_kernel, (1,))(big, y, debug=True, sanitize_overflow=True)
 
 
+@triton.jit
+def limited(a, b):
+    tl.device_assert(a + b < 1000, "the sum is too large")
+    return a + b
+
+
+@triton.jit
+def limited_kernel(x_ptr, y_ptr, M: tl.constexpr, N: tl.constexpr, AXIS: tl.constexpr):
+    x = tl.load(x_ptr + tl.arange(0, M)[:, None] * N + tl.arange(0, N)[None, :])
+    total = tl.reduce(x, AXIS, limited)
+    tl.store(y_ptr + tl.arange(0, total.shape[0]), total)
+
+
+@triton.jit
+def limited_scan_kernel(x_ptr, y_ptr, M: tl.constexpr, N: tl.constexpr, AXIS: tl.constexpr):
+    place = tl.arange(0, M)[:, None] * N + tl.arange(0, N)[None, :]
+    tl.store(y_ptr + place, tl.associative_scan(tl.load(x_ptr + place), AXIS, limited))
+
+
+@pytest.mark.ops("device_assert", "reduce", "associative_scan")
+@pytest.mark.no_interpreter("it raises an error of its own, and asserts always")
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("kernel", [limited_kernel, limited_scan_kernel], ids=["reduce", "scan"])
+def test_combining_functions_assert(run, check, kernel, axis):
+    x = torch.randint(0, 9, (8, 32)).int()
+    scan = kernel is limited_scan_kernel
+    y = torch.full(x.shape if scan else (x.shape[1 - axis],), -1).int()
+    expected = x.cumsum(axis) if scan else x.sum(axis)
+    run(kernel, (1,))(x, y, M=8, N=32, AXIS=axis, debug=True)
+    check(y, expected)
+    x[5, 20] = 999
+    x[4, 20] = x[5, 19] = 1
+    with pytest.raises((AssertionError, RuntimeError), match="the sum is too large"):
+        run(kernel, (1,))(x, y, M=8, N=32, AXIS=axis, debug=True)
+    check(y, expected)  # nothing is stored after it
+    run(kernel, (1,))(x, y, M=8, N=32, AXIS=axis)
+    check(y, x.cumsum(axis) if scan else x.sum(axis))
+
+
+@triton.jit
+def totals_kernel(x_ptr, y_ptr, z_ptr, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i, mask=i < n, other=1)
+    tl.store(y_ptr, tl.sum(x))
+    tl.store(z_ptr + i, tl.cumsum(x))
+
+
+@triton.jit
+def product_kernel(x_ptr, y_ptr, z_ptr, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(z_ptr + i, tl.cumprod(tl.load(x_ptr + i, mask=i < n, other=1)))
+
+
+@pytest.mark.ops("sum", "cumsum", "cumprod", "device_assert")
+@pytest.mark.no_interpreter("it does not look for overflow")
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8], ids=str)
+def test_sums_that_overflow_assert_in_debugging(run, check, dtype):
+    x = torch.randint(0, 3, (64,)).to(dtype)
+    y, z = torch.empty(1).int(), torch.empty(64).int()
+    run(totals_kernel, (1,))(x, y, z, 64, BLOCK=64, debug=True)
+    check(y[0], x.sum())
+    check(z, x.cumsum(0))
+    large = torch.full((64,), 2**26, dtype=torch.int32)
+    with pytest.raises((AssertionError, RuntimeError), match=r"int32 overflow detected.*add"):
+        run(totals_kernel, (1,))(large, y, z, 64, BLOCK=64, debug=True)
+    run(totals_kernel, (1,))(large, y, z, 20, BLOCK=64, debug=True)
+    check(y[0], torch.tensor(20 * 2**26 + 44))
+    with pytest.raises((AssertionError, RuntimeError), match=r"int32 overflow detected.*mul"):
+        run(product_kernel, (1,))(torch.full((64,), 2).int(), y, z, 32, BLOCK=64, debug=True)
+    run(product_kernel, (1,))(torch.full((64,), 2).int(), y, z, 30, BLOCK=64, debug=True)
+    check(z[-1], torch.tensor(2**30))
+
+
 PRINTING = """
 import sys
 import torch, triton
@@ -113,6 +187,10 @@ def printing_kernel(x_ptr, n, BLOCK: tl.constexpr):
     tl.device_print("x =", x)
     tl.device_print("bits", pid + 255, hex=True)
     print("plain", pid)
+    tl.device_print("address", x_ptr)
+    i = tl.arange(0, 16)
+    tl.device_print("wide", i + 0.5)
+    tl.device_print("square", tl.reshape(i * i, (2, 8))[:, None, :])
 
 triton_cpu.launch(printing_kernel, (2,))(torch.tensor([1.5, -2.0, 30.0, 0.25]), 7, BLOCK=4)
 """
@@ -137,8 +215,18 @@ def test_values_are_printed(tmp_path, request):
         assert f"({program}, 0, 0)" in out, out
     for text in ("sum", "29.75", "7", "x =", "1.5", "-2", "30", "0.25", "bits", "plain"):
         assert text in out, f"{text!r} is not in {out}"
-    assert "ff" in out.lower()
-    assert "100" in out  # 256 in hexadecimal
+    assert "0x000000ff" in out
+    assert "0x00000100" in out
+    lines = out.splitlines()
+    # as TritonGPU prints: the operand where there are several, indices as wide as the largest
+    assert "pid (1, 0, 0) idx () sum: (operand 0) 29.750000" in lines
+    assert "pid (1, 0, 0) idx () sum: (operand 1) 7" in lines
+    assert "pid (0, 0, 0) idx (2) x =: 30.000000" in lines
+    assert "pid (0, 0, 0) idx (1, 0, 3) square: 121" in lines
+    assert len([x for x in lines if re.fullmatch(r"pid .* idx \(\) address: 0x[0-9a-f]+", x)]) == 2
+    wide = [x for x in lines if "wide" in x]
+    assert wide[:2] == [f"pid (0, 0, 0) idx ( {n}) wide: {n}.500000" for n in range(2)]
+    assert wide[10] == "pid (0, 0, 0) idx (10) wide: 10.500000"
 
 
 @triton.jit

@@ -159,6 +159,33 @@ def test_extremes_pass_over_nan_and_sums_do_not(run, check, where):
 
 
 @triton.jit
+def nan_places_kernel(x_ptr, y_ptr, i_ptr, M: tl.constexpr, N: tl.constexpr):
+    m = tl.arange(0, M)
+    x = tl.load(x_ptr + m[:, None] * N + tl.arange(0, N)[None, :])
+    value, place = tl.max(x, 1, return_indices=True)
+    tl.store(y_ptr + m, value)
+    tl.store(i_ptr + m, place)
+    value, place = tl.min(x, 1, return_indices=True, return_indices_tie_break_left=False)
+    tl.store(y_ptr + M + m, value)
+    tl.store(i_ptr + M + m, place)
+    tl.store(i_ptr + 2 * M + m, tl.argmax(x, 1))
+
+
+@pytest.mark.ops("argmax", "argmin", "max", "min")
+@pytest.mark.no_interpreter("it takes NaN for the extreme")
+def test_with_nan_an_extreme_and_its_place_belong_together(run, check):
+    """Which one it is depends on the order in which elements meet, which a GPU does not fix."""
+    x, y, i = torch.randn(16, 64), torch.empty(2, 16), torch.empty(3, 16).int()
+    x[torch.rand(16, 64) < 0.2] = NAN
+    x[0], x[1] = NAN, torch.arange(64)
+    run(nan_places_kernel, (1,))(x, y, i, M=16, N=64)
+    assert ((i >= 0) & (i < 64)).all()
+    check(y, torch.stack([x.gather(1, i[row, :, None].long())[:, 0] for row in range(2)]))
+    check(i[2], i[0])
+    check(i[:2, 1], torch.tensor([63, 0]))
+
+
+@triton.jit
 def infinities_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
     x = tl.load(x_ptr + tl.arange(0, BLOCK))
     hidden = tl.where(x > 0, float("-inf"), float("-inf"))
