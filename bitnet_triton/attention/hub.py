@@ -6,8 +6,11 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -18,6 +21,8 @@ from bitnet_triton.attention.phases import run_plan
 from bitnet_triton.attention.plan import AttentionPlan
 from bitnet_triton.attention.tokens import Tokens
 from bitnet_triton.runtime.device import autocast_dtype
+
+logger = logging.getLogger("bitnet_triton")
 
 NAME = "bitnet_triton"
 _FULL = Full()
@@ -49,6 +54,8 @@ def attend(
         ValueError: a model with a plan has learnable sinks (``s_aux``), or asks for what the mode
             of the layer cannot do.
     """
+    if kwargs.get("output_attentions") and not torch.compiler.is_compiling():
+        _tell_no_weights()  # as "sdpa" of transformers does
     plan = getattr(module, "attention_plan", None)
     if plan is not None and s_aux is not None:
         raise ValueError("`s_aux`: a model with an attention plan has no learnable sinks")
@@ -85,6 +92,15 @@ def _tokens(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     offset = max(key.shape[2] - query.shape[2], 0)
     return Tokens(offset=offset, causal=causal)
+
+
+@functools.cache
+def _tell_no_weights() -> None:
+    logger.warning(
+        "`output_attentions`: attention %r keeps no weights, nothing is returned for them; "
+        'attn_implementation="eager" does',
+        NAME,
+    )
 
 
 def set_plan(model: nn.Module, plan: AttentionPlan) -> None:

@@ -167,15 +167,18 @@ def _fuse_model(module: nn.Module) -> None:
     for part in module.modules():
         kind = FUSED_MODELS.get(type(part))
         if kind is not None:
-            _introduce(cast("Any", kind))
+            introduce(cast("Any", kind))
             fused = cast("FusedModel", part)
             cast("Any", fused).__class__ = kind
             fused.decode_steps = DecodeSteps()
 
 
 @functools.cache
-def _introduce(kind: Any) -> None:
-    """Let transformers know a class: what can be captured, it notes when a model is built."""
+def introduce(kind: Any) -> None:
+    """Let transformers know the class of a decoder that a module gets later on.
+
+    What can be captured (``output_hidden_states``), transformers notes by class when one is built.
+    """
     with torch.device("meta"):
         kind(
             kind.config_class(

@@ -27,7 +27,7 @@ from bitnet_triton.models.bitnet.planned import (
 )
 from bitnet_triton.models.checkpoint import check_checkpoint, check_folder, check_suffixes
 from bitnet_triton.models.decode import FUSED_MODELS, FusedModel
-from bitnet_triton.models.fuse import fuse_after_loading
+from bitnet_triton.models.fuse import fuse_after_loading, introduce
 from bitnet_triton.models.quantizer import replace_linears
 from bitnet_triton.nn import RMSNorm, use_output_head
 
@@ -223,6 +223,7 @@ class BitNetForCausalLM(_TernaryModel, hf.BitNetForCausalLM):
 
     def _use_plan(self, plan: AttentionPlan) -> None:
         # transformers has built its own decoder: ours is the same with another forward
+        introduce(BitNetModel)
         cast("Any", self.model).__class__ = BitNetModel
         cast("BitNetModel", self.model)._use_plan(plan)
         self.attention_plan = plan
