@@ -55,6 +55,7 @@ def common(
     says what this machine can run.
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
     logging.getLogger("bitnet_triton").setLevel(logging.INFO if verbose else logging.WARNING)
 
 

@@ -54,13 +54,13 @@ def _may_be_on_the_hub(name: str) -> bool:
     from huggingface_hub.utils import validate_repo_id
 
     owner, slash, _ = name.partition("/")
-    if slash and os.path.isdir(owner):  # a path that has lost its end
+    if not slash or os.path.isdir(owner):  # a folder's name, a path that has lost its end
         return False
     try:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return bool(name)
+    return True
 
 
 def _check_folder(folder: Path, argument: str, tokenizer: bool) -> None:

@@ -203,6 +203,7 @@ def test_what_is_no_folder_with_a_model(run, tmp_path):
     (adapter / "adapter_config.json").write_text("{}")
     cases = {
         "": "there is no such folder",
+        "nonsense": "there is no such folder",
         "./nonsense": "there is no such folder",
         "a b": "there is no such folder",
         "one/two/three": "there is no such folder",
