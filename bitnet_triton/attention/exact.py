@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from bitnet_triton.attention.checks import check_number
-from bitnet_triton.attention.masked import MaskMode
-from bitnet_triton.kernels import Mask
+from bitnet_triton.attention.context import AttentionContext
+from bitnet_triton.attention.masked import check_served, masked_attention
+from bitnet_triton.attention.tokens import CAUSAL
+from bitnet_triton.kernels import exact_attention
 
 
 @dataclass(frozen=True)
-class TopK(MaskMode):
+class TopK:
     """The keys of the largest scores. All scores are computed, several times: this saves nothing.
 
     Attributes:
@@ -23,13 +28,18 @@ class TopK(MaskMode):
         check_number("keys", self.keys, 1)
 
     @property
-    def mask(self) -> Mask:
-        """The largest scores."""
-        return Mask(top_k=self.keys)
+    def kept(self) -> None:
+        """A cache has to keep everything."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
+        """Map q [B Tq H D] and k, v [B Tk Hk D] to [B Tq H D]."""
+        check_served(self, context)
+        attend = functools.partial(exact_attention, top_k=self.keys)
+        return masked_attention(q, k, v, CAUSAL, context, attend)[0]
 
 
 @dataclass(frozen=True)
-class Threshold(MaskMode):
+class Threshold:
     """The keys of large weights. All scores are computed, several times: this saves nothing.
 
     Attributes:
@@ -48,6 +58,11 @@ class Threshold(MaskMode):
             )
 
     @property
-    def mask(self) -> Mask:
-        """The large weights."""
-        return Mask(threshold=float(self.share))
+    def kept(self) -> None:
+        """A cache has to keep everything."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
+        """Map q [B Tq H D] and k, v [B Tk Hk D] to [B Tq H D]."""
+        check_served(self, context)
+        attend = functools.partial(exact_attention, threshold=float(self.share))
+        return masked_attention(q, k, v, CAUSAL, context, attend)[0]

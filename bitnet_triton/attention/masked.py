@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -66,8 +67,9 @@ def check_served(mode: object, context: AttentionContext) -> None:
 
 
 def masked_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask, context: AttentionContext
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, context: AttentionContext,
+    attend: Callable[..., Any] = flash_attention,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attend to what ``mask`` shows of the keys that a layer holds.
 
     Args:
@@ -76,6 +78,7 @@ def masked_attention(
         v: [B Tk Hk Dv].
         mask: in positions, which padding does not count.
         context: padding and the rest.
+        attend: takes what ``flash_attention`` does.
 
     Returns:
         out [B Tq H Dv] and the logarithm of the sum of exponentials [B H Tq]; with packed sequences
@@ -84,16 +87,17 @@ def masked_attention(
     if context.dense_from is not None:
         mask = replace(mask, dense_from=context.dense_from)
     settings: Any = {
-        "scale": context.scale, "softcap": context.softcap, "s_aux": context.s_aux,
-        "return_lse": True,
+        "scale": context.scale, "softcap": context.softcap, "return_lse": True,
     }  # fmt: skip
+    if context.s_aux is not None:
+        settings["s_aux"] = context.s_aux
     starts = context.tokens.cu_seqlens
     if starts is None:
         settings |= context.tokens.lengths(q, k)
-        return flash_attention(q, k, v, mask=mask, **settings)  # type: ignore[return-value]
+        return attend(q, k, v, mask=mask, **settings)
     if k.shape[1] != q.shape[1]:
         raise ValueError("`position_ids`: packed sequences go without a cache")
-    out, lse = flash_attention(
+    out, lse = attend(
         q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1),
         mask=mask, cu_seqlens_q=starts, cu_seqlens_k=starts, **settings,
     )  # fmt: skip

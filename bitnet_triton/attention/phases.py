@@ -32,7 +32,7 @@ def run_plan(
     phase = context.phase(q.shape[1])
     if prefill == decode or phase is not None:
         return (decode if phase == "decode" else prefill)(q, k, v, context)
-    if decode == Full() and isinstance(prefill, MaskMode) and not prefill.mask.selects:
+    if decode == Full() and isinstance(prefill, MaskMode):
         return prefill(q, k, v, replace(context, dense_from=context.first_generated()))
     if context.tokens.cu_seqlens is not None:
         raise ValueError(

@@ -4,6 +4,8 @@ from bitnet_triton.kernels.bit_linear import bit_linear
 from bitnet_triton.kernels.bit_linear.launchers import BIT_BWD_DWEIGHT, BIT_BWD_DX, BIT_FWD
 from bitnet_triton.kernels.dense_linear import dense_linear, dense_linear_topk
 from bitnet_triton.kernels.dense_linear.op import DENSE_FWD, DENSE_TOPK
+from bitnet_triton.kernels.exact_attention import exact_attention
+from bitnet_triton.kernels.exact_attention.launchers import EXACT_BWD, EXACT_FWD
 from bitnet_triton.kernels.flash_attention import Mask, flash_attention, merge_attention
 from bitnet_triton.kernels.flash_attention.launchers import ATTENTION_BWD, ATTENTION_FWD
 from bitnet_triton.kernels.int8_linear import Int8Weight, int8_linear, int8_linear_topk
@@ -60,6 +62,8 @@ IMPLEMENTATIONS = {
     "bit_linear_bwd_dweight": BIT_BWD_DWEIGHT,
     "flash_attention": ATTENTION_FWD,
     "flash_attention_bwd": ATTENTION_BWD,
+    "exact_attention": EXACT_FWD,
+    "exact_attention_bwd": EXACT_BWD,
 }
 
 __all__ = [
@@ -72,6 +76,7 @@ __all__ = [
     "bit_linear",
     "dense_linear",
     "dense_linear_topk",
+    "exact_attention",
     "flash_attention",
     "int8_linear",
     "int8_linear_topk",

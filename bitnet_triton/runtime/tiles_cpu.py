@@ -7,9 +7,9 @@ import sys
 Tiles = dict[str, int]
 
 # What a kernel may be called in a table after its name, where it has several sets of tiles: for
-# float32, for pairs that are selected, for few byte rows, for keys or rows from a list
+# float32, for few byte rows, for keys or rows from a list
 FLOAT32_SUFFIX = "_float32"
-_SUFFIXES = (FLOAT32_SUFFIX, "_selected", "_narrow", "_listed")
+_SUFFIXES = (FLOAT32_SUFFIX, "_narrow", "_listed")
 
 ANY = sys.maxsize
 
@@ -128,14 +128,17 @@ CPU: dict[str, dict[int, Tiles]] = {
     "flash_attention_fwd": {  # the size of a head, here and below
         ANY: {"BLOCK_M": 128, "BLOCK_N": 128},
     },
-    # one size for all three: scores are added up alike
-    "flash_attention_fwd_selected": {
+    # one size for all: scores are added up alike
+    "exact_attention_fwd": {
         ANY: {"BLOCK_M": 128, "BLOCK_N": 128},
     },
-    "flash_attention_bwd_dq_selected": {
+    "exact_attention_bwd_dq": {
         ANY: {"BLOCK_M": 128, "BLOCK_N": 128},
     },
-    "flash_attention_select": {
+    "exact_attention_select": {
+        ANY: {"BLOCK_M": 128, "BLOCK_N": 128},
+    },
+    "exact_attention_bwd_dkdv": {
         ANY: {"BLOCK_M": 128, "BLOCK_N": 128},
     },
     "flash_attention_bwd_delta": {

@@ -18,7 +18,7 @@ _SELECTED: dict[int, Tiles] = {
     FLOAT32 + 128: {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
 }
 
-# Also where it takes keys or rows from a list, or only pairs that were selected
+# Also where it takes keys or rows from a list, and of exact attention
 _DKDV: dict[int, Tiles] = {
     128: {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 8, "num_stages": 1},
     256: {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
@@ -180,9 +180,9 @@ GPU: dict[str, dict[int, Tiles]] = {
         FLOAT32 + 64: {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
         FLOAT32 + 128: {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
     },
-    "flash_attention_fwd_selected": _SELECTED,
-    "flash_attention_bwd_dq_selected": _SELECTED,
-    "flash_attention_select": {
+    "exact_attention_fwd": _SELECTED,
+    "exact_attention_bwd_dq": _SELECTED,
+    "exact_attention_select": {
         256: {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
         FLOAT32 + 64: {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
         FLOAT32 + 128: {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1},
@@ -198,6 +198,7 @@ GPU: dict[str, dict[int, Tiles]] = {
     },
     "flash_attention_bwd_dkdv": _DKDV,
     "flash_attention_bwd_dkdv_listed": _DKDV,
+    "exact_attention_bwd_dkdv": _DKDV,
     "flash_attention_decode": {
         # with fewer warps, float32 heads of 128 values spill on sm_90
         ANY: {"BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
@@ -218,7 +219,9 @@ _AMD: dict[str, dict[int, Tiles]] = {
         128: {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
     },
 }
-for _name in ("flash_attention_bwd_dkdv", "flash_attention_bwd_dkdv_listed"):
+for _name in (
+    "flash_attention_bwd_dkdv", "flash_attention_bwd_dkdv_listed", "exact_attention_bwd_dkdv",
+):  # fmt: skip
     _AMD[_name] = {
         **_DKDV,
         128: {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},

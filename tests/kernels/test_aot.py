@@ -30,6 +30,8 @@ from bitnet_triton.kernels.bit_linear.forward import (
     launch_bit_linear_fwd,
     launch_bit_linear_fwd_from_codes,
 )
+from bitnet_triton.kernels.exact_attention import launch as exact_launch
+from bitnet_triton.kernels.exact_attention.arguments import ExactCall
 from bitnet_triton.kernels.flash_attention.arguments import Call
 from bitnet_triton.kernels.flash_attention.decode import launch_decode
 from bitnet_triton.kernels.flash_attention.launch import launch_backward, launch_forward
@@ -105,7 +107,8 @@ MANY_TOKENS = ("ternary_linear_fwd", "bit_linear_fwd", "bit_linear_fwd_from_code
 FLOAT_PRODUCTS = (
     "ternary_linear_bwd", "bit_linear_bwd_dx", "bit_linear_bwd_dweight", "flash_attention_fwd",
     "flash_attention_bwd_dq", "flash_attention_bwd_dkdv", "flash_attention_decode",
-    "flash_attention_select",
+    "exact_attention_fwd", "exact_attention_bwd_dq",
+    "exact_attention_bwd_dkdv", "exact_attention_select",
 )  # fmt: skip
 
 
@@ -188,6 +191,13 @@ def launch_attention(D, dtype, mask, softcap=None):
     launch_decode(q[:, :1], k, k, mask=Mask(window=1024, sinks=4), scale=D**-0.5)
 
 
+def launch_exact_attention(D, dtype, mask):
+    q, k = meta(1, 4096, 8, D, dtype=dtype), meta(1, 4096, 2, D, dtype=dtype)
+    call = ExactCall(Call(mask, D**-0.5), top_k=32, threshold=0.1)
+    out, lse = exact_launch.launch_forward(q, k, k, call)
+    exact_launch.launch_backward(out, None, q, k, k, out, lse, call)
+
+
 def record_all():
     """Return each launch that differs in kernel, dtypes or tiles from the others."""
     with record_launches() as launches:
@@ -215,7 +225,7 @@ def record_all():
                 launch_split_activations(meta(4, length, dtype=dtype))
         for D, dtype in ((64, BF16), (128, BF16), (256, BF16), (64, F32), (128, F32)):
             launch_attention(D, dtype, Mask())
-            launch_attention(D, dtype, Mask(top_k=32, threshold=0.1, sinks=4))
+            launch_exact_attention(D, dtype, Mask(sinks=4))
         launch_attention(128, BF16, Mask(window=1024, sinks=4))
         launch_packed(2048, BF16, None)
         launch_trained(2048, BF16, F32, binary=False)  # autocast

@@ -11,7 +11,7 @@ import bitnet_triton as bt
 from bitnet_triton.attention import AttentionPlan, caches
 from bitnet_triton.attention.full import Full
 from bitnet_triton.cache import GrowingLayer, SinkWindowLayer, StreamingLayer
-from bitnet_triton.kernels.flash_attention import reference
+from bitnet_triton.kernels.exact_attention import launchers
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 100, "num_hidden_layers": 3,
@@ -114,24 +114,22 @@ def run(model, ids, mask=None, chunks=(), **kwargs):
 
 def key_distance(model, ids, mask=None):
     """Return how far the scores of all keys are from being selected, or not, by a mode."""
-    distances, select = [torch.tensor(torch.inf)], reference.select_scores
+    distances, select = [torch.tensor(torch.inf)], launchers.select_reference
 
-    def look(mask, scores, visible):
-        kept = select(mask, scores, visible)
-        if mask.top_k is not None:
+    def look(scores, visible, *, top_k, threshold):
+        kept = select(scores, visible, top_k=top_k, threshold=threshold)
+        if top_k is not None:
             least = scores.masked_fill(~kept, torch.inf).amin(-1)
             left = scores.masked_fill(kept | ~visible, -torch.inf).amax(-1)
             distances.append((least - left).min())
-        if mask.threshold is not None:
+        if threshold is not None:
             seen = scores.masked_fill(~visible, -torch.inf)
             weights = seen - seen.amax(-1, keepdim=True)
-            distances.append(
-                (weights - math.log(mask.threshold)).abs()[visible.expand_as(seen)].min()
-            )
+            distances.append((weights - math.log(threshold)).abs()[visible.expand_as(seen)].min())
         return kept
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference, "select_scores", look)
+        patch.setattr(launchers, "select_reference", look)
         run(model, ids, mask, prompt_len=PROMPT)
     return torch.stack(distances).min().item()
 

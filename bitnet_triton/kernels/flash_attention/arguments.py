@@ -50,6 +50,11 @@ class Call:
         """Whether its lengths are among those that the decode kernel takes."""
         return self.cu_seqlens_q is None and self.seqused_q is None
 
+    def is_empty(self, q: Tensor, k: Tensor) -> bool:
+        """Tell whether there is no query, no key or no sequence."""
+        no_sequence = self.cu_seqlens_q is not None and self.cu_seqlens_q.numel() == 1
+        return q.numel() == 0 or k.numel() == 0 or no_sequence
+
     @property
     def tensors(self) -> list[Tensor | None]:
         """All that it holds, the mask's first."""
@@ -70,11 +75,11 @@ class Call:
         factors: list[float],
     ) -> Call:
         """Put together what ``flatten`` took apart."""
-        window, right, sinks, block, summary, top_k, start = (
+        window, right, sinks, block, summary, start = (
             None if n == _NONE else n for n in numbers[2:]
         )
         global_tensor, dense_tensor, *lengths = tensors
-        scale, softcap, threshold = factors
+        scale, softcap = factors
         mask = Mask(
             causal=bool(numbers[0]),
             window=window,
@@ -86,8 +91,6 @@ class Call:
             pattern=None if numbers[1] == _NONE else PATTERNS[numbers[1]],
             block=block,
             summary=summary or 1,
-            top_k=top_k,
-            threshold=threshold or None,
         )
         return cls(mask, scale, softcap or None, *lengths)
 
@@ -98,7 +101,7 @@ class Call:
         numbers = [
             int(mask.causal),
             None if mask.pattern is None else PATTERNS.index(mask.pattern),
-            mask.window, mask.window_right, mask.sinks, mask.block, mask.summary, mask.top_k,
+            mask.window, mask.window_right, mask.sinks, mask.block, mask.summary,
             None if isinstance(start, Tensor) else start,
         ]  # fmt: skip
         return (
@@ -106,5 +109,5 @@ class Call:
             [_NONE if n is None else n for n in numbers],
             list(mask.dilations),
             list(tokens) if isinstance(tokens, tuple) else None,
-            [self.scale, self.softcap or 0.0, mask.threshold or 0.0],
+            [self.scale, self.softcap or 0.0],
         )

@@ -12,15 +12,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bitnet_triton.kernels.common.attention import (
+    accumulate,
+    load_rows,
+    raw_scores,
+    softmax_step,
+    store_rows,
+)
 from bitnet_triton.kernels.common.dependent import dependent, wait_for_inputs
 from bitnet_triton.kernels.flash_attention.bands import OPEN
-from bitnet_triton.kernels.flash_attention.forward import (
-    accumulate,
-    score_factors,
-    softmax_step,
-)
 from bitnet_triton.kernels.flash_attention.mask import Mask
-from bitnet_triton.kernels.flash_attention.tiles import load_rows, raw_scores, store_rows
+from bitnet_triton.kernels.flash_attention.operands import score_factors
 from bitnet_triton.runtime import cdiv, launch
 from bitnet_triton.runtime.autotune import head_size, tiles
 from bitnet_triton.runtime.device import smallest_dot
@@ -177,7 +179,7 @@ def decode_objection(q: Tensor, k: Tensor, mask: Mask) -> str | None:
     """
     if q.shape[1] > MOST_QUERIES:
         return f"decoding takes at most {MOST_QUERIES} queries"
-    for field in ("pattern", "global_tokens", "top_k", "threshold"):
+    for field in ("pattern", "global_tokens"):
         if getattr(mask, field) is not None:
             return f"decoding has no `{field}`"
     return None if mask.dilations == (1,) else "decoding has no `dilation`"

@@ -28,8 +28,6 @@ class MaskDescription:
     pattern: str | None = None
     block: int | None = None
     summary: int = 1
-    top_k: int | None = None
-    threshold: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("dilation", "global_tokens"):  # JSON has lists only
@@ -37,7 +35,7 @@ class MaskDescription:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         if not isinstance(self.causal, bool):
             raise TypeError(f"`causal`: expected a bool, got {type(self.causal).__name__}")
-        for name, least in (("window", 1), ("window_right", 0), ("block", 1), ("top_k", 1)):
+        for name, least in (("window", 1), ("window_right", 0), ("block", 1)):
             if getattr(self, name) is not None:
                 _check_number(name, getattr(self, name), least)
         _check_number("sinks", self.sinks, 0)
@@ -82,18 +80,11 @@ class MaskDescription:
             raise ValueError("`summary`: goes with the pattern 'fixed'")
         if self.block is not None and self.summary > self.block:
             raise ValueError(f"`summary`: expected at most `block`, got {self.summary}")
-        if self.threshold is not None and not 0 < self.threshold <= 1:
-            raise ValueError(f"`threshold`: expected more than 0, up to 1, got {self.threshold}")
 
     @property
     def dilations(self) -> tuple[int, ...]:
         """The dilation of each head, or the one of all."""
         return self.dilation if isinstance(self.dilation, tuple) else (self.dilation,)
-
-    @property
-    def selects(self) -> bool:
-        """Whether scores decide what is seen."""
-        return self.top_k is not None or self.threshold is not None
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, MaskDescription):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,68 +25,77 @@ from bitnet_triton.kernels.flash_attention.operands import (
     tokens_of,
 )
 from bitnet_triton.kernels.flash_attention.plan import Plan, TokenList, plan_call
-from bitnet_triton.kernels.flash_attention.select import launch_select
 from bitnet_triton.runtime import cdiv, launch
 from bitnet_triton.runtime.autotune import head_size, tiles
 
 
-def launch_forward(
-    q: Tensor, k: Tensor, v: Tensor, call: Call, visited: list[Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
+def launch_forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """Map q, k, v to out in the dtype of ``q`` and lse in float32."""
     plan = plan_call(q, k, call)
-    cuts = launch_select(q, k, call, plan) if call.mask.selects else None
+    config = row_tiles("flash_attention_fwd", q, v)
     first, *more = plan.bands
-    wide = torch.float32 if more else q.dtype
-    out, lse = _launch_band(q, k, v, call, plan, first, None, wide, visited, cuts, with_keys=True)
+    dtype = torch.float32 if more else q.dtype
+    out, lse = _launch_band(q, k, v, call, plan, first, dtype, config)
     if more:
-        parts = [(out, lse)] + [
-            _launch_band(q, k, v, call, plan, band, None, wide, visited, cuts, with_keys=False)
-            for band in more
-        ]
+        parts = [(out, lse)]
+        parts += [_launch_band(q, k, v, call, plan, band, dtype, config) for band in more]
         # the kernels write and read contiguous results
         out, lse = (t.contiguous() for t in merge_attention(*zip(*parts)))
     if plan.rows is not None:
         band = dense_band(call.mask.causal)
-        _launch_band(q, k, v, call, plan, band, (out, lse), wide, visited, cuts, with_keys=False)
+        tensors = (q, k, v, out, lse)
+        start_rows(_flash_attention_fwd_kernel, config, tensors, call, plan, band, dense=True)
     return out.to(q.dtype) if more else out, lse
 
 
 def _launch_band(
-    q: Tensor, k: Tensor, v: Tensor, call: Call, plan: Plan, band: Band,
-    results: tuple[Tensor, Tensor] | None, dtype: torch.dtype, visited: list[Tensor] | None,
-    cuts: Tensor | None, *, with_keys: bool,
+    q: Tensor, k: Tensor, v: Tensor, call: Call, plan: Plan, band: Band, dtype: torch.dtype,
+    config: dict[str, int],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Compute one band; the rows that see everything are written into ``results``."""
-    H = q.shape[-2]
-    out, lse = results if results is not None else _results(q, v, plan, dtype)
-    dense = results is not None
-    config = _row_tiles("flash_attention_fwd", q, v, cuts)
-    batch = plan.lengths.shape[0] if plan.lengths is not None else q.shape[0]
-    programs = grid_tiles(q, config["BLOCK_M"], band, batch)
-    grid = (programs, H, 1 if plan.packed else batch)
-    if visited is not None:
-        visited.append(torch.zeros(batch * H * programs, dtype=torch.int32, device=q.device))
-    launch(_flash_attention_fwd_kernel, grid)(
-        q, k, v, out, lse,
-        heads_table(band, H, q.device), plan.lengths,
-        *tokens_of(plan.keys if with_keys else None), None if dense else key_flags(plan),
-        *tokens_of(plan.rows if dense else None), row_flags(plan, dense),
-        visited[-1] if visited is not None else None, cuts,
-        *strides(q), *strides(k), *strides(v),
-        sinks=call.mask.sinks if call.mask.sinks and not dense else None,
-        **common(q, k, v, call, plan, band),
-        **config,
-    )  # fmt: skip
+    out, lse = results(q, v, plan, dtype)
+    start_rows(_flash_attention_fwd_kernel, config, (q, k, v, out, lse), call, plan, band)
     return out, lse
 
 
-def _row_tiles(kernel: str, q: Tensor, v: Tensor, cuts: Tensor | None) -> dict[str, int]:
-    kernel = kernel if cuts is None else kernel + "_selected"
+def start_rows(
+    kernel: Any, config: dict[str, int], tensors: tuple[Tensor, ...], call: Call, plan: Plan,
+    band: Band, *, dense: bool = False, **constants: Any,
+) -> None:  # fmt: skip
+    """Start a kernel of which a program takes a tile of queries, over one band.
+
+    Args:
+        kernel: takes ``tensors`` and then what ``flash_attention_fwd`` does.
+        config: its tiles.
+        tensors: q, k, v, and the kernel's own.
+        call: the settings.
+        plan: of the call.
+        band: of the mask; the first one reads the listed keys as well.
+        dense: the rows are those that see everything.
+        **constants: of the kernel alone.
+    """
+    q, k, v = tensors[:3]
+    H = q.shape[-2]
+    batch = plan.lengths.shape[0] if plan.lengths is not None else q.shape[0]
+    grid = (grid_tiles(q, config["BLOCK_M"], band, batch), H, 1 if plan.packed else batch)
+    launch(kernel, grid)(
+        *tensors,
+        heads_table(band, H, q.device), plan.lengths,
+        tokens_of(plan.keys if band is plan.bands[0] else None),
+        None if dense else key_flags(plan),
+        tokens_of(plan.rows if dense else None), row_flags(plan, dense),
+        *strides(q), *strides(k), *strides(v),
+        sinks=call.mask.sinks if call.mask.sinks and not dense else None,
+        **constants, **common(q, k, v, call, plan, band), **config,
+    )  # fmt: skip
+
+
+def row_tiles(kernel: str, q: Tensor, v: Tensor) -> dict[str, int]:
+    """Return the tiles of a kernel by the size of the heads."""
     return tiles(kernel, head_size(max(q.shape[-1], v.shape[-1]), q.dtype), q.device)
 
 
-def _results(q: Tensor, v: Tensor, plan: Plan, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def results(q: Tensor, v: Tensor, plan: Plan, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return memory for out and lse."""
     *lead, T, H, _ = q.shape
     if not plan.zeroed:
         out = torch.empty((*lead, T, H, v.shape[-1]), dtype=dtype, device=q.device)
@@ -100,18 +111,31 @@ def launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of q, k and v in their dtypes."""
     plan = plan_call(q, k, call)
-    H, Hk = q.shape[-2], k.shape[-2]
-    if shares_keys_unevenly(plan, H, Hk):
-        # heads that share keys but not classes: a copy of the keys for each of them
-        k, v = (t.repeat_interleave(H // Hk, dim=-2) for t in (k, v))
-    cuts = launch_select(q, k, call, plan) if call.mask.selects else None
-    pivot, delta = _launch_delta(dout, dlse, out, lse)
-    dq = _launch_dq(dout, q, k, v, pivot, delta, cuts, call, plan)
-    dtype = torch.float32 if k.shape[-2] != Hk else q.dtype
-    dk, dv = _launch_dkdv(dout, q, k, v, pivot, delta, cuts, call, plan, dtype)
-    if k.shape[-2] != Hk:
-        dk, dv = (t.unflatten(-2, (Hk, H // Hk)).sum(-2, dtype=torch.float32) for t in (dk, dv))
+    Hk = k.shape[-2]
+    k, v = repeated_keys(plan, q, k, v)
+    pivot, delta = launch_delta(dout, dlse, out, lse)
+    inputs = (q, k, v, dout, pivot, delta)
+    dq = _launch_dq(inputs, call, plan)
+    dk, dv = _launch_dkdv(inputs, call, plan, torch.float32 if k.shape[-2] != Hk else q.dtype)
+    dk, dv = summed_keys(dk, dv, Hk)
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
+
+
+def repeated_keys(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a copy of the keys for each query head, where heads share keys but not classes."""
+    H, Hk = q.shape[-2], k.shape[-2]
+    if not shares_keys_unevenly(plan, H, Hk):
+        return k, v
+    return k.repeat_interleave(H // Hk, dim=-2), v.repeat_interleave(H // Hk, dim=-2)
+
+
+def summed_keys(dk: Tensor, dv: Tensor, Hk: int) -> tuple[Tensor, Tensor]:
+    """Return the gradients of ``Hk`` key heads from those of ``repeated_keys``."""
+    H = dk.shape[-2]
+    if Hk == H:
+        return dk, dv
+    dk, dv = (t.unflatten(-2, (Hk, H // Hk)).sum(-2, dtype=torch.float32) for t in (dk, dv))
+    return dk, dv
 
 
 def shares_keys_unevenly(plan: Plan, H: int, Hk: int) -> bool:
@@ -123,9 +147,10 @@ def shares_keys_unevenly(plan: Plan, H: int, Hk: int) -> bool:
     )
 
 
-def _launch_delta(
+def launch_delta(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """Return what the other kernels need of each row: pivot and delta, [B H Tq]."""
     *lead, T, H, DV = out.shape
     pivot, delta = torch.empty_like(lse), torch.empty_like(lse)
     config = tiles("flash_attention_bwd_delta", DV, out.device)
@@ -136,68 +161,70 @@ def _launch_delta(
     return pivot, delta
 
 
-def _launch_dq(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, pivot: Tensor, delta: Tensor,
-    cuts: Tensor | None, call: Call, plan: Plan,
-) -> Tensor:  # fmt: skip
-    H = q.shape[-2]
-    several = len(plan.bands) > 1
+def _launch_dq(inputs: tuple[Tensor, ...], call: Call, plan: Plan) -> Tensor:
+    q, _, v = inputs[:3]
     make = torch.zeros if plan.zeroed else torch.empty
-    dq = make(q.shape, dtype=torch.float32 if several else q.dtype, device=q.device)
-    config = _row_tiles("flash_attention_bwd_dq", q, v, cuts)
-    batch = plan.lengths.shape[0] if plan.lengths is not None else q.shape[0]
-    passes = [(band, number > 0, False) for number, band in enumerate(plan.bands)]
+    dtype = torch.float32 if len(plan.bands) > 1 else q.dtype
+    dq = make(q.shape, dtype=dtype, device=q.device)
+    config = row_tiles("flash_attention_bwd_dq", q, v)
+    kernel, tensors = _flash_attention_bwd_dq_kernel, (*inputs, dq)
+    for number, band in enumerate(plan.bands):
+        start_rows(kernel, config, tensors, call, plan, band, ACCUMULATE=number > 0)
     if plan.rows is not None:
-        passes.append((dense_band(call.mask.causal), False, True))
-    for band, accumulate, dense in passes:
-        programs = grid_tiles(q, config["BLOCK_M"], band, batch)
-        keys = plan.keys if band is plan.bands[0] else None
-        launch(_flash_attention_bwd_dq_kernel, (programs, H, 1 if plan.packed else batch))(
-            q, k, v, dout, pivot, delta, cuts, dq,
-            heads_table(band, H, q.device), plan.lengths,
-            *tokens_of(keys), None if dense else key_flags(plan),
-            *tokens_of(plan.rows if dense else None), row_flags(plan, dense),
-            *strides(q), *strides(k), *strides(v),
-            sinks=call.mask.sinks if call.mask.sinks and not dense else None,
-            ACCUMULATE=accumulate,
-            **common(q, k, v, call, plan, band),
-            **config,
-        )  # fmt: skip
+        band = dense_band(call.mask.causal)
+        start_rows(kernel, config, tensors, call, plan, band, dense=True, ACCUMULATE=False)
     return dq
 
 
 def _launch_dkdv(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, pivot: Tensor, delta: Tensor,
-    cuts: Tensor | None, call: Call, plan: Plan, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    *_, H, D = q.shape
-    Hk = k.shape[-2]
-    Pass = tuple[Band, TokenList | None, TokenList | None]
-    passes: list[Pass] = [(band, None, None) for band in plan.bands]
+    inputs: tuple[Tensor, ...], call: Call, plan: Plan, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    _, k, v = inputs[:3]
+    passes = key_passes(call, plan)
+    make = torch.zeros if plan.zeroed else torch.empty
+    # what several launches add up is rounded once, at the end
+    dtype = torch.float32 if len(passes) > 1 else dtype
+    dk, dv = (make(t.shape, dtype=dtype, device=k.device) for t in (k, v))
+    for number, one in enumerate(passes):
+        name = "flash_attention_bwd_dkdv" + ("" if one[1] is one[2] is None else "_listed")
+        start_keys(
+            _flash_attention_bwd_dkdv_kernel, row_tiles(name, k, v), (*inputs, dk, dv), call, plan,
+            *one, ACCUMULATE=number > 0,
+        )  # fmt: skip
+    return dk, dv
+
+
+KeyPass = tuple[Band, TokenList | None, TokenList | None]
+
+
+def key_passes(call: Call, plan: Plan) -> list[KeyPass]:
+    """Return the launches that add up dk and dv: bands, listed keys, listed rows."""
+    passes: list[KeyPass] = [(band, None, None) for band in plan.bands]
     dense = dense_band(call.mask.causal)
     if plan.keys is not None:
         passes.append((dense, plan.keys, None))
     if plan.rows is not None:
         passes.append((dense, None, plan.rows))
-    make = torch.zeros if plan.zeroed else torch.empty
-    # what several launches add up is rounded once, at the end
-    dtype = torch.float32 if len(passes) > 1 else dtype
-    dk, dv = (make(t.shape, dtype=dtype, device=k.device) for t in (k, v))
+    return passes
+
+
+def start_keys(
+    kernel: Any, config: dict[str, int], tensors: tuple[Tensor, ...], call: Call, plan: Plan,
+    band: Band, keys: TokenList | None, rows: TokenList | None, **constants: Any,
+) -> None:  # fmt: skip
+    """Start a kernel of which a program takes a tile of keys, for one of ``key_passes``."""
+    q, k, v = tensors[:3]
     batch = plan.lengths.shape[0] if plan.lengths is not None else q.shape[0]
-    for number, (band, keys, rows) in enumerate(passes):
-        whole = keys is None and rows is None
-        kernel = "flash_attention_bwd_dkdv" + ("" if whole and cuts is None else "_listed")
-        config = tiles(kernel, head_size(max(D, v.shape[-1]), q.dtype), q.device)
-        programs = grid_tiles(k, config["BLOCK_N"], band, batch)
-        launch(_flash_attention_bwd_dkdv_kernel, (programs, Hk, 1 if plan.packed else batch))(
-            q, k, v, dout, pivot, delta, cuts, dk, dv,
-            heads_table(band, H, q.device), plan.lengths,
-            *tokens_of(keys), key_flags(plan) if whole else None,
-            *tokens_of(rows), row_flags(plan, rows is not None),
-            *strides(q), *strides(k), *strides(v),
-            sinks=call.mask.sinks if call.mask.sinks and whole else None,
-            ACCUMULATE=number > 0,
-            **common(q, k, v, call, plan, band),
-            **config,
-        )  # fmt: skip
-    return dk, dv
+    whole = keys is None and rows is None
+    grid = (
+        grid_tiles(k, config["BLOCK_N"], band, batch), k.shape[-2], 1 if plan.packed else batch
+    )  # fmt: skip
+    launch(kernel, grid)(
+        *tensors,
+        heads_table(band, q.shape[-2], q.device), plan.lengths,
+        tokens_of(keys), key_flags(plan) if whole else None,
+        tokens_of(rows), row_flags(plan, rows is not None),
+        *strides(q), *strides(k), *strides(v),
+        sinks=call.mask.sinks if call.mask.sinks and whole else None,
+        **constants, **common(q, k, v, call, plan, band), **config,
+    )  # fmt: skip

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from bitnet_triton.kernels.flash_attention.arguments import Call
-from bitnet_triton.kernels.flash_attention.bands import bands_of
 from bitnet_triton.kernels.flash_attention.reference import (
+    Select,
     attention_backward_reference,
     attention_reference,
 )
@@ -38,10 +38,8 @@ def _triton_modules() -> tuple[ModuleType, ModuleType]:
 
 def _triton_fwd(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     decode, launch = _triton_modules()
-    q, k, v = _inner_contiguous(q, k, v)
-    if call.softcap is None and call.scale <= 0:
-        # a softmax that scales what it has subtracted needs a positive factor
-        q, call = -q, replace(call, scale=-call.scale or torch.finfo(torch.float32).tiny)
+    q, k, v = inner_contiguous(q, k, v)
+    q, call = positive_scale(q, call)
     if call.decodes and decode.decode_objection(q, k, call.mask) is None:
         return decode.launch_decode(
             q, k, v, mask=call.mask, scale=call.scale, softcap=call.softcap,
@@ -50,18 +48,26 @@ def _triton_fwd(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Te
     return launch.launch_forward(q, k, v, call)
 
 
+def positive_scale(q: Tensor, call: Call) -> tuple[Tensor, Call]:
+    """Return the same attention with a positive factor: the softmax scales what it subtracted."""
+    if call.softcap is not None or call.scale > 0:
+        return q, call
+    return -q, replace(call, scale=-call.scale or torch.finfo(torch.float32).tiny)
+
+
 def _triton_bwd(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     call: Call,
 ) -> Gradients:  # fmt: skip
     _, launch = _triton_modules()
     dlse = None if dlse is None else dlse.contiguous()
-    q, k, v = _inner_contiguous(q, k, v)
+    q, k, v = inner_contiguous(q, k, v)
     out, lse = out.contiguous(), lse.contiguous()
     return launch.launch_backward(dout.contiguous(), dlse, q, k, v, out, lse, call)
 
 
-def _inner_contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
+def inner_contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return tensors that kernels can read, copied where they could not."""
     return tuple([t if _fits_a_tile(t) else t.contiguous() for t in tensors])
 
 
@@ -70,10 +76,8 @@ def _fits_a_tile(t: Tensor) -> bool:
     return t.stride(-1) == 1 and t.stride(-3) < _LARGEST_STRIDE
 
 
-def _triton_objection(q: Tensor, v: Tensor, call: Call) -> str | None:
-    if call.mask.selects and len(bands_of(call.mask)) > 1:
-        # its rows are those of several launches, of which none sees all scores
-        return f"no kernel selects scores (top_k, threshold) under pattern {call.mask.pattern!r}"
+def triton_objection(q: Tensor, v: Tensor, call: Call) -> str | None:
+    """Say why no kernel computes this; None when one does."""
     widest, largest = max(q.shape[-1], v.shape[-1]), LARGEST_HEAD
     if q.dtype == torch.float32 and smallest_dot(q.device) > 1:
         # products of float32 run in registers there, and larger heads do not fit into them
@@ -99,29 +103,33 @@ def _settings(call: Call) -> dict[str, Any]:
     return {name: getattr(call, name) for name in names}
 
 
-def _reference_fwd(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+def reference_fwd(
+    q: Tensor, k: Tensor, v: Tensor, call: Call, select: Select | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attend by the formula, sequence by sequence where they are packed."""
     wide = (q.float(), k.float(), v.float())
     if call.cu_seqlens_q is None:
-        out, lse = attention_reference(*wide, **_settings(call))
+        out, lse = attention_reference(*wide, **_settings(call), select=select)
         return out.to(q.dtype), lse
     T, H = q.shape[:2]
     out, lse = q.new_zeros(T, H, v.shape[-1]), q.new_zeros(H, T, dtype=torch.float32)
     for i, j, settings in _sequences(call):
         parts = (wide[0][None, i], wide[1][None, j], wide[2][None, j])
-        part, part_lse = attention_reference(*parts, **settings)
+        part, part_lse = attention_reference(*parts, **settings, select=select)
         out[i], lse[:, i] = part[0].to(q.dtype), part_lse[0]
     return out, lse
 
 
-def _reference_bwd(
+def reference_bwd(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    call: Call,
+    call: Call, select: Select | None = None,
 ) -> Gradients:  # fmt: skip
+    """Return the gradients by the formula."""
     wide = (q.float(), k.float(), v.float())
     if call.cu_seqlens_q is None:
         results = (out.float(), lse)
         dq, dk, dv = attention_backward_reference(
-            dout.float(), dlse, *wide, results, **_settings(call)
+            dout.float(), dlse, *wide, results, **_settings(call), select=select
         )
         return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -130,17 +138,17 @@ def _reference_bwd(
         part_dlse = None if dlse is None else dlse[None, :, i]
         results = (out.float()[None, i], lse[None, :, i])
         grads = attention_backward_reference(
-            dout.float()[None, i], part_dlse, *parts, results, **settings
+            dout.float()[None, i], part_dlse, *parts, results, **settings, select=select
         )
         dq[i], dk[j], dv[j] = (grad[0].to(q.dtype) for grad in grads)
     return dq, dk, dv
 
 
 ATTENTION_FWD = {
-    "triton": Implementation(_triton_fwd, _triton_objection),
-    "reference": Implementation(_reference_fwd),
+    "triton": Implementation(_triton_fwd, triton_objection),
+    "reference": Implementation(reference_fwd),
 }
 ATTENTION_BWD = {
-    "triton": Implementation(_triton_bwd, _triton_objection),
-    "reference": Implementation(_reference_bwd),
+    "triton": Implementation(_triton_bwd, triton_objection),
+    "reference": Implementation(reference_bwd),
 }

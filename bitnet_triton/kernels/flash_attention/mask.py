@@ -24,9 +24,8 @@ class Mask(MaskDescription):
         causal(p, j) and ((window(p, j) and pattern(p, j)) or j < sinks
                           or global(j) or global(p) or p >= dense_from)
 
-    and ``top_k`` and ``threshold`` then choose among what is visible. Queries are aligned to the
-    bottom right: the last query stands at the last key. Every field goes with every other one, with
-    the exceptions under Raises.
+    Queries are aligned to the bottom right: the last query stands at the last key. Every field goes
+    with every other one, with the exceptions under Raises.
 
     Attributes:
         causal: a query sees no key behind its own position.
@@ -44,8 +43,6 @@ class Mask(MaskDescription):
             of every block (arXiv:1904.10509, section 4.3). None: no further restriction.
         block: length of a pattern's blocks.
         summary: keys at the end of each block that "fixed" shows to everybody.
-        top_k: each row keeps only its largest scores, the earlier key where they are equal.
-        threshold: each row keeps the weights of at least this share of its largest one.
 
     Raises:
         TypeError: a field has a wrong type.
@@ -63,7 +60,7 @@ class Mask(MaskDescription):
         seqused_k: Tensor | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor:
-        """Return the whole matrix, without the selection by scores: for tests and pictures.
+        """Return the whole matrix: for tests and pictures.
 
         Args:
             Tq: number of queries.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
 
 from bitnet_triton.kernels.flash_attention.arguments import Call
 from bitnet_triton.kernels.flash_attention.bands import Band
-from bitnet_triton.kernels.flash_attention.forward import score_factors
 from bitnet_triton.kernels.flash_attention.plan import Plan, TokenList
 from bitnet_triton.runtime import cdiv
 
@@ -41,9 +41,9 @@ def common(q: Tensor, k: Tensor, v: Tensor, call: Call, plan: Plan, band: Band) 
     }  # fmt: skip
 
 
-def tokens_of(listed: TokenList | None) -> tuple[Tensor | None, Tensor | None]:
-    """Return a list of tokens and where sequences start in it, as kernels take them."""
-    return (None, None) if listed is None else (listed.tokens, listed.starts)
+def tokens_of(listed: TokenList | None) -> Tensor | None:
+    """Return a list of tokens as kernels take it."""
+    return None if listed is None else listed.tokens
 
 
 def key_flags(plan: Plan) -> Tensor | None:
@@ -54,3 +54,10 @@ def key_flags(plan: Plan) -> Tensor | None:
 def row_flags(plan: Plan, dense: bool) -> Tensor | None:
     """Return the flags of rows to leave out, where they are not the ones to compute."""
     return plan.rows.flags if plan.rows is not None and not dense else None
+
+
+def score_factors(scale: float, softcap: float | None) -> tuple[float, float | None]:
+    """Return ``scale_log2`` and ``softcap_log2`` as ``common.attention.score_tile`` takes them."""
+    if softcap is None:
+        return scale * math.log2(math.e), None
+    return scale / softcap, softcap * math.log2(math.e)

@@ -16,13 +16,12 @@ class TokenList:
     """Chosen tokens of every sequence.
 
     Attributes:
-        tokens: int32 [N], their numbers in their sequence, in order, one sequence after the other.
-        starts: int32 [B + 1], where a sequence starts in ``tokens``.
+        tokens: int32 [B + 1 + N], where each sequence starts and how many tokens there are; then
+            their numbers in their sequence, in order, one sequence after the other.
         flags: uint8 [rows], 1 for those that are listed; row by row, padding counted.
     """
 
     tokens: Tensor
-    starts: Tensor
     flags: Tensor
 
 
@@ -118,7 +117,7 @@ def _compact(flags: Tensor, numbers: Tensor, T: Tensor, cu: Tensor | None) -> To
     tokens = torch.zeros(flags.numel() + 1, dtype=torch.int32, device=T.device)
     tokens.scatter_(0, places, numbers.int())
     starts = torch.cat((ranks.new_zeros(1), ranks))[cu.long()]
-    return TokenList(tokens, starts.int(), flags.to(torch.uint8))
+    return TokenList(torch.cat((starts.int(), tokens)), flags.to(torch.uint8))
 
 
 def _key_list(q: Tensor, k: Tensor, call: Call, lengths: Tensor | None) -> TokenList:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from bitnet_triton.kernels.flash_attention.mask import Mask
 from bitnet_triton.kernels.flash_attention.pairs import Lengths
+
+# maps scores and visible pairs [B H Tq Tk] to the visible pairs that rows take
+Select = Callable[[Tensor, Tensor], Tensor]
 
 
 def attention_reference(
@@ -21,10 +26,12 @@ def attention_reference(
     seqused_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
     s_aux: Tensor | None = None,
+    select: Select | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend with q [B Tq H D], k [B Tk Hk D], v [B Tk Hk Dv].
 
     ``s_aux`` [H] is one more score of each row, whose value is zero (gpt-oss, arXiv:2508.10925).
+    ``select`` chooses among what ``mask`` shows.
 
     Returns:
         out [B Tq H Dv] and lse [B H Tq], both in the dtype of ``q``.
@@ -34,7 +41,9 @@ def attention_reference(
     scores = torch.einsum("bihd,bjhd->bhij", q, k) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    visible = select_scores(mask, scores, mask.visible_among(lengths, q.device))
+    visible = mask.visible_among(lengths, q.device).expand(scores.shape)
+    if select is not None:
+        visible = select(scores.detach(), visible)
 
     empty = ~visible.any(-1, keepdim=True)
     # a row without a key has no softmax; zeros instead keep its gradient free of NaN
@@ -50,7 +59,7 @@ def attention_reference(
     return torch.einsum("bhij,bjhd->bihd", weights, v), lse
 
 
-def attention_backward_reference(
+def attention_backward_reference(  # noqa: PLR0913 - two more than the forward
     dout: Tensor,
     dlse: Tensor | None,
     q: Tensor,
@@ -64,6 +73,7 @@ def attention_backward_reference(
     leftpad_k: Tensor | None = None,
     seqused_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
+    select: Select | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk, dv by arXiv:2307.08691, algorithm 2, with all keys in one block.
 
@@ -79,7 +89,9 @@ def attention_backward_reference(
     if softcap is not None:
         capped = torch.tanh(scores / softcap)
         scores, slope = softcap * capped, 1 - capped**2
-    visible = select_scores(mask, scores, mask.visible_among(lengths, q.device))
+    visible = mask.visible_among(lengths, q.device).expand(scores.shape)
+    if select is not None:
+        visible = select(scores.detach(), visible)
     # a row without a key has no finite lse, and no visible weight
     finite = lse.masked_fill(lse == float("-inf"), 0.0)[..., None]
     weights = (scores - finite).masked_fill(~visible, float("-inf")).exp()
@@ -103,19 +115,3 @@ def _repeated(t: Tensor, H: int, lengths: Lengths) -> Tensor:
     # memory behind the valid keys may hold anything: 0 * NaN would leak into the sums
     is_key = lengths.valid(t.device)[1][:, :, None, None]
     return torch.where(is_key, t, torch.zeros_like(t)).repeat_interleave(H // t.shape[2], dim=2)
-
-
-def select_scores(mask: Mask, scores: Tensor, visible: Tensor) -> Tensor:
-    """Return which visible pairs the exact selection of ``mask`` keeps, bool [B H Tq Tk]."""
-    visible = visible.expand(scores.shape)
-    if not mask.selects:
-        return visible
-    scores = scores.detach().masked_fill(~visible, float("-inf"))
-    if mask.threshold is not None:
-        largest = scores.amax(-1, keepdim=True)
-        visible = visible & ((scores - largest).exp() >= mask.threshold)
-    if mask.top_k is not None and mask.top_k < scores.shape[-1]:
-        # stable: of equal scores the earlier key comes first
-        order = torch.argsort(scores, dim=-1, descending=True, stable=True)[..., : mask.top_k]
-        visible = visible & torch.zeros_like(visible).scatter_(-1, order, True)
-    return visible

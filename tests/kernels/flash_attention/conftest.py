@@ -1,9 +1,12 @@
 """Attention against its float64 reference, as the tests of several files do it."""
 
+import functools
+
 import pytest
 import torch
 
-from bitnet_triton.kernels import Mask, flash_attention
+from bitnet_triton.kernels import Mask, exact_attention, flash_attention
+from bitnet_triton.kernels.exact_attention.reference import select_reference
 from bitnet_triton.kernels.flash_attention.pairs import Lengths
 from bitnet_triton.kernels.flash_attention.reference import (
     attention_backward_reference,
@@ -100,16 +103,19 @@ def compare(device):
 
     def check(
         mask, *, B=2, Tq=150, Tk=150, H=4, Hk=2, D=32, Dv=32, dtype=torch.float32, softcap=None,
-        with_lse=True, worst=None, lattice=False, **lengths,
+        with_lse=True, worst=None, lattice=False, selection=None, **lengths,
     ):  # fmt: skip
+        attend, chosen = flash_attention, {}
+        if selection is not None:
+            attend = functools.partial(exact_attention, **selection)
+            chosen = {"select": functools.partial(select_reference, **selection)}
         inputs = [t.to(dtype) for t in draw(B, Tq, Tk, H, Hk, D, Dv, device)]
         inputs[4] *= with_lse
         if lattice:
             inputs[:2] = [t.mul(2).round().div(2) for t in inputs[:2]]
         settings = {"mask": mask, "scale": D**-0.5, "softcap": softcap, **lengths}
-        ours, seen = run(
-            lambda q, k, v: flash_attention(q, k, v, return_lse=True, **settings), *inputs
-        )
+        ours, seen = run(lambda q, k, v: attend(q, k, v, return_lse=True, **settings), *inputs)
+        settings |= chosen
         eager = run_steps(settings, *inputs)
         exact, expected_seen = run(
             lambda q, k, v: attention_reference(q, k, v, **settings),

@@ -153,8 +153,6 @@ def test_the_public_function_decodes_as_it_attends(assert_as_right):
         (1, Mask(dilation=2), "dilation"),
         (1, Mask(pattern="local", block=4), "pattern"),
         (1, Mask(global_tokens=(0,)), "global_tokens"),
-        (1, Mask(top_k=3), "top_k"),
-        (1, Mask(threshold=0.5), "threshold"),
     ],
 )
 def test_what_decoding_cannot_do_is_named(Tq, mask, word):

@@ -4,10 +4,21 @@ import json
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bitnet_triton import triton_cpu
 from bitnet_triton.kernels import Mask
+from bitnet_triton.kernels.common.attention import (
+    find_tile,
+    head_band,
+    listed_keys,
+    open_rows,
+    seen_keys,
+)
+from bitnet_triton.kernels.flash_attention import launch
 from bitnet_triton.kernels.flash_attention.arguments import Call
 from bitnet_triton.kernels.flash_attention.bands import CLASS, bands_of
 from bitnet_triton.kernels.flash_attention.work import row_interval
@@ -94,8 +105,6 @@ def test_heads_may_differ_in_dilation():
         ({"block": 4}, ValueError, "`block`: goes with a pattern"),
         ({"pattern": "local", "block": 4, "summary": 2}, ValueError, "`summary`: goes with"),
         ({"pattern": "fixed", "block": 4, "summary": 5}, ValueError, "`summary`: expected at most"),
-        ({"top_k": 0}, ValueError, "`top_k`: expected at least 1"),
-        ({"threshold": 0.0}, ValueError, "`threshold`: expected more than 0"),
     ],
 )
 def test_a_wrong_field_is_named(settings, error, message):
@@ -104,7 +113,7 @@ def test_a_wrong_field_is_named(settings, error, message):
 
 
 def test_a_mask_is_plain_data():
-    mask = Mask(window=5, dilation=(1, 2), global_tokens=(3,), threshold=0.5)
+    mask = Mask(window=5, dilation=(1, 2), global_tokens=(3,), sinks=2)
     assert Mask(**json.loads(json.dumps(mask.to_dict()))) == mask
     assert hash(Mask(**mask.to_dict())) == hash(mask)
     assert Mask().to_dict() == {}
@@ -182,6 +191,61 @@ def test_the_bands_of_a_mask_show_every_visible_pair_once(mask, Tq, Tk):
 @pytest.mark.skipif(
     backend_objection("triton", torch.device("cpu")) is not None, reason="Triton cannot run here"
 )
+@triton.jit
+def _count_tiles_kernel(
+    counts_ptr, heads_ptr, lengths_ptr, keys_ptr, key_flags_ptr, rows_ptr, row_flags_ptr,
+    B, Tq, Tk, block, summary, sinks,
+    KIND: tl.constexpr, DILATED: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Store how many tiles of keys the forward kernel goes over, by the pieces that it is made of.
+
+    It reads no key: every tile of ``seen_keys`` is one that the forward loads.
+    """
+    head = tl.program_id(1)
+    step, left, right, _ = head_band(heads_ptr, head)
+    b, tile, tiles = find_tile(lengths_ptr, rows_ptr, B, Tq, step, 1, BLOCK)
+    if tile >= tiles:
+        return
+    _, p, R, is_row, first, last, c, _, n_k, _, _ = open_rows(
+        lengths_ptr, rows_ptr, row_flags_ptr, b, tile, B, Tq, Tk, step, DILATED, BLOCK
+    )
+    _, _, _, _, edges, whole, more = seen_keys(
+        R, is_row, first, last, c, step, left, right, n_k, block, summary, sinks, KIND, DILATED,
+        BLOCK,
+    )  # fmt: skip
+    count = edges + whole + more
+    if keys_ptr is not None:
+        _, listed = listed_keys(keys_ptr, b, B, p, is_row, CAUSAL, 32)
+        count += tl.cdiv(listed, 32)
+    tl.store(counts_ptr + head * tl.num_programs(0) + tl.program_id(0), count)
+
+
+def tiles_of_the_kernel(mask, Tq, Tk, heads):
+    """Return what the forward kernel loads, launched as it is."""
+    counted = []
+
+    def count(kernel, grid):
+        def run(q, k, v, out, lse, heads_table, lengths, keys, key_flags, rows, row_flags, *_, **o):
+            counts = torch.zeros(grid[0] * grid[1], dtype=torch.int32)
+            names = ("B", "Tq", "Tk", "block", "summary", "sinks", "KIND", "DILATED", "CAUSAL")
+            triton_cpu.launch(_count_tiles_kernel, grid)(
+                counts, heads_table, lengths, keys, key_flags, rows, row_flags,
+                **{name: o[name] for name in names}, BLOCK=o["BLOCK_M"],
+            )  # fmt: skip
+            assert o["BLOCK_M"] == o["BLOCK_N"] == 128
+            counted.append(int(counts.sum()))
+            lse.zero_()
+
+        assert kernel is launch._flash_attention_fwd_kernel
+        return run
+
+    q, k = torch.randn(1, Tq, heads, 16), torch.randn(1, Tk, 2, 16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "launch", count)
+        launch.launch_forward(q, k, k, Call(mask, 0.25))
+    return sum(counted)
+
+
 @pytest.mark.parametrize(
     "mask",
     [
@@ -196,13 +260,8 @@ def test_the_bands_of_a_mask_show_every_visible_pair_once(mask, Tq, Tk):
     ids=str,
 )
 def test_the_kernel_loads_the_tiles_that_the_closed_form_counts(mask):
-    from bitnet_triton.kernels.flash_attention.launch import launch_forward
-
-    q, k = torch.randn(1, 500, 4, 16), torch.randn(1, 700, 2, 16)
-    visited = []
-    launch_forward(q, k, k, Call(mask, 0.25), visited)
     work = mask.work(500, 700, heads=4)
-    assert sum(int(counts.sum()) for counts in visited) == work.tiles
+    assert tiles_of_the_kernel(mask, 500, 700, heads=4) == work.tiles
     assert work.dense == mask.work(500, 700, heads=1).dense * 4
 
 

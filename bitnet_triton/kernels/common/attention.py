@@ -1,9 +1,9 @@
-"""Pieces of the attention kernels: where a tile lies, and which keys a row sees.
+"""Pieces of attention kernels: where a tile lies, which keys a row sees, the running softmax.
 
-A launch covers one band of the mask (``bands.py``). Positions p and j count from the first valid
-key; query i stands at p = i + offset. In a class of positions that are equal modulo ``step``, R and
-s number the rows and the keys: p = c + step R and j = c + step s with the same 0 <= c < step. Row R
-sees one interval of s.
+A launch covers one band of the mask (``flash_attention/bands.py``). Positions p and j count from
+the first valid key; query i stands at p = i + offset. In a class of positions that are equal modulo
+``step``, R and s number the rows and the keys: p = c + step R and j = c + step s with the same
+0 <= c < step. Row R sees one interval of s.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-# how a launch numbers the keys, as in bands.py
+# how a launch numbers the keys, as in flash_attention/bands.py
 CLASS = tl.constexpr(0)
 BEFORE = tl.constexpr(1)
 AFTER = tl.constexpr(2)
@@ -35,19 +35,25 @@ def ceil_div(a, b) -> tl.tensor:
 
 
 @triton.jit
-def list_range(starts_ptr, b) -> tuple:
-    """Return where the tokens of a sequence start in their list, and how many they are."""
-    start = tl.load(starts_ptr + b)
-    return start, tl.load(starts_ptr + b + 1) - start
+def list_range(list_ptr, b, B) -> tuple:
+    """Return where the tokens of a sequence stand in a list, and how many they are.
+
+    A list starts with where each sequence starts among its tokens, and their number; B counts the
+    packed sequences, None: there is one for each program in the third dimension of the grid.
+    """
+    sequences = B
+    if B is None:
+        sequences = tl.num_programs(2)
+    start = tl.load(list_ptr + b)
+    return sequences + 1 + start, tl.load(list_ptr + b + 1) - start
 
 
 @triton.jit
 def _count_tiles(
-    lengths_ptr, starts_ptr, b, T, step, COLUMN: tl.constexpr, BLOCK: tl.constexpr
+    lengths_ptr, list_ptr, b, T, step, COLUMN: tl.constexpr, BLOCK: tl.constexpr
 ) -> tl.tensor:
-    if starts_ptr is not None:
-        _, n = list_range(starts_ptr, b)
-        return tl.cdiv(n, BLOCK)
+    if list_ptr is not None:
+        return tl.cdiv(tl.load(list_ptr + b + 1) - tl.load(list_ptr + b), BLOCK)
     else:
         if lengths_ptr is not None:
             T = tl.load(lengths_ptr + 4 * b + COLUMN)
@@ -56,22 +62,22 @@ def _count_tiles(
 
 @triton.jit
 def _first_tile(
-    lengths_ptr, starts_ptr, b, step, COLUMN: tl.constexpr, BLOCK: tl.constexpr
+    lengths_ptr, list_ptr, b, step, COLUMN: tl.constexpr, BLOCK: tl.constexpr
 ) -> tl.tensor:
     """Return where the tiles of a packed sequence begin: as if each before it wasted ``step``."""
-    if starts_ptr is not None:
-        return tl.load(starts_ptr + b) // BLOCK + b
+    if list_ptr is not None:
+        return tl.load(list_ptr + b) // BLOCK + b
     else:
         return tl.load(lengths_ptr + 4 * b + COLUMN - 1) // BLOCK + b * step
 
 
 @triton.jit
 def find_tile(
-    lengths_ptr, starts_ptr, B, T, step, COLUMN: tl.constexpr, BLOCK: tl.constexpr
+    lengths_ptr, list_ptr, B, T, step, COLUMN: tl.constexpr, BLOCK: tl.constexpr
 ) -> tuple:
     """Return the sequence of this program, its tile in it, and the tiles that the sequence has.
 
-    Tiles are those of a list where ``starts_ptr`` is given, else those of all classes. Those of B
+    Tiles are those of a list where ``list_ptr`` is given, else those of all classes. Those of B
     packed sequences stand behind one another in one dimension of the grid, with a few programs
     between them that get a tile which their sequence does not have. B is None where nothing is
     packed.
@@ -85,11 +91,18 @@ def find_tile(
         end = b + B
         while end - b > 1:
             middle = (b + end) // 2
-            first = _first_tile(lengths_ptr, starts_ptr, middle, step, COLUMN, BLOCK)
+            first = _first_tile(lengths_ptr, list_ptr, middle, step, COLUMN, BLOCK)
             b = tl.where(first <= tile, middle, b)
             end = tl.where(first <= tile, end, middle)
-        tile -= _first_tile(lengths_ptr, starts_ptr, b, step, COLUMN, BLOCK)
-    return b, tile, _count_tiles(lengths_ptr, starts_ptr, b, T, step, COLUMN, BLOCK)
+        tile -= _first_tile(lengths_ptr, list_ptr, b, step, COLUMN, BLOCK)
+    return b, tile, _count_tiles(lengths_ptr, list_ptr, b, T, step, COLUMN, BLOCK)
+
+
+@triton.jit
+def head_band(heads_ptr, head) -> tuple:
+    """Return step, left, right and dilation of a query head, as ``Band.heads`` has them."""
+    at = heads_ptr + 4 * head
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
 
 
 @triton.jit
@@ -114,20 +127,19 @@ def row_class(i0, offset, step, DILATED: tl.constexpr) -> tuple:
 
 @triton.jit
 def find_rows(
-    rows_ptr, starts_ptr, b, tile, n_rows, offset, step,
-    DILATED: tl.constexpr, BLOCK: tl.constexpr,
-) -> tuple:  # fmt: skip
+    list_ptr, b, B, tile, n_rows, offset, step, DILATED: tl.constexpr, BLOCK: tl.constexpr
+) -> tuple:
     """Return the rows i of a tile, their numbers R, the remainder c of their class, which of them
     exist, and the R of the first and of the last one.
     """  # noqa: D205 - six values take two lines
     lanes = tl.arange(0, BLOCK)
-    if starts_ptr is not None:
-        start, n = list_range(starts_ptr, b)
+    if list_ptr is not None:
+        start, n = list_range(list_ptr, b, B)
         at = start + tile * BLOCK
         is_row = tile * BLOCK + lanes < n
-        i = tl.load(rows_ptr + at + lanes, mask=is_row, other=0)
-        first = tl.load(rows_ptr + at) + offset
-        last = tl.load(rows_ptr + tl.minimum(at + BLOCK, start + n) - 1) + offset
+        i = tl.load(list_ptr + at + lanes, mask=is_row, other=0)
+        first = tl.load(list_ptr + at) + offset
+        last = tl.load(list_ptr + tl.minimum(at + BLOCK, start + n) - 1) + offset
         return i, i + offset, 0, is_row, first, last
     else:
         per_class = tl.cdiv(tl.cdiv(n_rows, step), BLOCK)
@@ -138,6 +150,31 @@ def find_rows(
         r = r0 + lanes
         i = i0 + step * r if DILATED else r
         return i, R0 + r, c, r < n, R0 + r0, R0 + tl.minimum(r0 + BLOCK, n) - 1
+
+
+@triton.jit
+def open_rows(
+    lengths_ptr, rows_ptr, row_flags_ptr, b, tile, B, Tq, Tk, step,
+    DILATED: tl.constexpr, BLOCK: tl.constexpr,
+) -> tuple:  # fmt: skip
+    """Return what a program knows of its tile of queries.
+
+    Their places among the rows of q, their positions p and numbers R, which of them the launch
+    computes, the R of the first and the last one, the remainder c of their class; the first valid
+    key and how many there are; and what strides of a batch count, for inputs and for results.
+    """
+    start_q, n_q, start_k, n_k = sequence_lengths(lengths_ptr, b, Tq, Tk)
+    i, R, c, is_row, first, last = find_rows(
+        rows_ptr, b, B, tile, n_q, n_k - n_q, step, DILATED, BLOCK
+    )
+    batch = b.to(tl.int64)
+    flat = batch * 0 if B is not None else batch
+    rows = start_q + i
+    if row_flags_ptr is not None:
+        # those that see everything have a launch of their own
+        flags = tl.load(row_flags_ptr + flat * Tq + rows, mask=is_row, other=1)
+        is_row = is_row & (flags == 0)
+    return rows, i + (n_k - n_q), R, is_row, first, last, c, start_k, n_k, batch, flat
 
 
 @triton.jit
@@ -213,6 +250,47 @@ def split_tiles(low0, low1, high0, high1, BLOCK: tl.constexpr) -> tuple:
     whole = tl.maximum(high0 - low0 - left * BLOCK, 0) // BLOCK
     whole = tl.minimum(whole, tiles - left)
     return left, whole, tiles - left - whole
+
+
+@triton.jit
+def seen_keys(
+    R, is_row, first, last, c, step, left, right, n_keys, block, summary, sinks,
+    KIND: tl.constexpr, DILATED: tl.constexpr, BLOCK: tl.constexpr,
+) -> tuple:  # fmt: skip
+    """Return which keys a tile of rows sees.
+
+    How many keys have a number, the first one that each row sees and the one behind the last, where
+    the tiles start, and how many of them cross the left edge, are whole, and are the rest.
+    """
+    n = count_keys(n_keys, c, step, block, summary, KIND, DILATED)
+    low, high = row_bounds(R, c, step, left, right, n, block, summary, sinks, KIND)
+    low0, high0 = row_bounds(first, c, step, left, right, n, block, summary, sinks, KIND)
+    low1, high1 = row_bounds(last, c, step, left, right, n, block, summary, sinks, KIND)
+    # a tile of rows that all belong to another launch has nothing to see
+    high1 = tl.where(tl.max(is_row.to(tl.int32), 0) > 0, high1, low0)
+    edges, whole, more = split_tiles(low0, low1, high0, high1, BLOCK)
+    return n, low, high, low0, edges, whole, more
+
+
+@triton.jit
+def listed_keys(keys_ptr, b, B, p, is_row, CAUSAL: tl.constexpr, BLOCK: tl.constexpr) -> tuple:
+    """Return where a list of keys stands that everybody sees, and how many a tile of rows does."""
+    start, listed = list_range(keys_ptr, b, B)
+    if CAUSAL:
+        last_p = tl.max(tl.where(is_row, p, -1), 0)
+        listed = count_up_to(keys_ptr, start, listed, last_p, BLOCK)
+    return start, listed
+
+
+@triton.jit
+def listed_tile(keys_ptr, start, t, listed, p, CAUSAL: tl.constexpr, BLOCK: tl.constexpr) -> tuple:
+    """Return the positions of the listed keys from number t on, which exist, and which are seen."""
+    at = t + tl.arange(0, BLOCK)
+    j = tl.load(keys_ptr + start + at, mask=at < listed, other=0)
+    visible = (at < listed)[None, :]
+    if CAUSAL:
+        visible = visible & (j[None, :] <= p[:, None])
+    return j, at < listed, visible
 
 
 @triton.jit
@@ -298,29 +376,28 @@ def score_tile(q, k, scale_log2, softcap_log2) -> tuple:
 
 
 @triton.jit
-def _rank(scores) -> tl.tensor:
-    """Return int32 in the order of scores; 0 and -0 are equal."""
-    bits = scores.to(tl.int32, bitcast=True)
-    rank = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return tl.where(scores == 0, 0, rank)
+def softmax_step(top, total, scores, factor) -> tuple:
+    """Take a tile of scores, in base 2 times a positive factor, into the running softmax
+    (arXiv:1805.02867).
+
+    Returns the weights of the tile, by how much what was summed before shrinks, the new maximum of
+    the scores and the new sum of weights.
+    """  # noqa: D205 - what scores are takes two lines
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    # a row that has seen no key keeps a finite pivot: -inf - -inf is NaN
+    pivot = tl.where(new_top == float("-inf"), 0.0, new_top) * factor
+    weights = tl.exp2(scores * factor - pivot[:, None])
+    shrink = tl.exp2(top * factor - pivot)
+    return weights, shrink, new_top, total * shrink + tl.sum(weights, 1)
 
 
 @triton.jit
-def order_keys(scores, j) -> tl.tensor:
-    """Number pairs in the order in which a selection takes them: by score, then earlier keys.
-
-    Returns int64, the greater the sooner: scores above, positions below.
-    """
-    return (_rank(scores).to(tl.int64) << 32) + (0x7FFFFFFF - j)
-
-
-@triton.jit
-def is_taken(scores, j, cut) -> tl.tensor:
-    """Tell which pairs stand at the order ``cut`` or above it, without int64 for each pair."""
-    rank = _rank(scores)
-    cut_rank = (cut >> 32).to(tl.int32)
-    last = 0x7FFFFFFF - (cut & 0x7FFFFFFF).to(tl.int32)
-    return (rank > cut_rank) | ((rank == cut_rank) & (j <= last))
+def accumulate(acc, top, total, scores, factor, v) -> tuple:
+    """Add a tile of keys to what a tile of rows has summed."""
+    weights, shrink, top, total = softmax_step(top, total, scores, factor)
+    acc = acc * shrink[:, None]
+    acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")  # [BLOCK_M, BLOCK_DV]
+    return acc, top, total
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 One program finds, for a tile of rows of one head, the least of the pairs that each row takes, in
 the order of ``order_keys``. No score is stored: each pass over the keys computes them again and
 counts how many stand above some bounds between two others, until a bound has exactly ``top_k``
-above it. The attention kernels then leave out every pair below.
+above it. The kernels of attention then leave out every pair below.
 """
 
 from __future__ import annotations
@@ -15,7 +15,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitnet_triton.kernels.flash_attention.arguments import Call
+from bitnet_triton.kernels.common.attention import (
+    find_tile,
+    head_band,
+    key_positions,
+    listed_keys,
+    load_rows,
+    open_rows,
+    score_tile,
+    seen_keys,
+    visible_tile,
+)
+from bitnet_triton.kernels.exact_attention.arguments import ExactCall
+from bitnet_triton.kernels.exact_attention.order import order_keys
 from bitnet_triton.kernels.flash_attention.bands import Band, dense_band, heads_table
 from bitnet_triton.kernels.flash_attention.operands import (
     common,
@@ -26,20 +38,6 @@ from bitnet_triton.kernels.flash_attention.operands import (
     tokens_of,
 )
 from bitnet_triton.kernels.flash_attention.plan import Plan
-from bitnet_triton.kernels.flash_attention.tiles import (
-    count_keys,
-    count_up_to,
-    find_rows,
-    find_tile,
-    key_positions,
-    list_range,
-    load_rows,
-    order_keys,
-    row_bounds,
-    score_tile,
-    sequence_lengths,
-    visible_tile,
-)
 from bitnet_triton.runtime import launch
 from bitnet_triton.runtime.autotune import head_size, tiles
 
@@ -120,15 +118,15 @@ def _narrowed(counts, bottom, top, count, bound, top_k) -> tuple:
 
 
 @triton.jit
-def _flash_attention_select_kernel(
+def _exact_attention_select_kernel(
     # tensors: q [B Tq H D]; k [B Tk Hk D]; cuts int64 [B H Tq]
     q_ptr, k_ptr, cuts_ptr,
     # int32 [H 4]: step, left, right, dilation; int32 [B 4]: lengths of sequences, or None
     heads_ptr, lengths_ptr,
-    # keys that everybody sees: the list, where sequences start in it, flags of all keys; or None
-    keys_ptr, keys_start_ptr, key_flags_ptr,
-    # rows that see everything: their list and its starts in their own launch, else their flags
-    rows_ptr, rows_start_ptr, row_flags_ptr,
+    # int32 list of the keys that everybody sees (``list_range``), flags of all keys; or None
+    keys_ptr, key_flags_ptr,
+    # rows that see everything: their list in their own launch, else their flags
+    rows_ptr, row_flags_ptr,
     # strides, in elements; those of a sequence are 0 where sequences are packed
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
     # sizes and scalars; None for what the mask has not
@@ -141,45 +139,27 @@ def _flash_attention_select_kernel(
     WAYS: tl.constexpr = 1 << _BITS
     head = tl.program_id(1)
     H = tl.num_programs(1)
-    step = tl.load(heads_ptr + 4 * head)
-    left = tl.load(heads_ptr + 4 * head + 1)
-    right = tl.load(heads_ptr + 4 * head + 2)
-    dilation = tl.load(heads_ptr + 4 * head + 3)
-    b, tile, row_tiles = find_tile(lengths_ptr, rows_start_ptr, B, Tq, step, 1, BLOCK_M)
-    if tile >= row_tiles:
+    step, left, right, dilation = head_band(heads_ptr, head)
+    b, tile, tiles = find_tile(lengths_ptr, rows_ptr, B, Tq, step, 1, BLOCK_M)
+    if tile >= tiles:
         return
-    tile = row_tiles - 1 - tile
-
-    start_q, n_q, start_k, n_k = sequence_lengths(lengths_ptr, b, Tq, Tk)
-    i, R, c, is_row, first, last = find_rows(
-        rows_ptr, rows_start_ptr, b, tile, n_q, n_k - n_q, step, DILATED, BLOCK_M
+    rows, p, R, is_row, first, last, c, start_k, n_k, batch, flat = open_rows(
+        lengths_ptr, rows_ptr, row_flags_ptr, b, tiles - 1 - tile, B, Tq, Tk, step, DILATED, BLOCK_M
     )
-    p = i + (n_k - n_q)
-    batch = b.to(tl.int64)
-    flat = batch * 0 if B is not None else batch
-    rows = start_q + i
-    if row_flags_ptr is not None:
-        flags = tl.load(row_flags_ptr + flat * Tq + rows, mask=is_row, other=1)
-        is_row = is_row & (flags == 0)
     if key_flags_ptr is not None:
         key_flags_ptr += flat * Tk + start_k
     k_ptr += batch * k_stride_b + start_k.to(tl.int64) * k_stride_t + head // GROUP * k_stride_h
-    q = load_rows(
-        q_ptr + batch * q_stride_b + head * q_stride_h, rows, q_stride_t, is_row, D, BLOCK_D
-    )  # [BLOCK_M, BLOCK_D]
+    q_ptr += batch * q_stride_b + head * q_stride_h
+    q = load_rows(q_ptr, rows, q_stride_t, is_row, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
 
-    n = count_keys(n_k, c, step, block, summary, KIND, DILATED)
-    low, high = row_bounds(R, c, step, left, right, n, block, summary, sinks, KIND)
-    low0, _ = row_bounds(first, c, step, left, right, n, block, summary, sinks, KIND)
-    _, high1 = row_bounds(last, c, step, left, right, n, block, summary, sinks, KIND)
-    high1 = tl.where(tl.max(is_row.to(tl.int32), 0) > 0, high1, low0)
-    own = tl.maximum(tl.cdiv(high1 - low0, BLOCK_N), 0)  # tiles, before those of the list
+    n, low, high, low0, edges, whole, more = seen_keys(
+        R, is_row, first, last, c, step, left, right, n_k, block, summary, sinks,
+        KIND, DILATED, BLOCK_N,
+    )  # fmt: skip
+    own = edges + whole + more  # tiles, before those of the list
     listed = 0
     if keys_ptr is not None:
-        start, listed = list_range(keys_start_ptr, b)
-        if CAUSAL:
-            last_p = tl.max(tl.where(is_row, p, -1), 0)
-            listed = count_up_to(keys_ptr, start, listed, last_p, BLOCK_N)
+        start, listed = listed_keys(keys_ptr, b, B, p, is_row, CAUSAL, BLOCK_N)
         keys_ptr += start
     all_tiles = own + tl.cdiv(listed, BLOCK_N)
 
@@ -235,35 +215,36 @@ def _flash_attention_select_kernel(
     tl.store(cuts_ptr + (flat * H + head) * Tq + rows, cut, mask=is_row)
 
 
-def launch_select(q: Tensor, k: Tensor, call: Call, plan: Plan) -> Tensor:
+def launch_select(q: Tensor, k: Tensor, exact: ExactCall, plan: Plan) -> Tensor:
     """Return int64 [B H Tq] ([H, sum Tq]): the order from which on each row takes its pairs.
 
     The mask has one band.
     """
-    (*lead, T, H, _), mask = q.shape, call.mask
+    *lead, T, H, _ = q.shape
     cuts = torch.empty((*lead, H, T), dtype=torch.int64, device=q.device)
-    _launch_band(q, k, call, plan, plan.bands[0], cuts, dense=False)
+    _launch_band(q, k, exact, plan, plan.bands[0], cuts, dense=False)
     if plan.rows is not None:
-        _launch_band(q, k, call, plan, dense_band(mask.causal), cuts, dense=True)
+        _launch_band(q, k, exact, plan, dense_band(exact.call.mask.causal), cuts, dense=True)
     return cuts
 
 
 def _launch_band(
-    q: Tensor, k: Tensor, call: Call, plan: Plan, band: Band, cuts: Tensor, *, dense: bool
+    q: Tensor, k: Tensor, exact: ExactCall, plan: Plan, band: Band, cuts: Tensor, *, dense: bool
 ) -> None:
-    mask, H = call.mask, q.shape[-2]
-    config = tiles("flash_attention_select", head_size(q.shape[-1], q.dtype), q.device)
+    call, H = exact.call, q.shape[-2]
+    sinks, threshold = call.mask.sinks, exact.threshold
+    config = tiles("exact_attention_select", head_size(q.shape[-1], q.dtype), q.device)
     batch = plan.lengths.shape[0] if plan.lengths is not None else q.shape[0]
     grid = (grid_tiles(q, config["BLOCK_M"], band, batch), H, 1 if plan.packed else batch)
-    launch(_flash_attention_select_kernel, grid)(
+    launch(_exact_attention_select_kernel, grid)(
         q, k, cuts,
         heads_table(band, H, q.device), plan.lengths,
-        *tokens_of(None if dense else plan.keys), None if dense else key_flags(plan),
-        *tokens_of(plan.rows if dense else None), row_flags(plan, dense),
+        tokens_of(None if dense else plan.keys), None if dense else key_flags(plan),
+        tokens_of(plan.rows if dense else None), row_flags(plan, dense),
         *strides(q), *strides(k),
-        sinks=mask.sinks if mask.sinks and not dense else None,
-        top_k=mask.top_k,
-        threshold_log2=None if mask.threshold is None else math.log2(mask.threshold),
+        sinks=sinks if sinks and not dense else None,
+        top_k=exact.top_k,
+        threshold_log2=None if threshold is None else math.log2(threshold),
         **common(q, k, k, call, plan, band),
         **config,
     )  # fmt: skip
