@@ -17,7 +17,7 @@ from bench.models import SHAPES, RandomModels, Shape
 from bench.suite import speed
 from bench.suite.checks import Checks, assert_same
 from bench.suite.plan import Item, Plan
-from bitnet_triton.models.decode import DecodeSteps
+from bitnet_triton.models.fused.step import DecodeSteps
 from bitnet_triton.runtime.overlap import in_order
 
 Mode = Callable[[], AbstractContextManager[None]]

@@ -1,7 +1,8 @@
-"""Which tokens a query reads: attention modes, chosen in the config by name."""
+"""Which keys a query reads: attention modes, chosen in the config by name."""
 
 from bitnet_triton.attention.context import AttentionContext
+from bitnet_triton.attention.mode import Mode
 from bitnet_triton.attention.plan import AttentionPlan
-from bitnet_triton.attention.registry import MODES, parse_mode
+from bitnet_triton.attention.registry import MODES, parse_mode, register_mode
 
-__all__ = ["MODES", "AttentionContext", "AttentionPlan", "parse_mode"]
+__all__ = ["MODES", "AttentionContext", "AttentionPlan", "Mode", "parse_mode", "register_mode"]

@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitnet_triton.attention.tokens import Tokens
 
 PHASES = ("prefill", "decode")
+
+
+@dataclass(frozen=True, eq=False)
+class LayerInputs:
+    """What entered an attention layer.
+
+    Attributes:
+        hidden_states: [B T K], normed; None from a fused layer whose modes do not read them.
+        rotary: cosines and sines of the tokens' positions, each [B or 1, T, D].
+        memory: the cache layer of this layer, ``update`` behind it; None: no cache.
+    """
+
+    hidden_states: Tensor | None
+    rotary: tuple[Tensor, Tensor]
+    memory: Any = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,9 +46,9 @@ class AttentionContext:
         positions: [B Tq] or [1 Tq], where the rotary embedding has put the queries.
         frequencies: [D / 2], angles of the rotary embedding for each position.
         global_tokens: bool [B T], columns that see and are seen by everything; None: none.
-        global_heads: q, k and v of the call's tokens by projections of their own, for global
-            queries; None: those of all others.
         s_aux: [H], learnable sinks, as for ``flash_attention``; None: none.
+        inputs: what entered the layer; None from a model that does not tell.
+        module: what the mode has brought to the layer by ``Mode.module``, or None.
     """
 
     layer: int
@@ -45,8 +61,25 @@ class AttentionContext:
     positions: Tensor | None = None
     frequencies: Tensor | None = None
     global_tokens: Tensor | None = None
-    global_heads: tuple[Tensor, Tensor, Tensor] | None = None
     s_aux: Tensor | None = None
+    inputs: LayerInputs | None = None
+    module: nn.Module | None = None
+
+    @property
+    def hidden_states(self) -> Tensor:
+        """The hidden states that entered the layer, [B Tq K]; normed.
+
+        Raises:
+            ValueError: the model does not tell them.
+        """
+        if self.inputs is None or self.inputs.hidden_states is None:
+            raise ValueError("`attention`: the mode reads hidden states, which the layer hides")
+        return self.inputs.hidden_states
+
+    @property
+    def memory(self) -> Any:
+        """The cache layer, with the tokens of this call in it; None without a cache."""
+        return None if self.inputs is None else self.inputs.memory
 
     def phase(self, Tq: int) -> str | None:
         """Return "prefill" or "decode"; None for a call with tokens of both, or of unknown ones."""

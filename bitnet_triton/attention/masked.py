@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from bitnet_triton.attention.context import AttentionContext
+from bitnet_triton.attention.mode import Mode, Step, StepLayer, StepTensors
+from bitnet_triton.cache import Memory
 from bitnet_triton.kernels import Mask, flash_attention
 
 
-@dataclass(frozen=True)
-class Kept:
-    """Which keys a cache has to keep for the tokens to come.
-
-    Attributes:
-        recent: how many of the latest ones.
-        sinks: how many of the first ones.
-    """
-
-    recent: int
-    sinks: int = 0
-
-
-class MaskMode:
+class MaskMode(Mode):
     """A mode that is a mask and nothing else.
 
     Subclasses are frozen dataclasses of their settings. The masks that transformers makes of
@@ -38,19 +27,32 @@ class MaskMode:
         raise NotImplementedError
 
     @property
-    def kept(self) -> Kept | None:
-        """What a cache has to keep; None: everything."""
-        return None
+    def takes_dense_rows(self) -> bool:
+        """A mask has dense rows."""
+        return True
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
         """Map q [B Tq H D] and k, v [B Tk Hk D] to [B Tq H D]."""
         check_served(self, context)
         return masked_attention(q, k, v, self.mask, context)[0]
 
+    def step(self, memory: Memory, layer: StepLayer) -> Step | str:
+        """Write the new token into the memory, and read what the mask shows of it."""
+        mask = self.mask
+        objection = memory.decode_objection(mask)
+        if objection is not None:
+            return objection
 
-def check_served(mode: object, context: AttentionContext) -> None:
+        def run(step: StepTensors) -> Tensor:
+            q = memory.write(step.heads, step.cos, step.sin, step.places)
+            return memory.decode(q, step.places, mask=mask, scale=layer.scale)[0]
+
+        return run
+
+
+def check_served(mode: Mode, context: AttentionContext) -> None:
     """Raise ValueError where a call asks for what no mode but full attention has."""
-    name = type(mode).__name__.lower()
+    name = mode.name
     if context.dropout:
         raise ValueError(
             f"`attention_dropout`: expected 0 with attention {name!r}, got {context.dropout}"

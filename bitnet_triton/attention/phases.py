@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitnet_triton.attention.context import AttentionContext
-from bitnet_triton.attention.full import Full
-from bitnet_triton.attention.masked import MaskMode
+from bitnet_triton.attention.mode import Mode
 from bitnet_triton.attention.plan import AttentionPlan
 
 
 def run_plan(
-    plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext
+    plan: AttentionPlan,
+    layer: nn.Module | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    context: AttentionContext,
 ) -> Tensor:
     """Attend by the modes that ``plan`` has for a layer.
 
@@ -23,21 +28,27 @@ def run_plan(
 
     Args:
         plan: the modes of the model.
+        layer: the attention layer, at which the parameters of its modes hang.
         q: [B Tq H D].
         k: [B Tk Hk D].
         v: [B Tk Hk Dv].
         context: says which layer it is, and which queries were generated.
     """
-    prefill, decode = (plan.mode(context.layer, phase) for phase in ("prefill", "decode"))
+    prefill, decode = plan.modes(context.layer)
     phase = context.phase(q.shape[1])
+
+    def run(mode: Mode, **more: Any) -> Tensor:
+        # the parameters of a mode hang at the layer under its name
+        return mode(q, k, v, replace(context, module=getattr(layer, mode.name, None), **more))
+
     if prefill == decode or phase is not None:
-        return (decode if phase == "decode" else prefill)(q, k, v, context)
-    if decode == Full() and isinstance(prefill, MaskMode):
-        return prefill(q, k, v, replace(context, dense_from=context.first_generated()))
+        return run(decode if phase == "decode" else prefill)
+    if decode.sees_everything and prefill.takes_dense_rows:
+        return run(prefill, dense_from=context.first_generated())
     if context.tokens.cu_seqlens is not None:
         raise ValueError(
             "`prompt_len`: packed sequences take modes that differ by phase only where generated "
             "tokens see everything"
         )
     is_generated = context.is_generated(q)[..., None, None]
-    return torch.where(is_generated, decode(q, k, v, context), prefill(q, k, v, context))
+    return torch.where(is_generated, run(decode), run(prefill))

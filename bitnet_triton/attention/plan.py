@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from bitnet_triton.attention.checks import check_known
 from bitnet_triton.attention.context import PHASES
-from bitnet_triton.attention.masked import Kept
+from bitnet_triton.attention.mode import Mode
 from bitnet_triton.attention.registry import MODES, parse_mode
 from bitnet_triton.attention.swaa import PRESETS, parse_preset
+from bitnet_triton.cache import Memory
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,8 @@ class AttentionPlan:
         decode: the same, for generated tokens.
     """
 
-    prefill: tuple[Any, ...]
-    decode: tuple[Any, ...]
+    prefill: tuple[Mode, ...]
+    decode: tuple[Mode, ...]
 
     @classmethod
     def from_config(
@@ -65,34 +66,52 @@ class AttentionPlan:
             return prefill
         return {"prefill": prefill, "decode": decode}
 
-    def mode(self, layer: int, phase: str) -> Any:
+    def mode(self, layer: int, phase: str) -> Mode:
         """Return the mode of a layer in a phase."""
         modes = self.prefill if phase == "prefill" else self.decode
         return modes[0] if len(modes) == 1 else modes[layer]
 
-    def modes(self, layer: int) -> tuple[Any, Any]:
+    def modes(self, layer: int) -> tuple[Mode, Mode]:
         """Return the modes of a layer in both phases."""
         return self.mode(layer, "prefill"), self.mode(layer, "decode")
 
-    def kept(self, layer: int) -> Kept | None:
-        """Return what the cache of a layer has to keep; None: everything."""
-        prefill, decode = (mode.kept for mode in self.modes(layer))
-        if prefill is None or decode is None:
-            return None
-        return Kept(max(prefill.recent, decode.recent), max(prefill.sinks, decode.sinks))
+    def __iter__(self) -> Iterator[Mode]:
+        """Yield every mode that some layer has in some phase."""
+        return iter(self.prefill + self.decode)
+
+    def memory(self, layer: int) -> Memory:
+        """Return an empty memory of a layer, which serves its modes in both phases.
+
+        Raises:
+            ValueError: no memory serves both.
+        """
+        prefill, decode = self.modes(layer)
+        return decode.memory(prefill)
 
     @property
     def has_phases(self) -> bool:
         """Whether generated tokens are treated otherwise than those of a prompt."""
         return self.prefill != self.decode
 
-    def uses(self, kind: type) -> bool:
-        """Tell whether any layer has a mode of that class."""
-        return any(isinstance(mode, kind) for mode in self.prefill + self.decode)
+    @property
+    def wants_prompt_len(self) -> bool:
+        """Whether the length of the prompt has to be known."""
+        return self.has_phases or any(mode.wants_prompt_len for mode in self)
 
-    def uses_only(self, kind: type) -> bool:
-        """Tell whether all layers have modes of that class in both phases."""
-        return all(isinstance(mode, kind) for mode in self.prefill + self.decode)
+    @property
+    def counts_positions(self) -> bool:
+        """Whether positions go by what the cache holds."""
+        return any(mode.counts_positions for mode in self)
+
+    @property
+    def reads_hidden_states(self) -> bool:
+        """Whether any mode reads what enters its layer."""
+        return any(mode.reads_hidden_states for mode in self)
+
+    @property
+    def takes_global_tokens(self) -> bool:
+        """Whether ``forward`` and ``generate`` may name global tokens."""
+        return any(mode.takes_global_tokens for mode in self)
 
     def check_layers(self, layers: int) -> None:
         """Raise ValueError unless the plan fits a model with that many layers."""
@@ -103,20 +122,20 @@ class AttentionPlan:
                     f"`attention`: expected one mode or {layers}, one a layer, got {got} for "
                     f"{phase!r}"
                 )
+        for layer in range(layers):
+            self.memory(layer)  # modes that no memory serves together are refused here
 
 
-def _parse_layers(value: Any) -> tuple[Any, ...]:
+def _parse_layers(value: Any) -> tuple[Mode, ...]:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return tuple(map(parse_mode, value))
     return (parse_mode(value),)
 
 
-def _to_data(modes: tuple[Any, ...]) -> Any:
+def _to_data(modes: tuple[Mode, ...]) -> Any:
     data = [
-        {
-            "mode": next(name for name, kind in MODES.items() if type(mode) is kind),
-            **json.loads(json.dumps(dataclasses.asdict(mode))),  # JSON has lists, no tuples
-        }
+        # JSON has lists, no tuples
+        {"mode": mode.name, **json.loads(json.dumps(dataclasses.asdict(cast("Any", mode))))}
         for mode in modes
     ]
     return data[0] if len(data) == 1 else data

@@ -1,20 +1,61 @@
-"""Name -> attention mode; the only place that lists the modes."""
+"""Name -> attention mode: those of this package, and those that users register."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from bitnet_triton.attention.checks import check_known
-from bitnet_triton.attention.exact import Threshold, TopK
-from bitnet_triton.attention.full import Full
-from bitnet_triton.attention.longformer import Longformer
-from bitnet_triton.attention.patterns import Fixed, Local, Strided
-from bitnet_triton.attention.sliding import Sliding
-from bitnet_triton.attention.streaming import Streaming
+from bitnet_triton.attention.mode import Mode
+from bitnet_triton.attention.modes.fixed import Fixed
+from bitnet_triton.attention.modes.full import Full
+from bitnet_triton.attention.modes.local import Local
+from bitnet_triton.attention.modes.longformer import Longformer
+from bitnet_triton.attention.modes.sliding import Sliding
+from bitnet_triton.attention.modes.streaming import Streaming
+from bitnet_triton.attention.modes.strided import Strided
+from bitnet_triton.attention.modes.threshold import Threshold
+from bitnet_triton.attention.modes.top_k import TopK
 
-MODES: dict[str, type] = {
+MODES: dict[str, type[Mode]] = {}
+
+
+def register_mode(name: str, kind: type[Mode]) -> None:
+    """Let configs choose an attention mode by name.
+
+    A registered mode does whatever those of this package do: it is chosen in ``config.attention``
+    by layer and phase, saved and loaded, runs in fused layers, brings parameters and a memory of
+    its own, and has its decode steps recorded. A process that loads such a model registers the
+    mode first.
+
+    Args:
+        name: in configs; also of the submodule that holds its parameters, so a Python name.
+        kind: a frozen dataclass that derives from ``Mode``.
+
+    Raises:
+        TypeError: ``kind`` is no frozen dataclass that derives from ``Mode``.
+        ValueError: ``name`` is no Python name, or another mode has it.
+    """
+    frozen = isinstance(kind, type) and getattr(kind, "__dataclass_params__", None)
+    if not frozen or not frozen.frozen or not issubclass(kind, Mode):
+        raise TypeError(f"`kind`: expected a frozen dataclass that derives from Mode, got {kind!r}")
+    taken_words = {"mode", "name"} & {field.name for field in dataclasses.fields(cast("Any", kind))}
+    if taken_words:
+        raise TypeError(f"`kind`: a setting cannot be called {taken_words.pop()!r}")
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ValueError(f"`name`: expected a Python name, got {name!r}")
+    taken = MODES.get(name)
+    # a notebook runs a cell again: the same class by another object
+    if taken is not None and (taken.__module__, taken.__qualname__) != (
+        kind.__module__, kind.__qualname__,
+    ):  # fmt: skip
+        raise ValueError(f"`name`: {name!r} is {taken.__module__}.{taken.__qualname__}")
+    kind.name = name
+    MODES[name] = kind
+
+
+for _name, _kind in {
     "full": Full,
     "sliding": Sliding,
     "longformer": Longformer,
@@ -24,10 +65,11 @@ MODES: dict[str, type] = {
     "fixed": Fixed,
     "top_k": TopK,
     "threshold": Threshold,
-}
+}.items():
+    register_mode(_name, _kind)
 
 
-def parse_mode(value: str | Mapping[str, Any]) -> Any:
+def parse_mode(value: str | Mapping[str, Any]) -> Mode:
     """Build a mode from plain data.
 
     Args:
@@ -45,7 +87,7 @@ def parse_mode(value: str | Mapping[str, Any]) -> Any:
     settings = dict(value)
     name = settings.pop("mode", None)
     check_known("mode", name, MODES)
-    fields = dataclasses.fields(MODES[name])
+    fields = dataclasses.fields(cast("Any", MODES[name]))
     for key in settings:
         check_known(f"setting of mode {name!r}", key, [field.name for field in fields])
     for field in fields:

@@ -1,6 +1,16 @@
 """What is remembered between steps: keys and values that a mode can still see."""
 
 from bitnet_triton.cache.growing import GrowingLayer, grow_in_place
-from bitnet_triton.cache.layers import SinkWindowLayer, StreamingLayer
+from bitnet_triton.cache.memory import Call, Memory, begin_call
+from bitnet_triton.cache.sinks import SinkWindowLayer
+from bitnet_triton.cache.streaming import StreamingLayer
 
-__all__ = ["GrowingLayer", "SinkWindowLayer", "StreamingLayer", "grow_in_place"]
+__all__ = [
+    "Call",
+    "GrowingLayer",
+    "Memory",
+    "SinkWindowLayer",
+    "StreamingLayer",
+    "begin_call",
+    "grow_in_place",
+]

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from bitnet_triton.cache.key_values import KeyValueMemory
+
 _FEWEST = 256  # tokens that are added to the memory at least
 
 
-class GrowingLayer(DynamicLayer):
+class GrowingLayer(KeyValueMemory, DynamicLayer):
     """transformers' ``DynamicLayer`` without its copy of the whole cache in every step.
 
     ``keys`` and ``values`` [B Hk T D] are the first T tokens of ``key_store`` and ``value_store``
@@ -85,6 +87,10 @@ class GrowingLayer(DynamicLayer):
         self.keys = self.key_store.narrow(2, 0, length)
         self.values = self.value_store.narrow(2, 0, length)
         self._views = self.keys, self.values
+
+    def can_take_back(self, n: int) -> bool:
+        """It holds everything."""
+        return True
 
     def reset(self) -> None:
         """Forget all tokens, and give the memory back."""

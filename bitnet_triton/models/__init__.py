@@ -7,12 +7,13 @@ from bitnet_triton.models.bitnet import (
     BitNetForCausalLM,
     BitNetModel,
     add_global_projections,
+    set_attention,
 )
 from bitnet_triton.models.fuse import fuse, unfuse
 from bitnet_triton.models.swap import use_ternary_kernels
 from bitnet_triton.models.switch import disable, enable
 
-# Names only, as in attention/hub.py: nothing that transformers already knows changes. exist_ok:
+# Names only, as in attention/hub: nothing that transformers already knows changes. exist_ok:
 # transformers looks first at the name of the class, which its own config has too, and takes ours
 # for a second registration
 AutoConfig.register(BitNetConfig.model_type, BitNetConfig, exist_ok=True)
@@ -27,6 +28,7 @@ __all__ = [
     "disable",
     "enable",
     "fuse",
+    "set_attention",
     "unfuse",
     "use_ternary_kernels",
 ]

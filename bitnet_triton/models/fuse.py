@@ -10,11 +10,10 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from bitnet_triton.models.decode import FUSED_MODELS, DecodeSteps, FusedModel
-from bitnet_triton.models.fused_layer import FusedDecoderLayer, fused_class
-from bitnet_triton.models.fusion import Architecture, Fusion
-from bitnet_triton.nn import PackedBitLinear
-from bitnet_triton.runtime.autotune import largest_size
+from bitnet_triton.models.fused.fusion import Fusion, layer_objection
+from bitnet_triton.models.fused.layer import FusedDecoderLayer, fused_class
+from bitnet_triton.models.fused.model import FUSED_MODELS, FusedModel
+from bitnet_triton.models.fused.step import DecodeSteps
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -31,14 +30,15 @@ def fuse(model: Model) -> Model:
     parameters, ``state_dict`` and ``save_pretrained`` stay as they are; merged weights are one
     tensor of which the linears hold views. The attention implementation and the cache are those of
     the model. On a CPU the layers of a decode step are recorded once and replayed without Python
-    (``models/decode.py``).
+    (``models/fused``).
 
     Args:
         model: of the architecture BitNet or Llama with packed linears: ``BitNetForCausalLM`` of
             this package, or one of transformers after ``use_ternary_kernels``.
 
     Returns:
-        The same model. ``unfuse`` undoes it; a second call changes nothing.
+        The same model. ``unfuse`` undoes it. A second call reads all layers again: for changes
+        that nothing notices (``models/fused/changes.py`` says what is noticed, and when).
 
     Raises:
         ValueError: the model has no decoder layer of these architectures, or a layer cannot be
@@ -50,7 +50,9 @@ def fuse(model: Model) -> Model:
     if objection is not None:
         raise ValueError(f"`model`: {objection}")
     for _, layer, kind in _decoder_layers(model):
-        if not isinstance(layer, FusedDecoderLayer):
+        if isinstance(layer, FusedDecoderLayer):
+            layer.fusion.read(layer)
+        else:
             _fuse_layer(layer, kind)
     for module in model.children():
         _fuse_model(module)
@@ -112,46 +114,10 @@ def _objection_to_model(model: nn.Module) -> str | None:
             f"{type(model).__name__} without any"
         )
     for name, layer, kind in layers:
-        objection = _objection(layer, kind.architecture)
+        objection = layer_objection(layer, kind.architecture)
         if objection is not None:
             return f"layer {name}: {objection}"
     return None
-
-
-def _objection(layer: Any, architecture: Architecture) -> str | None:
-    """Say why a layer cannot be fused; None when it can."""
-    if any(hasattr(module, "_hf_hook") for module in layer.modules()):
-        return "accelerate moves its weights or inputs; load the model onto one device"
-    if type(layer.self_attn) is not architecture.attention:
-        wanted, found = architecture.attention.__name__, type(layer.self_attn).__name__
-        return f"self_attn: expected {wanted} of transformers, got {found}"
-    for name, linear in _linears(layer):
-        if not isinstance(linear, PackedBitLinear):
-            return f"{name}: expected packed ternary weights, got {type(linear).__name__}"
-        if linear.bias is not None:
-            return f"{name}: a linear with a bias cannot be fused yet"
-        if linear.rms_norm is not None:
-            return f"{name}: a linear with a norm of its own cannot be fused yet"
-        if linear.weight.device.type == "meta":
-            return f"{name}: its weight is not loaded"
-    wanted, found = architecture.activation, layer.mlp.config.hidden_act
-    if found != wanted:
-        return f"mlp: expected the activation {wanted}, got {found}"
-    for name, kernel in (
-        ("self_attn.q_proj", "rms_norm_quantize_fwd"),
-        ("mlp.down_proj", architecture.gate_kernel),
-    ):
-        width, most = int(layer.get_submodule(name).in_features), largest_size(kernel)
-        if width > most:
-            return f"{name}: its input has {width} values, a program holds at most {most}"
-    return None
-
-
-def _linears(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for parent in ("self_attn", "mlp"):
-        for name, module in layer.get_submodule(parent).named_children():
-            if name.endswith("_proj"):
-                yield f"{parent}.{name}", module
 
 
 def _fuse_layer(layer: nn.Module, kind: type[FusedDecoderLayer]) -> None:
@@ -166,7 +132,9 @@ def _fuse_model(module: nn.Module) -> None:
     # not the whole model that the user holds: its class names the architecture of a checkpoint
     for part in module.modules():
         kind = FUSED_MODELS.get(type(part))
-        if kind is not None:
+        if isinstance(part, FusedModel):
+            part.decode_steps = DecodeSteps()
+        elif kind is not None:
             introduce(cast("Any", kind))
             fused = cast("FusedModel", part)
             cast("Any", fused).__class__ = kind

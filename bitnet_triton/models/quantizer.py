@@ -65,7 +65,16 @@ def on_disk(quantization_config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _linears(model: nn.Module, skip: list[str]) -> Iterator[tuple[str, nn.Linear]]:
+    # what an attention mode has brought, unless it asks for ternary weights
+    passed = {
+        module
+        for parent in model.modules()
+        if getattr(parent, "stays_dense", False)
+        for module in parent.modules()
+    }
     for name, module in list(model.named_modules()):
+        if module in passed:
+            continue
         is_dense = isinstance(module, nn.Linear) and not isinstance(module, BitLinear)
         if is_dense and should_convert_module(name, skip):
             yield name, module

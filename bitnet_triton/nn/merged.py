@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from operator import is_
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitnet_triton.kernels import MergedTernaryWeight
 from bitnet_triton.nn.bit_linear import PackedBitLinear
@@ -55,6 +57,10 @@ class MergedLinears:
             for layer in layers
         ]
         return self._merged
+
+    def is_of(self, layers: Sequence[nn.Module]) -> bool:
+        """Tell whether it merges these layers."""
+        return len(layers) == len(self._layers) and all(map(is_, layers, self._layers))
 
     def weight(self) -> MergedTernaryWeight:
         """Return the matrix, merged anew if a buffer of a linear is another one than before."""

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from bitnet_triton.attention import AttentionContext, full
-from bitnet_triton.attention.full import Full
+from bitnet_triton.attention import AttentionContext
+from bitnet_triton.attention.modes import full
+from bitnet_triton.attention.modes.full import Full
 from bitnet_triton.attention.tokens import Tokens
 
 

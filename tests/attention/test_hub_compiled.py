@@ -15,7 +15,7 @@ from transformers import masking_utils as hf
 
 import bitnet_triton.models  # noqa: F401  registers the name
 from bitnet_triton import BitNetConfig, BitNetForCausalLM
-from bitnet_triton.attention.hub_mask import describe_mask
+from bitnet_triton.attention.hub import describe_mask
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 100, "num_hidden_layers": 2,

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from bitnet_triton.attention import AttentionContext
-from bitnet_triton.attention.longformer import Longformer
+from bitnet_triton.attention.context import LayerInputs
+from bitnet_triton.attention.modes.longformer import Longformer
 from bitnet_triton.attention.tokens import Tokens
 
 T = 12
@@ -40,11 +41,17 @@ def test_a_mask_names_global_tokens_of_each_row(heads, formula, close, visible_p
     close(y, formula(q, k, v, torch.stack(seen)[:, None], 0.25))
 
 
+def own_heads(heads, **kwargs):
+    """Return the context of a layer whose projections give ``heads`` to global queries."""
+    inputs = LayerInputs(torch.zeros(2, T, 1), (torch.zeros(1), torch.zeros(1)))
+    return AttentionContext(0, 0.25, inputs=inputs, module=lambda *_: tuple(heads), **kwargs)
+
+
 def test_global_queries_have_heads_of_their_own(heads, formula, close, visible_pairs):
     q, k, v = heads(T)
     own = heads(T)
     tokens = Tokens(leftpad=torch.tensor([0, 2]).int())
-    context = AttentionContext(0, 0.25, tokens, global_heads=own)
+    context = own_heads(own, tokens=tokens)
     y = Longformer(3, global_tokens=(1, 6, 40), global_projections=True)(q, k, v, context)
 
     seen = torch.stack([global_pairs(visible_pairs, {1, 6}, left) for left in (0, 2)])
@@ -61,7 +68,7 @@ def test_global_queries_by_a_mask_have_heads_of_their_own(heads, formula, close,
     own = heads(T)
     mask = torch.zeros(2, T, dtype=torch.bool)
     mask[0, [3, 7]] = True
-    context = AttentionContext(0, 0.25, global_heads=own, global_tokens=mask)
+    context = own_heads(own, global_tokens=mask)
     y = Longformer(3, global_mask=True, global_projections=True)(q, k, v, context)
     seen = torch.stack([global_pairs(visible_pairs, chosen) for chosen in ({3, 7}, set())])
     expected = formula(q, k, v, seen[:, None], 0.25)
@@ -74,13 +81,13 @@ def test_all_global_is_dense_attention_of_the_global_heads(heads, formula, close
     q, k, v = heads(T)
     own = heads(T)
     mode = Longformer(2, global_tokens=tuple(range(T)), global_projections=True)
-    y = mode(q, k, v, AttentionContext(0, 0.25, global_heads=own))
+    y = mode(q, k, v, own_heads(own))
     close(y, formula(*own, torch.ones(T, T, dtype=torch.bool).tril(), 0.25))
 
 
 def test_global_queries_without_their_heads_are_refused(heads):
     mode = Longformer(3, global_tokens=(1, 9), global_projections=True)
-    with pytest.raises(ValueError, match="'global_projections': the layer computes none"):
+    with pytest.raises(ValueError, match="'global_projections': the layer has none"):
         mode(*heads(T), AttentionContext(0, 0.25))
     q, k, v = heads(4, T)
     with pytest.raises(ValueError, match="belong into the first call of a text; this one starts"):
@@ -98,7 +105,7 @@ def test_gradients_reach_both_kinds_of_heads(heads):
     local = [t.requires_grad_() for t in heads(T)]
     own = [t.requires_grad_() for t in heads(T)]
     mode = Longformer(3, global_tokens=(2,), global_projections=True)
-    mode(*local, AttentionContext(0, 0.25, global_heads=tuple(own))).square().sum().backward()
+    mode(*local, own_heads(own)).square().sum().backward()
     assert all(t.grad.abs().sum() > 0 for t in (*local, *own))
     assert own[0].grad[:, :2].abs().sum() == own[0].grad[:, 3:].abs().sum() == 0
 

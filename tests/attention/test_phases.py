@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitnet_triton.attention import AttentionContext, AttentionPlan
-from bitnet_triton.attention.full import Full
+from bitnet_triton.attention.modes.full import Full
+from bitnet_triton.attention.modes.sliding import Sliding
 from bitnet_triton.attention.phases import run_plan
-from bitnet_triton.attention.sliding import Sliding
 from bitnet_triton.attention.tokens import Tokens
 
 T = 12
@@ -34,21 +34,23 @@ def test_generated_tokens_read_everything(
     q, k, v = heads(T)
     lefts = torch.tensor([0, 4]).int()
     given = torch.full((2,), prompt_len) if as_tensor else prompt_len
-    y = run_plan(SWAA, q, k, v, AttentionContext(0, 0.25, Tokens(leftpad=lefts), prompt_len=given))
+    y = run_plan(
+        SWAA, None, q, k, v, AttentionContext(0, 0.25, Tokens(leftpad=lefts), prompt_len=given)
+    )
     seen = torch.stack([swaa_pairs(visible_pairs, prompt_len, left) for left in (0, 4)])
     close(y, formula(q, k, v, seen[:, None], 0.25))
 
 
 def test_each_row_has_its_prompt(heads, formula, close, visible_pairs):
     q, k, v = heads(T)
-    y = run_plan(SWAA, q, k, v, AttentionContext(0, 0.25, prompt_len=torch.tensor([2, 9])))
+    y = run_plan(SWAA, None, q, k, v, AttentionContext(0, 0.25, prompt_len=torch.tensor([2, 9])))
     seen = torch.stack([swaa_pairs(visible_pairs, n) for n in (2, 9)])
     close(y, formula(q, k, v, seen[:, None], 0.25))
 
 
 def test_without_a_length_all_tokens_are_a_prompt(heads, formula, close, visible_pairs):
     q, k, v = heads(T)
-    y = run_plan(SWAA, q, k, v, AttentionContext(0, 0.25))
+    y = run_plan(SWAA, None, q, k, v, AttentionContext(0, 0.25))
     close(y, formula(q, k, v, swaa_pairs(visible_pairs, T), 0.25))
 
 
@@ -79,7 +81,7 @@ def test_every_combination_is_its_definition(window, sinks, prompt_len, left, cu
     for start, end in pairwise([0, *sorted(cuts), T]):
         tokens = Tokens(offset=start, leftpad=lefts)
         context = AttentionContext(0, 0.25, tokens, prompt_len=prompt_len)
-        y = run_plan(plan, q[:, start:end], k[:, :end], v[:, :end], context)
+        y = run_plan(plan, None, q[:, start:end], k[:, :end], v[:, :end], context)
         torch.testing.assert_close(y, expected[:, start:end], rtol=1e-4, atol=1e-5)
 
 
@@ -88,10 +90,10 @@ def test_every_combination_is_its_definition(window, sinks, prompt_len, left, cu
 def test_a_cut_anywhere_changes_nothing(name, cut, heads):
     """By phase, not by the number of queries: one token may be a prompt, and five may not."""
     q, k, v = heads(T)
-    whole = run_plan(PLANS[name], q, k, v, AttentionContext(0, 0.25, prompt_len=5))
+    whole = run_plan(PLANS[name], None, q, k, v, AttentionContext(0, 0.25, prompt_len=5))
     parts = [
         run_plan(
-            PLANS[name], q[:, start:end], k[:, :end], v[:, :end],
+            PLANS[name], None, q[:, start:end], k[:, :end], v[:, :end],
             AttentionContext(0, 0.25, Tokens(offset=offset), prompt_len=5),
         )
         for start, end, offset in ((0, cut, 0), (cut, T, cut), (T - 1, T, torch.tensor(T - 1)))
@@ -103,7 +105,7 @@ def test_a_cut_anywhere_changes_nothing(name, cut, heads):
 def test_two_modes_answer_their_own_queries(heads, formula, close, visible_pairs):
     q, k, v = heads(T)
     plan = PLANS["full, then sliding"]
-    y = run_plan(plan, q, k, v, AttentionContext(0, 0.25, prompt_len=torch.tensor([4, 7])))
+    y = run_plan(plan, None, q, k, v, AttentionContext(0, 0.25, prompt_len=torch.tensor([4, 7])))
     seen = [visible_pairs(T, lambda i, j, n=n: i < n or i - j < 3 or j < 1) for n in (4, 7)]
     close(y, formula(q, k, v, torch.stack(seen)[:, None], 0.25))
 
@@ -113,7 +115,7 @@ def test_layers_have_their_own_modes(heads):
     q, k, v = heads(T)
     for layer, mode in enumerate(plan.prefill):
         context = AttentionContext(layer, 0.25)
-        assert torch.equal(run_plan(plan, q, k, v, context), mode(q, k, v, context))
+        assert torch.equal(run_plan(plan, None, q, k, v, context), mode(q, k, v, context))
 
 
 @pytest.mark.parametrize("given", [3, torch.tensor([3, 0, 9])], ids=["one", "each"])
@@ -121,11 +123,13 @@ def test_packed_sequences_have_their_prompts(given, heads):
     q, k, v = heads(T)
     starts = [0, 5, T, 2 * T]
     tokens = Tokens(cu_seqlens=torch.tensor(starts).int())
-    y = run_plan(SWAA, q, k, v, AttentionContext(0, 0.25, tokens, prompt_len=given)).flatten(0, 1)
+    y = run_plan(SWAA, None, q, k, v, AttentionContext(0, 0.25, tokens, prompt_len=given)).flatten(
+        0, 1
+    )
     for i, (start, end) in enumerate(pairwise(starts)):
         part = [t.flatten(0, 1)[None, start:end] for t in (q, k, v)]
         own = given if isinstance(given, int) else int(given[i])
-        alone = run_plan(SWAA, *part, AttentionContext(0, 0.25, prompt_len=own))
+        alone = run_plan(SWAA, None, *part, AttentionContext(0, 0.25, prompt_len=own))
         torch.testing.assert_close(y[None, start:end], alone)
 
 
@@ -133,4 +137,4 @@ def test_packed_sequences_with_two_modes_are_refused(heads):
     tokens = Tokens(cu_seqlens=torch.tensor([0, 5, 2 * T]).int())
     context = AttentionContext(0, 0.25, tokens, prompt_len=3)
     with pytest.raises(ValueError, match="`prompt_len`: packed sequences take modes that differ"):
-        run_plan(PLANS["full, then sliding"], *heads(T), context)
+        run_plan(PLANS["full, then sliding"], None, *heads(T), context)

@@ -5,13 +5,17 @@ import json
 import pytest
 
 from bitnet_triton.attention import MODES, AttentionPlan
-from bitnet_triton.attention.exact import Threshold, TopK
-from bitnet_triton.attention.full import Full
-from bitnet_triton.attention.longformer import Longformer
-from bitnet_triton.attention.masked import Kept
-from bitnet_triton.attention.patterns import Fixed, Local, Strided
-from bitnet_triton.attention.sliding import Sliding
-from bitnet_triton.attention.streaming import Streaming
+from bitnet_triton.attention.mode import Kept
+from bitnet_triton.attention.modes.fixed import Fixed
+from bitnet_triton.attention.modes.full import Full
+from bitnet_triton.attention.modes.local import Local
+from bitnet_triton.attention.modes.longformer import Longformer
+from bitnet_triton.attention.modes.sliding import Sliding
+from bitnet_triton.attention.modes.streaming import Streaming
+from bitnet_triton.attention.modes.strided import Strided
+from bitnet_triton.attention.modes.threshold import Threshold
+from bitnet_triton.attention.modes.top_k import TopK
+from bitnet_triton.cache import GrowingLayer, StreamingLayer
 
 WINDOW_4 = {"mode": "sliding", "window": 4, "sinks": 1}
 
@@ -85,7 +89,13 @@ def test_each_layer_and_phase_has_its_mode():
     ],
 )
 def test_a_layer_keeps_what_either_phase_may_see(prefill, decode, kept):
-    assert AttentionPlan((prefill,), (decode,)).kept(0) == kept
+    memory = AttentionPlan((prefill,), (decode,)).memory(0)
+    if kept is None:
+        assert isinstance(memory, GrowingLayer)
+    else:
+        assert (memory.recent, memory.sinks) == (kept.recent, kept.sinks)
+    streams = prefill.counts_positions and decode.counts_positions
+    assert isinstance(memory, StreamingLayer) == streams
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from bitnet_triton.attention import AttentionContext
-from bitnet_triton.attention.full import Full
-from bitnet_triton.attention.streaming import Streaming, rotate
+from bitnet_triton.attention.modes.full import Full
+from bitnet_triton.attention.modes.streaming import Streaming, rotate
 from bitnet_triton.attention.tokens import Tokens
 from bitnet_triton.cache import StreamingLayer
 

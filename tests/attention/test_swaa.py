@@ -5,8 +5,8 @@ from itertools import product
 import pytest
 
 from bitnet_triton.attention import AttentionPlan
-from bitnet_triton.attention.full import Full
-from bitnet_triton.attention.sliding import Sliding
+from bitnet_triton.attention.modes.full import Full
+from bitnet_triton.attention.modes.sliding import Sliding
 from bitnet_triton.attention.swaa import PRESETS, choose_layers
 
 LAYERS = 8
@@ -51,7 +51,7 @@ def test_every_setting_can_be_changed_beside_the_name(window, sinks, full_decode
         prefill = Full() if layer in full else Sliding(window, sinks)
         assert plans[0].modes(layer) == (prefill, Full() if full_decode else prefill)
         bounded = layer not in full and not full_decode
-        assert (plans[0].kept(layer) is not None) == bounded
+        assert plans[0].memory(layer).is_sliding == bounded
 
 
 @pytest.mark.parametrize(

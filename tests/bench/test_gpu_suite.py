@@ -28,7 +28,7 @@ from bench.suite.plan import Clock, Item, Outcome, Plan, Section, run_section
 from bench.suite.targets import QUANTIZED, TARGETS, Target, ratio_to
 from bitnet_triton.kernels.rms_norm.op import NORM_FWD
 from bitnet_triton.kernels.ternary_linear.launchers import QUANTIZED_FWD
-from bitnet_triton.models.recording import Recording
+from bitnet_triton.models.fused.recording import Recording
 from bitnet_triton.runtime import Implementation, backend_objection
 from bitnet_triton.testing import assert_close
 

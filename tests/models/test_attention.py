@@ -7,28 +7,29 @@ import pytest
 import torch
 
 import bitnet_triton as bt
-from bitnet_triton.attention import MODES
-from bitnet_triton.attention.full import Full
+from bitnet_triton.attention import MODES, register_mode
+from bitnet_triton.attention.modes.full import Full
 
 
 @dataclass(frozen=True)
 class Spy(Full):
     """Full attention that writes down where it was called."""
 
-    name: str
+    label: str
     calls: ClassVar[list] = []
 
     def __call__(self, q, k, v, context):
         phase = context.phase(q.shape[1])
-        self.calls.append((self.name, context.layer, phase, tuple(q.shape), k.shape[1]))
+        self.calls.append((self.label, context.layer, phase, tuple(q.shape), k.shape[1]))
         return super().__call__(q, k, v, context)
 
 
 @pytest.fixture
 def spies(monkeypatch):
-    monkeypatch.setitem(MODES, "spy", Spy)
+    monkeypatch.setitem(MODES, "spy", Spy)  # goes with the test
+    register_mode("spy", Spy)
     monkeypatch.setattr(Spy, "calls", [])
-    return lambda name: {"mode": "spy", "name": name}
+    return lambda label: {"mode": "spy", "label": label}
 
 
 def test_each_layer_and_phase_runs_its_own_mode(spies, checkpoint, token_ids):

@@ -11,7 +11,7 @@ PLAN = {"prefill": ["full", ATTENTION], "decode": ["full", ATTENTION]}
 
 
 def names(model):
-    return [name for name, _ in model.named_modules() if "global" in name]
+    return [name for name, _ in model.named_modules() if "longformer." in name]
 
 
 @pytest.mark.parametrize("format", ["packed", "online"])
@@ -46,7 +46,7 @@ def test_only_layers_that_have_global_tokens_get_them(checkpoint, logits, token_
 
 
 def test_a_checkpoint_without_them_is_refused_as_incomplete(checkpoint):
-    with pytest.raises(bt.CheckpointError, match="global_proj"):
+    with pytest.raises(bt.CheckpointError, match="longformer"):
         bt.BitNetForCausalLM.from_pretrained(checkpoint(), attention=OWN)
 
 
@@ -58,7 +58,8 @@ def test_a_fresh_model_begins_with_copies_and_trains_them(token_ids):
     model = bt.BitNetForCausalLM(config)
     for layer in model.model.layers:
         for name in "qkv":
-            one, two = (getattr(layer.self_attn, f"{name}{n}_proj") for n in ("", "_global"))
+            one = getattr(layer.self_attn, f"{name}_proj")
+            two = getattr(layer.self_attn.longformer, f"{name}_proj")
             assert torch.equal(one.weight, two.weight)
             assert one.weight is not two.weight
     ids = token_ids(2, 9)

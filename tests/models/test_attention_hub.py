@@ -21,7 +21,8 @@ from transformers import (
 
 import bitnet_triton.models  # noqa: F401  registers the name
 from bitnet_triton.attention import hub
-from bitnet_triton.attention.hub_mask import describe_mask
+from bitnet_triton.attention.hub import describe_mask
+from bitnet_triton.attention.modes.full import Full
 from bitnet_triton.attention.plan import AttentionPlan
 from bitnet_triton.attention.tokens import Tokens
 
@@ -76,13 +77,13 @@ def padded():
 def seen(monkeypatch):
     """What the attention function gets as masks."""
     masks = []
-    attend = hub.Full.__call__
+    attend = Full.__call__
 
     def look(self, q, k, v, context):
         masks.append(context.tokens)
         return attend(self, q, k, v, context)
 
-    monkeypatch.setattr(hub.Full, "__call__", look)
+    monkeypatch.setattr(Full, "__call__", look)
     return masks
 
 
@@ -250,7 +251,7 @@ def test_sinks_count_where_a_matrix_or_dropout_needs_pytorch(dropout, error):
 
 def test_sinks_of_a_model_with_a_plan_are_refused():
     q, module = torch.randn(1, 2, 3, 16), torch.nn.Identity()
-    module.attention_plan = AttentionPlan(prefill=(hub.Full(),), decode=(hub.Full(),))
+    module.attention_plan = AttentionPlan(prefill=(Full(),), decode=(Full(),))
     with pytest.raises(ValueError, match="`s_aux`: a model with an attention plan"):
         hub.attend(module, q, q, q, None, s_aux=torch.zeros(2))
 

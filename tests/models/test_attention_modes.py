@@ -8,9 +8,9 @@ import torch
 from transformers import DynamicCache
 
 import bitnet_triton as bt
-from bitnet_triton.attention import AttentionPlan, caches
-from bitnet_triton.attention.full import Full
-from bitnet_triton.cache import GrowingLayer, SinkWindowLayer, StreamingLayer
+from bitnet_triton.attention import AttentionPlan
+from bitnet_triton.attention.modes.full import Full
+from bitnet_triton.cache import GrowingLayer, SinkWindowLayer, StreamingLayer, streaming
 from bitnet_triton.kernels.exact_attention import launchers
 
 SIZES = {
@@ -284,7 +284,7 @@ def test_a_checkpoint_remembers_its_attention(name, build, tmp_path, token_ids):
         (STREAMING, [StreamingLayer] * 3),
         ({"preset": "swaa-trained-fast"}, [SinkWindowLayer, GrowingLayer, SinkWindowLayer]),
         ("swaa-untrained", [GrowingLayer] * 3),
-        (MODES["all mixed"], [GrowingLayer, SinkWindowLayer, SinkWindowLayer]),
+        (MODES["all mixed"], [GrowingLayer, StreamingLayer, SinkWindowLayer]),
         (MODES["longformer, global"], [GrowingLayer] * 3),
     ],
 )
@@ -323,7 +323,7 @@ def test_what_was_evicted_has_no_influence(attention, build, token_ids):
 
 
 def test_positions_of_a_stream_stay_small(build, token_ids, monkeypatch, error):
-    monkeypatch.setattr(caches, "REBASE_EVERY", 16)
+    monkeypatch.setattr(streaming, "REBASE_EVERY", 16)
     model, largest = build(STREAMING), []
     look = lambda m, args, kwargs: largest.append(int(kwargs["position_ids"].max()))  # noqa: E731
     model.model.rotary_emb.register_forward_pre_hook(look, with_kwargs=True)

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import bitnet_triton as bt
-from bitnet_triton.models import recording
-from bitnet_triton.models.decode import DecodeSteps
-from bitnet_triton.models.recording import Recording
+from bitnet_triton.models.fused import recording
+from bitnet_triton.models.fused.recording import Recording
+from bitnet_triton.models.fused.step import DecodeSteps
 
 IDS = [[1, 5, 23, 71, 8, 40]]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import bitnet_triton as bt
-from bitnet_triton.models.recording import Recording
+from bitnet_triton.models.fused.recording import Recording
 
 SLIDING = {"mode": "sliding", "window": 5, "sinks": 2}
 RECORDED = {

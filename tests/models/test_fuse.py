@@ -314,10 +314,11 @@ def test_offloaded_layers_are_refused(model):
     assert not layers(model)
 
 
-def test_attention_with_projections_for_global_queries_is_refused(checkpoint):
-    attention = {"mode": "longformer", "window": 4, "global_tokens": [0]}
-    model = unfused(checkpoint(), attention=attention)
-    bt.add_global_projections(model)
-    with pytest.raises(ValueError, match=r"expected BitNetAttention .*, got GlobalAttention"):
+def test_an_attention_layer_of_another_class_is_refused(model):
+    class OtherAttention(type(model.model.layers[0].self_attn)):
+        pass
+
+    model.model.layers[1].self_attn.__class__ = OtherAttention
+    with pytest.raises(ValueError, match=r"expected BitNetAttention .*, got OtherAttention"):
         bt.fuse(model)
     assert not layers(model)

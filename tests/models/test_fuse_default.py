@@ -114,7 +114,7 @@ def test_projections_that_are_added_later_are_used(checkpoint, token_ids, logits
     assert fused(model) == 2
     bt.add_global_projections(model)
     for layer in model.model.layers:
-        weight = layer.self_attn.q_global_proj.weight
+        weight = layer.self_attn.longformer.q_proj.weight
         weight.copy_(weight.flip(0))
     ids = token_ids(2, 6)
     assert torch.equal(logits(model, ids), logits(bt.unfuse(model), ids))

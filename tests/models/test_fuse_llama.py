@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, TextIteratorStreamer
 
 import bitnet_triton as bt
-from bitnet_triton.models.fused_layer import FusedLlamaLayer
-from bitnet_triton.models.recording import Recording
+from bitnet_triton.models.fused.layer import FusedLlamaLayer
+from bitnet_triton.models.fused.recording import Recording
 
 IDS = [[1, 5, 23, 71, 8, 40]]
 PADDED = [[0, 0, 0, 1, 9, 30], *IDS]

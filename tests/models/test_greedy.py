@@ -12,7 +12,7 @@ import bitnet_triton as bt
 from bitnet_triton.models.bitnet import greedy
 from bitnet_triton.models.bitnet.ahead import Told, can_run_ahead
 from bitnet_triton.models.bitnet.greedy import tell_once
-from bitnet_triton.models.recording import Recording
+from bitnet_triton.models.fused.recording import Recording
 from bitnet_triton.nn.head import Int8Head, OutputHead
 
 IDS = torch.tensor([[1, 5, 23, 71, 8, 40]])

@@ -14,16 +14,19 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from bitnet_triton.cache import GrowingLayer
-
-_CAN_STEP_BACK = (DynamicLayer, GrowingLayer)
+from bitnet_triton.cache import Memory
 
 
 def can_run_ahead(device: torch.device, cache: Cache) -> bool:
     """Tell whether it pays, and whether ``cache`` can forget a token again."""
     if device.type != "cuda" or type(cache) not in (Cache, DynamicCache):
         return False
-    return all(type(layer) in _CAN_STEP_BACK for layer in cache.layers)
+    return all(
+        (isinstance(layer, Memory) and layer.can_take_back(1))
+        # a plain layer has not yet been made one that grows in place
+        or type(layer) is DynamicLayer
+        for layer in cache.layers
+    )
 
 
 def longest(stopping_criteria: Any) -> int | None:

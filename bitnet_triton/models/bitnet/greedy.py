@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from bitnet_triton.models.bitnet.ahead import StepAhead, Told, can_run_ahead, longest
-from bitnet_triton.models.fusion import has_global_hooks
+from bitnet_triton.models.fused.fusion import has_global_hooks
 from bitnet_triton.nn.head import Int8Head, OutputHead
 from bitnet_triton.runtime.device import autocast_dtype
 

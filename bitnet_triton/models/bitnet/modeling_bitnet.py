@@ -12,10 +12,8 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
 from bitnet_triton.attention import AttentionPlan, hub
-from bitnet_triton.attention.streaming import Streaming
 from bitnet_triton.errors import CheckpointError
 from bitnet_triton.models.bitnet.configuration_bitnet import BitNetConfig
-from bitnet_triton.models.bitnet.global_attention import build_projections
 from bitnet_triton.models.bitnet.greedy import decode_greedily, greedy_objection, tell_once
 from bitnet_triton.models.bitnet.planned import (
     check_attention_implementation,
@@ -26,8 +24,9 @@ from bitnet_triton.models.bitnet.planned import (
     replace_dynamic_cache,
 )
 from bitnet_triton.models.checkpoint import check_checkpoint, check_folder, check_suffixes
-from bitnet_triton.models.decode import FUSED_MODELS, FusedModel
 from bitnet_triton.models.fuse import fuse_after_loading, introduce
+from bitnet_triton.models.fused.model import FUSED_MODELS, FusedModel
+from bitnet_triton.models.planned import give_plan
 from bitnet_triton.models.quantizer import replace_linears
 from bitnet_triton.nn import RMSNorm, use_output_head
 
@@ -57,14 +56,23 @@ class _TernaryModel(hf.BitNetPreTrainedModel):
             if isinstance(module, hf.BitNetRMSNorm):
                 self.set_submodule(name, RMSNorm.from_norm(module))
         if plan is not None:
-            self._use_plan(plan)
+            self.use_plan(plan)
         if getattr(config, "quantization_config", None) is not None:
             replace_linears(self, config.quantization_config)
         else:
             use_output_head(self)
 
-    def _use_plan(self, plan: AttentionPlan) -> None:
-        raise NotImplementedError
+    def use_plan(self, plan: AttentionPlan) -> None:
+        """Follow ``plan`` from now on, with the parameters that its modes bring."""
+        config = self.config
+        config.attention, config._attn_implementation = plan.to_config(), hub.NAME
+        decoder = cast("Any", self.base_model)
+        if type(decoder) is hf.BitNetModel:
+            # transformers has built its own decoder: ours is the same with another forward
+            introduce(BitNetModel)
+            decoder.__class__ = BitNetModel
+        give_plan(decoder, plan)
+        self.attention_plan = decoder.attention_plan = plan
 
     @classmethod
     def from_pretrained(
@@ -149,11 +157,6 @@ class _TernaryModel(hf.BitNetPreTrainedModel):
 class BitNetModel(_TernaryModel, hf.BitNetModel):
     """The BitNet decoder without a language-model head."""
 
-    def _use_plan(self, plan: AttentionPlan) -> None:
-        self.attention_plan = plan
-        hub.set_plan(self, plan)
-        build_projections(self, plan)
-
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -212,7 +215,7 @@ class BitNetModel(_TernaryModel, hf.BitNetModel):
 class FusedPlannedModel(FusedModel, BitNetModel):  # type: ignore[misc]  # one more argument
     """``BitNetModel`` after ``fuse``."""
 
-    _kind = "BitNetModel"
+    kind = "BitNetModel"
 
 
 FUSED_MODELS[BitNetModel] = FusedPlannedModel
@@ -220,13 +223,6 @@ FUSED_MODELS[BitNetModel] = FusedPlannedModel
 
 class BitNetForCausalLM(_TernaryModel, hf.BitNetForCausalLM):
     """BitNet with a language-model head: ``from_pretrained``, ``generate``, ``Trainer``."""
-
-    def _use_plan(self, plan: AttentionPlan) -> None:
-        # transformers has built its own decoder: ours is the same with another forward
-        introduce(BitNetModel)
-        cast("Any", self.model).__class__ = BitNetModel
-        cast("BitNetModel", self.model)._use_plan(plan)
-        self.attention_plan = plan
 
     def forward(
         self,
@@ -286,7 +282,7 @@ class BitNetForCausalLM(_TernaryModel, hf.BitNetForCausalLM):
         inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
             *args, inputs_embeds=inputs_embeds, **kwargs
         )
-        if self.attention_plan is not None and self.attention_plan.uses(Streaming):
+        if self.attention_plan is not None and self.attention_plan.counts_positions:
             inputs.pop("position_ids", None)  # they go by what the cache holds
         return inputs
 
@@ -327,7 +323,7 @@ class BitNetForCausalLM(_TernaryModel, hf.BitNetForCausalLM):
             replace_dynamic_cache(
                 plan, self.config.num_hidden_layers, model_kwargs, generation_config.is_assistant
             )
-        if plan is not None and plan.has_phases and model_kwargs.get("prompt_len") is None:
+        if plan is not None and plan.wants_prompt_len and model_kwargs.get("prompt_len") is None:
             # what comes after this call's input is generated, in a second turn too
             mask = model_kwargs.get("attention_mask")
             columns = generation_config._mask_length if mask is None else mask.shape[1]

@@ -10,9 +10,8 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 
 from bitnet_triton.attention import AttentionPlan, hub
-from bitnet_triton.attention.caches import bound_positions, build_cache, tell_padding
-from bitnet_triton.attention.streaming import Streaming
 from bitnet_triton.attention.tokens import Tokens
+from bitnet_triton.cache import Call, GrowingLayer, begin_call
 
 
 def describe_call(
@@ -49,21 +48,23 @@ def describe_call(
         position_ids=position_ids,
     )
     leftpad = mask.leftpad if isinstance(mask, Tokens) else None
-    if cache is not None:
-        tell_padding(cache, leftpad)
     offset = 0 if cache is None else cache.get_seq_length()
     prompt_len = resolve_prompt_len(prompt_len, is_answer, mask, B, offset)
-    more: dict[str, Any] = {"prompt_len": prompt_len}
-    if not plan.uses(Streaming):
+    frequencies = model.rotary_emb.inv_freq
+    more: dict[str, Any] = {"prompt_len": prompt_len, "frequencies": frequencies}
+    shift = None
+    if cache is not None:
+        call = Call(offset, leftpad, frequencies=frequencies, prompt_len=prompt_len)
+        shift = begin_call(cache.layers, call)
+    if not plan.counts_positions:
         return mask, position_ids, more
     if position_ids is not None:
-        raise ValueError("`position_ids`: attention 'streaming' counts positions itself")
-    frequencies = model.rotary_emb.inv_freq
-    shift = None if cache is None else bound_positions(cache, frequencies)
+        names = ", ".join(repr(mode.name) for mode in dict.fromkeys(plan) if mode.counts_positions)
+        raise ValueError(f"`position_ids`: attention {names} counts positions itself")
     position_ids = (torch.arange(T, device=x.device) + offset)[None]
     for lag in (leftpad, shift):
         position_ids = position_ids if lag is None else position_ids - lag[:, None]
-    return mask, position_ids.clamp_min(0), {**more, "frequencies": frequencies}
+    return mask, position_ids.clamp_min(0), more
 
 
 def prepared_cache(model: Any, cache: Cache | None, use_cache: bool | None) -> Cache | None:
@@ -100,6 +101,20 @@ def check_attention_implementation(name: Any) -> None:
         )
 
 
+def build_cache(plan: AttentionPlan | None, layers: int, offloading: bool = False) -> Cache:
+    """Return an empty cache, of which each layer keeps what its modes can still see.
+
+    Args:
+        plan: the modes of the model; None: full attention.
+        layers: how many layers the model has.
+        offloading: keep layers that hold everything in the memory of the CPU.
+    """
+    memories: list[Any] = [
+        GrowingLayer() if plan is None else plan.memory(i) for i in range(layers)
+    ]
+    return Cache(memories, offloading=offloading)
+
+
 def check_no_plan_arguments(**arguments: Any) -> None:
     """Raise where a model without a plan gets an argument that only a plan can follow."""
     for name, value in arguments.items():
@@ -109,8 +124,7 @@ def check_no_plan_arguments(**arguments: Any) -> None:
 
 def check_global_tokens(global_tokens: Tensor | None, plan: AttentionPlan) -> None:
     """Raise where global tokens are named and no layer looks at them."""
-    modes = plan.prefill + plan.decode
-    if global_tokens is not None and not any(getattr(m, "global_mask", False) for m in modes):
+    if global_tokens is not None and not plan.takes_global_tokens:
         raise ValueError("`global_tokens`: expected attention 'longformer' with 'global_mask'")
 
 

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from bitnet_triton.cache.key_values import KeyValueMemory
+from bitnet_triton.cache.memory import Call
 
-class SinkWindowLayer(DynamicLayer):
+
+class SinkWindowLayer(KeyValueMemory, DynamicLayer):
     """Keys and values of the first tokens and of the latest ones.
 
     A text that outgrows them loses what stands between. What is left lies in order and without a
@@ -23,8 +26,8 @@ class SinkWindowLayer(DynamicLayer):
 
     Attributes:
         columns: tokens seen so far, padding included.
-        leftpad: int32 [B], the first column that is no padding, or None. Whoever passes padded
-            batches sets it before each ``update``: the first tokens are those of each row.
+        leftpad: int32 [B], the first column that is no padding, or None; ``begin`` tells it before
+            each ``update``: the first tokens are those of each row.
     """
 
     is_sliding = True
@@ -53,6 +56,10 @@ class SinkWindowLayer(DynamicLayer):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
         self.is_initialized = True
+
+    def begin(self, call: Call) -> None:
+        """Note the padding of a call."""
+        self.leftpad = call.leftpad
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -158,6 +165,10 @@ class SinkWindowLayer(DynamicLayer):
         """Return how many tokens are kept."""
         return self.kept
 
+    def can_take_back(self, n: int) -> bool:
+        """Only while everything is kept: ``update`` forgets what has just left the window."""
+        return self.record_past
+
     def activate_past_recording(self) -> None:
         """Keep everything from now on until the next ``crop``: speculation takes tokens back."""
         self.record_past = True
@@ -208,65 +219,6 @@ class SinkWindowLayer(DynamicLayer):
             self.keys, self.values = change(self.keys), change(self.values)
         if self.leftpad is not None:
             self.leftpad = change(self.leftpad)
-
-
-class StreamingLayer(SinkWindowLayer):
-    """The same, with rotary positions that stay small however long a text grows.
-
-    Keys arrive rotated. Distances among the latest tokens are all that counts, so from time to time
-    ``rebase`` turns them back together, and the tokens to come go on from there.
-
-    Attributes:
-        shift: int64 [B], columns minus padding minus rotary position, for each row; None: 0.
-    """
-
-    def __init__(self, recent: int, sinks: int) -> None:
-        super().__init__(recent, sinks)
-        self.shift: Tensor | None = None
-        self.columns_at_rebase = 0
-
-    def rebase(self, position: int, frequencies: Tensor) -> None:
-        """Give the next token ``position``, where it would have a later one, and turn keys along.
-
-        Args:
-            position: of the next token; more than ``kept``, so that the first tokens, which keep
-                their positions, have left every window.
-            frequencies: [D / 2], angles of the rotary embedding for each position.
-        """
-        self.columns_at_rebase = self.columns
-        if not self.is_initialized:
-            return
-        keys, values = self._held()
-        B, device = keys.shape[0], keys.device
-        shift = (
-            torch.zeros(B, dtype=torch.long, device=device) if self.shift is None else self.shift
-        )
-        left = 0 if self.leftpad is None else self.leftpad.to(device)
-        excess = (self.columns - left - shift - position).clamp_min(0)  # [B]
-        padding = 0 if self.leftpad is None else self._held_padding(self._length)[:, None]
-        slot = torch.arange(self._length, device=device) - padding
-        steps = torch.where(slot < self.sinks, 0, excess[:, None])
-        self.keys, self.values = turn_back(keys, steps, frequencies), values
-        self.shift = shift + excess
-
-    def reset(self) -> None:
-        """Forget everything."""
-        super().reset()
-        self.shift, self.columns_at_rebase = None, 0
-
-    def _change_rows(self, change: Any) -> None:
-        super()._change_rows(change)
-        if self.shift is not None:
-            self.shift = change(self.shift)
-
-
-def turn_back(keys: Tensor, steps: Tensor, frequencies: Tensor) -> Tensor:
-    """Move keys [B Hk T D] back by ``steps`` [B T] positions of their rotary embedding."""
-    angle = (steps[..., None].float() * frequencies.float())[:, None]  # [B 1 T D / 2]
-    cos, sin = angle.cos(), angle.sin()
-    first, second = keys.float().chunk(2, dim=-1)
-    turned = torch.cat([first * cos + second * sin, second * cos - first * sin], dim=-1)
-    return turned.to(keys.dtype)
 
 
 def _kept(t: Tensor, slots: Tensor | None, length: int) -> Tensor:

@@ -32,6 +32,11 @@ class Full(MaskMode):
         """Causal."""
         return CAUSAL
 
+    @property
+    def sees_everything(self) -> bool:
+        """It is that."""
+        return True
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
         """Map q [B Tq H D] and k, v [B Tk Hk D] to [B Tq H D]."""
         if context.tokens.matrix is None and not context.dropout:

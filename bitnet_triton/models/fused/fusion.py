@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bitnet_triton.kernels import flash_attention
 from bitnet_triton.kernels.quantize.op import ACTIVATIONS_SUMS_FWD, quantize_rows_with_sums
+from bitnet_triton.kernels.rms_norm.op import NORM_FWD
 from bitnet_triton.kernels.rms_norm.quantized import (
     NORM_QUANTIZE_FWD,
     RELU2_FWD,
@@ -25,8 +26,11 @@ from bitnet_triton.kernels.rms_norm.quantized import (
 from bitnet_triton.kernels.rotary.op import ROTARY
 from bitnet_triton.kernels.ternary_linear.launchers import QUANTIZED_FWD
 from bitnet_triton.kernels.ternary_linear.quantized import ternary_linear_quantized_rows
-from bitnet_triton.nn import MergedLinears, PackedBitLinear
+from bitnet_triton.models.fused.changes import Changes
+from bitnet_triton.models.planned import PlannedAttention
+from bitnet_triton.nn import MergedLinears, PackedBitLinear, RMSNorm
 from bitnet_triton.runtime import backend_objection, forced_backend, select
+from bitnet_triton.runtime.autotune import largest_size
 from bitnet_triton.runtime.device import autocast_dtype, smallest_dot
 
 _CAPTURES_OUTPUTS = "transformers.utils.output_capturing"
@@ -36,7 +40,9 @@ class Architecture(NamedTuple):
     """In what the decoder layers of two model families differ, for a fusion."""
 
     layer: type[nn.Module]
-    attention: type[nn.Module]
+    # transformers' own, and what this package makes of it
+    attentions: tuple[type[nn.Module], ...]
+    mlp: type[nn.Module]
     # of the gate, as configs name it, and the kernel that multiplies it with up
     activation: str
     gate_kernel: str
@@ -45,14 +51,19 @@ class Architecture(NamedTuple):
 
 
 BITNET = Architecture(
-    bitnet.BitNetDecoderLayer, bitnet.BitNetAttention, "relu2", "relu2_mul_norm_quantize_fwd", True
-)
+    bitnet.BitNetDecoderLayer, (bitnet.BitNetAttention, PlannedAttention), bitnet.BitNetMLP,
+    "relu2", "relu2_mul_norm_quantize_fwd", True,
+)  # fmt: skip
 LLAMA = Architecture(
-    llama.LlamaDecoderLayer, llama.LlamaAttention, "silu", "silu_mul_quantize_fwd", False
-)
+    llama.LlamaDecoderLayer, (llama.LlamaAttention,), llama.LlamaMLP,
+    "silu", "silu_mul_quantize_fwd", False,
+)  # fmt: skip
+_NORMS = (RMSNorm, bitnet.BitNetRMSNorm, llama.LlamaRMSNorm)
 
 
-def _merged(*layers: nn.Module) -> MergedLinears:
+def _merged(former: MergedLinears | None, *layers: nn.Module) -> MergedLinears:
+    if former is not None and former.is_of(layers):
+        return former  # it follows their weights by itself
     return MergedLinears(*cast("tuple[PackedBitLinear, ...]", layers))
 
 
@@ -92,6 +103,69 @@ def _own_attention(device: torch.device) -> Callable[..., Tensor] | None:
     return _attend_causally if has_kernels and forced_backend() in (None, "triton") else None
 
 
+def layer_objection(layer: Any, architecture: Architecture) -> str | None:
+    """Say why a layer cannot be fused; None when it can."""
+    if any(hasattr(module, "_hf_hook") for module in layer.modules()):
+        return "accelerate moves its weights or inputs; load the model onto one device"
+    for name, module in layer.named_modules():
+        if module is not layer and "forward" in module.__dict__:
+            return f"{name}: it has a forward of its own"
+    return (
+        _objection_to_classes(layer, architecture)
+        or _objection_to_linears(layer)
+        or _objection_to_sizes(layer, architecture)
+    )
+
+
+def _objection_to_classes(layer: Any, architecture: Architecture) -> str | None:
+    kinds = {"self_attn": architecture.attentions, "mlp": (architecture.mlp,)}
+    for name, wanted in kinds.items():
+        found = type(layer.get_submodule(name))
+        if found not in wanted:
+            return f"{name}: expected {wanted[0].__name__} of transformers, got {found.__name__}"
+    norms = ["input_layernorm", "post_attention_layernorm"]
+    norms += ["self_attn.attn_sub_norm", "mlp.ffn_sub_norm"] if architecture.has_sub_norms else []
+    for name in norms:
+        found = type(layer.get_submodule(name))
+        if found not in _NORMS:
+            return f"{name}: expected an RMS norm, got {found.__name__}"
+    activation = layer.mlp.config.hidden_act
+    if activation != architecture.activation:
+        return f"mlp: expected the activation {architecture.activation}, got {activation}"
+    return None
+
+
+def _objection_to_linears(layer: nn.Module) -> str | None:
+    for name, linear in _linears(layer):
+        if not isinstance(linear, PackedBitLinear):
+            return f"{name}: expected packed ternary weights, got {type(linear).__name__}"
+        if linear.bias is not None:
+            return f"{name}: a linear with a bias cannot be fused yet"
+        if linear.rms_norm is not None:
+            return f"{name}: a linear with a norm of its own cannot be fused yet"
+        if linear.weight.device.type == "meta":
+            return f"{name}: its weight is not loaded"
+    return None
+
+
+def _objection_to_sizes(layer: nn.Module, architecture: Architecture) -> str | None:
+    for name, kernel in (
+        ("self_attn.q_proj", "rms_norm_quantize_fwd"),
+        ("mlp.down_proj", architecture.gate_kernel),
+    ):
+        width, most = int(cast("Any", layer.get_submodule(name)).in_features), largest_size(kernel)
+        if width > most:
+            return f"{name}: its input has {width} values, a program holds at most {most}"
+    return None
+
+
+def _linears(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for parent in ("self_attn", "mlp"):
+        for name, module in layer.get_submodule(parent).named_children():
+            if name.endswith("_proj"):
+                yield f"{parent}.{name}", module
+
+
 class Norm:
     """A norm as the kernels read it."""
 
@@ -106,46 +180,69 @@ class Norm:
 
 
 class Fusion:
-    """What the forward of a fused layer looks up, and whether it may run."""
+    """What the forward of a fused layer looks up, and whether it may run.
+
+    Attributes:
+        objection: why the layer, as it is now, has to run its own forward; None: it has not.
+    """
+
+    qkv: MergedLinears
+    o: MergedLinears
+    gate_up: MergedLinears
+    down: MergedLinears
 
     def __init__(self, layer: Any, architecture: Architecture) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
         self.architecture = architecture
-        self.attention = attention
-        self._kind = type(attention)
-        self.qkv = _merged(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.o = _merged(attention.o_proj)
-        self.gate_up = _merged(mlp.gate_proj, mlp.up_proj)
-        self.down = _merged(mlp.down_proj)
-        self.input_norm = Norm(layer.input_layernorm)
-        self.mlp_norm = Norm(layer.post_attention_layernorm)
-        self.attention_norm = self.down_norm = None
-        if architecture.has_sub_norms:
-            self.attention_norm = Norm(attention.attn_sub_norm)
-            self.down_norm = Norm(mlp.ffn_sub_norm)
-        self.heads = attention.q_proj.out_features // attention.head_dim
-        self.kv_heads = attention.k_proj.out_features // attention.head_dim
-        # PyTorch changes these dictionaries, it does not replace them
+        self.read(layer)
+
+    def read(self, layer: Any) -> None:
+        """Look everything up anew: something in the layer has changed."""
+        self.objection = layer_objection(layer, self.architecture)
+        if self.objection is None:
+            self._read_parts(layer)
+        self._is_hooked = any(
+            module._forward_pre_hooks or module._forward_hooks
+            for module in layer.modules()
+            if module is not layer
+        )
         self._hooks = [
             hooks
             for module in layer.modules()
             if module is not layer
             for hooks in (module._forward_pre_hooks, module._forward_hooks)
         ]
-        self._children = [
-            (module._modules, name, child)
-            for module in layer.modules()
-            for name, child in module._modules.items()
-        ]
         self._launchers: dict[Any, Launchers] = {}
+        self._changes: Changes | None = Changes(layer)
+
+    def _read_parts(self, layer: Any) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.attention, former = attention, self.__dict__
+        self.qkv = _merged(former.get("qkv"), attention.q_proj, attention.k_proj, attention.v_proj)
+        self.o = _merged(former.get("o"), attention.o_proj)
+        self.gate_up = _merged(former.get("gate_up"), mlp.gate_proj, mlp.up_proj)
+        self.down = _merged(former.get("down"), mlp.down_proj)
+        self.input_norm = Norm(layer.input_layernorm)
+        self.mlp_norm = Norm(layer.post_attention_layernorm)
+        self.attention_norm = self.down_norm = None
+        if self.architecture.has_sub_norms:
+            self.attention_norm = Norm(attention.attn_sub_norm)
+            self.down_norm = Norm(mlp.ffn_sub_norm)
+        self.heads = attention.q_proj.out_features // attention.head_dim
+        self.kv_heads = attention.k_proj.out_features // attention.head_dim
 
     def launchers(self, layer: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> Launchers | None:
-        """Return what a fused forward runs; None where the layer's own forward has to."""
+        """Return what a fused forward runs; None where the layer's own forward has to.
+
+        Args:
+            layer: the layer.
+            x: [B T D]; before a prompt, of more than one token, all of the layer is looked at.
+            kwargs: of the forward.
+        """
         if (
             torch.is_grad_enabled()
             or x.numel() == 0
             or autocast_dtype(x.device.type) is not None
-            or not self.stands_for(layer, x.dtype, kwargs)
+            or not self.stands_for(layer, x.dtype, kwargs, is_prompt=x.shape[-2] > 1)
         ):
             return None
         if torch.compiler.is_compiling() or type(x) is not Tensor:
@@ -157,19 +254,31 @@ class Fusion:
         key = backend, x.device
         return self._launchers.get(key) or self._choose(key, x.device)
 
-    def stands_for(self, layer: nn.Module, dtype: torch.dtype, kwargs: dict[str, Any]) -> bool:
-        """Tell whether a layer, as it is now, computes what was fused; ``launchers`` asks too."""
+    def stands_for(
+        self, layer: nn.Module, dtype: torch.dtype, kwargs: dict[str, Any], *, is_prompt: bool
+    ) -> bool:
+        """Tell whether the layer can run fused, as it is now; ``launchers`` asks too."""
+        if not torch.compiler.is_compiling() and (
+            self._changes is None or self._changes.found(thorough=is_prompt)
+        ):
+            self.read(layer)
         return not (
-            layer.training
+            self.objection is not None
+            or layer.training
             or dtype != self.input_norm.weight.dtype
-            or self._has_other_parts()
             or has_global_hooks()
-            or (any(self._hooks) and self._is_watched(kwargs))
+            or (self._is_hooked and self._is_watched(kwargs))
         )
 
-    def run(self, run: Launchers, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
-        """Map x [M, D] to [M, D]; ``attend`` maps the product with q, k and v to heads [M, H D]."""
-        dtype = x.dtype
+    def run(
+        self, run: Launchers, x: Tensor, attend: Callable[[Tensor, Tensor | None], Tensor]
+    ) -> Tensor:
+        """Map x [M, D] to [M, D].
+
+        ``attend`` maps the product with q, k and v to heads [M, H D]; it is given the normed input
+        [M, D] as well if the modes of the layer read that, and None if not.
+        """
+        dtype, normed = x.dtype, None
 
         def quantize(x: Tensor, norm: Norm | None) -> Quantized:
             if norm is None:
@@ -184,7 +293,10 @@ class Fusion:
                 *quantized, weight.packed, weight.scale, residual, weight.rows, dtype
             )
 
-        attended = attend(multiply(quantize(x, self.input_norm), self.qkv))
+        if self.reads_hidden_states:
+            norm = select("rms_norm", NORM_FWD, x.device, self.input_norm.weight)
+            normed = norm(x, self.input_norm.weight, self.input_norm.eps)
+        attended = attend(multiply(quantize(x, self.input_norm), self.qkv), normed)
         x = multiply(quantize(attended, self.attention_norm), self.o, residual=x)
         gate_up = multiply(quantize(x, self.mlp_norm), self.gate_up)
         return multiply(self._activate(run, gate_up), self.down, residual=x)
@@ -194,29 +306,16 @@ class Fusion:
         return run.silu(gate_up) if norm is None else run.relu2(gate_up, norm.weight, norm.eps)
 
     def __getstate__(self) -> dict[str, Any]:
-        # launchers are chosen again by whoever reads it
-        return {**self.__dict__, "_launchers": {}}
+        # whoever reads it looks at its own layer, and chooses launchers again
+        return {**self.__dict__, "_launchers": {}, "_changes": None}
 
-    def merge(self) -> None:
-        """Merge anew what no longer lies in one matrix, so that no forward has to."""
-        for linears in (self.qkv, self.o, self.gate_up, self.down):
-            linears.weight()
-
-    def weights(self) -> tuple[list[Any], list[int]]:
-        """Return the weights that a forward reads; and the addresses of those that may move."""
-        norms = (self.input_norm, self.attention_norm, self.mlp_norm, self.down_norm)
-        scales = [norm.weight for norm in norms if norm is not None]
-        merged = [part.weight() for part in (self.qkv, self.o, self.gate_up, self.down)]
-        return [*merged, *scales], [scale.data_ptr() for scale in scales]
-
-    def _has_other_parts(self) -> bool:
-        if type(self.attention) is not self._kind:
-            return True
-        # a loop: any() over a generator takes twice as long
-        for modules, name, child in self._children:
-            if modules[name] is not child or "forward" in child.__dict__:
-                return True
-        return False
+    @property
+    def reads_hidden_states(self) -> bool:
+        """Whether a mode of the layer reads what enters it."""
+        plan = getattr(self.attention, "attention_plan", None)
+        return plan is not None and any(
+            mode.reads_hidden_states for mode in plan.modes(self.attention.layer_idx)
+        )
 
     def _choose(self, key: Any, device: torch.device) -> Launchers:
         chosen = Launchers(

@@ -1,4 +1,4 @@
-"""A watch notices whatever would make a recorded decode step another one."""
+"""One detector notices whatever would make a fused layer or a recorded step another one."""
 
 import gc
 import weakref
@@ -8,7 +8,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 
-from bitnet_triton.models.watch import Watch
+from bitnet_triton.models.fused.changes import Changes
 
 
 def small_model():
@@ -55,45 +55,45 @@ CHANGES = {
 def test_a_change_is_noticed(change):
     model = small_model()
     with torch.no_grad():
-        watch = Watch(model)
-        assert watch.holds()
+        changes = Changes(model)
+        assert not changes.found(thorough=True)
         CHANGES[change](model)
-        assert not watch.holds()
-        assert Watch(model).holds()
+        assert changes.found(thorough=False)
+        assert not Changes(model).found(thorough=True)
 
 
 def test_a_hook_in_place_of_another_is_noticed():
     model = small_model()
     handle = model[0][0].register_forward_hook(lambda *_: None)
-    watch = Watch(model)
-    assert watch.holds()
+    changes = Changes(model)
+    assert not changes.found(thorough=True)
     handle.remove()
     model[0][0].register_forward_hook(lambda *_: None)
-    assert not watch.holds()
+    assert changes.found(thorough=False)
 
 
 def test_what_a_forward_does_is_no_change():
     model = small_model()
-    watch = Watch(model)
+    changes = Changes(model)
     with torch.inference_mode():
         model(torch.ones(1, 4))
-        assert watch.holds()
-    assert watch.holds()
+        assert not changes.found(thorough=True)
+    assert not changes.found(thorough=True)
 
 
 def test_tensors_of_inference_mode_are_taken():
     model = small_model()
     with torch.inference_mode():
         model[1].scale = torch.ones(1)
-        watch = Watch(model)
-        assert watch.holds()
+        changes = Changes(model)
+        assert not changes.found(thorough=True)
         model[1].scale = torch.ones(1)
-        assert not watch.holds()
+        assert changes.found(thorough=False)
 
 
-def test_a_model_that_keeps_its_watch_goes_with_its_last_reference():
+def test_a_model_that_keeps_its_detector_goes_with_its_last_reference():
     model = small_model()
-    model.watch = Watch(model)
+    model.changes = Changes(model)
     gone = weakref.ref(model)
     gc.collect()
     gc.disable()

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from bitnet_triton.attention.checks import check_number
 from bitnet_triton.attention.context import AttentionContext
-from bitnet_triton.attention.masked import Kept, check_served, masked_attention
+from bitnet_triton.attention.masked import check_served, masked_attention
+from bitnet_triton.attention.mode import Kept, Mode, Step, StepLayer, StepTensors
+from bitnet_triton.cache import Memory
 from bitnet_triton.kernels import Mask
 
 
 @dataclass(frozen=True)
-class Longformer:
+class Longformer(Mode):
     """A window for each head, and tokens that see and are seen by everything before or after.
 
     Attributes:
@@ -26,7 +31,7 @@ class Longformer:
         global_mask: whether ``forward`` and ``generate`` may name further ones, as
             ``global_tokens``, bool [B T].
         global_projections: whether global queries have projections of their own
-            (``q_proj_global`` and so on) for themselves and for what they read.
+            (``GlobalProjections``) for themselves and for what they read.
     """
 
     window: int | tuple[int, ...]
@@ -63,6 +68,40 @@ class Longformer:
             return None
         pairs = _by_head(self.window, self.dilation)
         return Kept(max((window - 1) * dilation for window, dilation in pairs))
+
+    @property
+    def reads_hidden_states(self) -> bool:
+        """Projections of their own read them."""
+        return self.global_projections
+
+    @property
+    def takes_global_tokens(self) -> bool:
+        """With ``global_mask``."""
+        return self.global_mask
+
+    def module(self, config: Any) -> nn.Module | None:
+        """Return the projections of global tokens."""
+        return GlobalProjections(config) if self.global_projections else None
+
+    def step(self, memory: Memory, layer: StepLayer) -> Step | str:
+        """Write the new token into the memory, and read its window and the global tokens."""
+        if self.global_mask:
+            return "global tokens are named by each call"
+        if self.global_projections:
+            return "global queries have projections of their own"
+        if isinstance(self.window, tuple):
+            return "heads have windows of their own"
+        tokens = self.global_tokens or None
+        mask = Mask(window=self.window, dilation=self.dilation, global_tokens=tokens)
+        objection = memory.decode_objection(mask)
+        if objection is not None:
+            return objection
+
+        def run(step: StepTensors) -> Tensor:
+            q = memory.write(step.heads, step.cos, step.sin, step.places)
+            return memory.decode(q, step.places, mask=mask, scale=layer.scale)[0]
+
+        return run
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
         """Map q [B Tq H D] and k, v [B Tk Hk D] to [B Tq H D]."""
@@ -142,6 +181,40 @@ class Longformer:
         return given | torch.isin(position, chosen)
 
 
+class GlobalProjections(nn.Module):
+    """Projections of their own for global queries and what they read (arXiv:2004.05150, 3.1).
+
+    State: ``q_proj``, ``k_proj`` and ``v_proj``, as those of the attention layer.
+
+    Args:
+        config: of the model.
+    """
+
+    ternary = True
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        K, heads, kv_heads = (
+            config.hidden_size, config.num_attention_heads, config.num_key_value_heads,
+        )  # fmt: skip
+        self.head_dim = getattr(config, "head_dim", None) or K // heads
+        for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
+            linear = nn.Linear(K, count * self.head_dim, bias=config.attention_bias)
+            self.add_module(f"{name}_proj", linear)
+
+    def init_from(self, attention: nn.Module) -> None:
+        """Start as copies of the projections of ``attention``."""
+        for name in ("q_proj", "k_proj", "v_proj"):
+            self.add_module(name, copy.deepcopy(attention.get_submodule(name)))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Map x [B T K] to q [B T H D], k and v [B T Hk D]; q and k rotated."""
+        flat = (self.get_submodule(name)(x) for name in ("q_proj", "k_proj", "v_proj"))
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in flat)
+        q, k = apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
+        return q, k, v
+
+
 def _by_head(
     window: int | tuple[int, ...], dilation: int | tuple[int, ...]
 ) -> list[tuple[int, int]]:
@@ -167,11 +240,10 @@ def _with_global_queries(
 
     They are few: each reads all keys before it, in one product for all of them.
     """
-    if context.global_heads is None:
-        raise ValueError(
-            "`attention`: 'global_projections': the layer computes none; fused layers do not"
-        )
-    q, k, v = context.global_heads  # [B T H D], [B T Hk D]
+    if context.module is None or context.inputs is None:
+        raise ValueError("`attention`: 'global_projections': the layer has none")
+    # [B T H D], [B T Hk D]
+    q, k, v = context.module(context.hidden_states, *context.inputs.rotary)
     T, left = q.shape[1], context.tokens.leftpad
     column = torch.arange(T, device=q.device)
     position = column[None] if left is None else column - left[:, None]

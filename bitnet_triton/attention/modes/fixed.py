@@ -1,4 +1,4 @@
-"""Fixed patterns: local blocks, strides, summaries (arXiv:1904.10509, section 4; 2507.19595)."""
+"""Fixed attention: blocks and their summaries (arXiv:1904.10509, section 4)."""
 
 from __future__ import annotations
 
@@ -7,44 +7,6 @@ from dataclasses import dataclass
 from bitnet_triton.attention.checks import check_number
 from bitnet_triton.attention.masked import MaskMode
 from bitnet_triton.kernels import Mask
-
-
-@dataclass(frozen=True)
-class Local(MaskMode):
-    """Keys of the query's own block.
-
-    Attributes:
-        block: tokens in a block.
-    """
-
-    block: int
-
-    def __post_init__(self) -> None:
-        check_number("block", self.block, 1)
-
-    @property
-    def mask(self) -> Mask:
-        """Block by block."""
-        return Mask(pattern="local", block=self.block)
-
-
-@dataclass(frozen=True)
-class Strided(MaskMode):
-    """The latest keys, and every so-many-th before them.
-
-    Attributes:
-        block: how many of the latest keys a query sees, itself included, and the stride before.
-    """
-
-    block: int
-
-    def __post_init__(self) -> None:
-        check_number("block", self.block, 1)
-
-    @property
-    def mask(self) -> Mask:
-        """Latest keys and strides."""
-        return Mask(pattern="strided", block=self.block)
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bitnet.modeling_bitnet import BitNetDecoderLayer, eager_attention_forward
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from bitnet_triton.models.fusion import (
+from bitnet_triton.models.fused.fusion import (
     BITNET,
     LLAMA,
     Architecture,
     Fusion,
     Launchers,
 )
+from bitnet_triton.models.planned import layer_inputs
 
 
 class FusedDecoderLayer(nn.Module):
@@ -27,7 +28,7 @@ class FusedDecoderLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedDecoderLayer:
         super()._apply(fn, recurse)
-        self.fusion.merge()  # each part has moved by itself
+        self.fusion.read(self)  # each part has moved by itself
         return self
 
     def forward(
@@ -57,7 +58,12 @@ class FusedDecoderLayer(nn.Module):
         assert position_embeddings is not None
         B, T, D = hidden_states.shape
 
-        def attend(qkv: Tensor) -> Tensor:
+        def attend(qkv: Tensor, normed: Tensor | None) -> Tensor:
+            if hasattr(fusion.attention, "attention_plan"):
+                kwargs["layer_inputs"] = layer_inputs(
+                    fusion.attention, None if normed is None else normed.view(B, T, D),
+                    position_embeddings, past_key_values,
+                )  # fmt: skip
             return self._attend(
                 run, qkv.view(B, T, -1, fusion.attention.head_dim), position_embeddings,
                 attention_mask, past_key_values, position_ids=position_ids, use_cache=use_cache,

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from bitnet_triton.attention.context import AttentionContext
-from bitnet_triton.attention.full import Full
-from bitnet_triton.attention.hub_mask import describe_mask
+from bitnet_triton.attention.hub.describe import describe_mask
+from bitnet_triton.attention.modes.full import Full
 from bitnet_triton.attention.phases import run_plan
 from bitnet_triton.attention.plan import AttentionPlan
 from bitnet_triton.attention.tokens import Tokens
@@ -26,7 +26,7 @@ logger = logging.getLogger("bitnet_triton")
 
 NAME = "bitnet_triton"
 _FULL = Full()
-_OF_PLANS = ("prompt_len", "global_tokens", "global_heads", "frequencies")
+_OF_PLANS = ("prompt_len", "global_tokens", "frequencies")
 
 
 def attend(
@@ -47,7 +47,7 @@ def attend(
 
     The plan is the ``attention_plan`` of ``module``, its attention layer; a module without one
     reads what ``attention_mask`` shows. Further arguments that count are those of a model with a
-    plan: ``prompt_len``, ``global_tokens``, ``global_heads`` and ``frequencies``, as in
+    plan: ``prompt_len``, ``global_tokens``, ``frequencies`` and ``layer_inputs``, as in
     ``AttentionContext``.
 
     Raises:
@@ -67,6 +67,7 @@ def attend(
         softcap=softcap,
         positions=position_ids,
         s_aux=s_aux,
+        inputs=kwargs.get("layer_inputs"),
         **{name: kwargs.get(name) for name in _OF_PLANS},
     )
     # under autocast rotary embeddings leave queries and keys wider than values
@@ -74,7 +75,7 @@ def attend(
     q, k, v = (t.transpose(1, 2).to(dtype) for t in (query, key, value))
     if plan is None:
         return _FULL(q, k, v, context), None
-    return run_plan(plan, q, k, v, context), None
+    return run_plan(plan, module, q, k, v, context), None
 
 
 def _tokens(

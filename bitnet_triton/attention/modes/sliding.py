@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bitnet_triton.attention.checks import check_number
-from bitnet_triton.attention.masked import Kept, MaskMode
+from bitnet_triton.attention.masked import MaskMode
+from bitnet_triton.attention.mode import Kept
 from bitnet_triton.kernels import Mask
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from bitnet_triton.attention.checks import check_number
 from bitnet_triton.attention.context import AttentionContext
-from bitnet_triton.attention.masked import Kept, check_served, masked_attention
+from bitnet_triton.attention.masked import check_served, masked_attention
+from bitnet_triton.attention.mode import Kept, Mode
+from bitnet_triton.cache import Memory, StreamingLayer
 from bitnet_triton.kernels import Mask, merge_attention
 
 
 @dataclass(frozen=True)
-class Streaming:
+class Streaming(Mode):
     """The first tokens and the latest ones, as if there had been nothing between them.
 
     Token p of a text attends to its window and to the sinks as token ``min(p, sinks + window - 1)``
@@ -25,6 +28,8 @@ class Streaming:
         window: keys that each query sees, itself included.
         sinks: first tokens of the text that every query sees as well.
     """
+
+    counts_positions: ClassVar[bool] = True
 
     window: int
     sinks: int = 4
@@ -37,6 +42,13 @@ class Streaming:
     def kept(self) -> Kept:
         """The window of the next token without itself, and the sinks."""
         return Kept(self.window - 1, self.sinks)
+
+    def memory(self, other: Mode) -> Memory:
+        """Return a memory whose positions can start again, if all layers stream."""
+        if not isinstance(other, Streaming):
+            return super().memory(other)
+        kept = self.kept | other.kept
+        return StreamingLayer(kept.recent, kept.sinks)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
         """Map q [B Tq H D] and k, v [B Tk Hk D] to [B Tq H D]."""

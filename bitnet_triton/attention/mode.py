@@ -1,0 +1,165 @@
+"""The protocol of an attention mode: what it computes, remembers, learns and launches.
+
+A mode is a frozen dataclass of its settings. Whatever stands here has an answer that suits a mode
+over keys and values; a mode overrides what it does otherwise, and nobody asks for its class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+from bitnet_triton.attention.context import AttentionContext
+from bitnet_triton.cache import GrowingLayer, Memory, SinkWindowLayer
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Which keys a cache has to keep for the tokens to come.
+
+    Attributes:
+        recent: how many of the latest ones.
+        sinks: how many of the first ones.
+    """
+
+    recent: int
+    sinks: int = 0
+
+    def __or__(self, other: Kept) -> Kept:
+        """Return what serves both."""
+        return Kept(max(self.recent, other.recent), max(self.sinks, other.sinks))
+
+
+@dataclass(frozen=True, eq=False)
+class StepLayer:
+    """The attention layer whose decode step is recorded.
+
+    Attributes:
+        index: of the layer in the model.
+        heads: of the queries.
+        kv_heads: of keys and values.
+        scale: multiplies the scores.
+        module: what ``Mode.module`` has given the layer, or None.
+    """
+
+    index: int
+    heads: int
+    kv_heads: int
+    scale: float
+    module: nn.Module | None = None
+
+
+class StepTensors(NamedTuple):
+    """What the launches of one layer's decode step read; all of it stays where it is in memory.
+
+    Attributes:
+        heads: [B 1 H + 2 Hk D], the projections of queries, keys and values, not rotated.
+        cos: [P D], the rotary embedding of all positions.
+        sin: likewise.
+        places: int32 [k B], what the memory of the layer has told by ``places``.
+        hidden_states: [B 1 K], the normed input of the layer for a mode that
+            ``reads_hidden_states``; None for others.
+    """
+
+    heads: Tensor
+    cos: Tensor
+    sin: Tensor
+    places: Tensor
+    hidden_states: Tensor | None
+
+
+# Maps the tensors of a step to attended heads [B 1 H D], by launches and nothing else
+Step = Callable[[StepTensors], Tensor]
+
+
+class Mode:
+    """Which keys a query reads and what it makes of them.
+
+    Subclasses are frozen dataclasses; ``register_mode`` gives them the name by which configs
+    choose them.
+
+    Attributes:
+        name: in configs; set by ``register_mode``.
+        counts_positions: whether positions go by what the memory holds instead of by the text, as
+            an endless stream needs; a call's own ``position_ids`` are refused then.
+        wants_prompt_len: whether its memory is to be told when a prompt is over, for which the
+            length of the prompt has to be known; ``generate`` tells it.
+    """
+
+    name: ClassVar[str] = ""
+    counts_positions: ClassVar[bool] = False
+    wants_prompt_len: ClassVar[bool] = False
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
+        """Map q [B Tq H D] and k, v [B Tk Hk D], what the memory has given, to [B Tq H D].
+
+        Raises:
+            ValueError: the call asks for what the mode does not do.
+        """
+        raise NotImplementedError
+
+    @property
+    def kept(self) -> Kept | None:
+        """Which keys and values the tokens to come may read; None: all."""
+        return None
+
+    @property
+    def sees_everything(self) -> bool:
+        """Whether it is causal attention over all keys."""
+        return False
+
+    @property
+    def takes_dense_rows(self) -> bool:
+        """Whether ``context.dense_from`` is followed: queries that see everything, in one call."""
+        return False
+
+    @property
+    def reads_hidden_states(self) -> bool:
+        """Whether ``context.hidden_states`` and those of a step are wanted."""
+        return False
+
+    @property
+    def takes_global_tokens(self) -> bool:
+        """Whether ``forward`` and ``generate`` may name ``global_tokens``."""
+        return False
+
+    def memory(self, other: Mode) -> Memory:
+        """Return an empty memory of one layer that serves this mode and ``other``.
+
+        Args:
+            other: the mode of the same layer in the other phase.
+
+        Raises:
+            ValueError: no memory serves both.
+        """
+        if type(other).memory is not Mode.memory:
+            return other.memory(self)  # it has a memory of its own, and decides for both
+        if self.kept is None or other.kept is None:
+            return GrowingLayer()
+        kept = self.kept | other.kept
+        return SinkWindowLayer(kept.recent, kept.sinks)
+
+    def module(self, config: Any) -> nn.Module | None:
+        """Return the parameters that the mode brings to each attention layer; None: none.
+
+        The module hangs at the attention layer under the name of the mode, is trained and saved
+        with the model, and comes back as ``context.module``. Two things it may say of itself:
+        ``ternary = True``, that its linears become ternary with those of the model, and
+        ``init_from(attention)``, how it starts beside an attention layer that has weights already.
+
+        Args:
+            config: of the model.
+        """
+        return None
+
+    def step(self, memory: Memory, layer: StepLayer) -> Step | str:
+        """Return what one decode step launches, or why it cannot be recorded.
+
+        Args:
+            memory: of the layer, holding the tokens before the new one.
+            layer: the attention layer.
+        """
+        return "it has no recorded step"

@@ -1,0 +1,1 @@
+"""The modes of this package, one file each."""

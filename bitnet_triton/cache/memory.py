@@ -1,0 +1,165 @@
+"""The protocol of a memory: what a layer keeps between calls, and how a recorded step finds it.
+
+A memory is a cache layer of transformers. Whatever stands here has an answer that suits a memory
+which no step is recorded on; one that has more to say overrides it, and nobody asks for its class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from bitnet_triton.kernels import Mask
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What the layers of a cache are told about a call of the model.
+
+    Attributes:
+        columns: tokens before the first one of the call, padding included; a static cache counts
+            them in a tensor.
+        leftpad: int32 [B], the first column that is no padding; None: the first one.
+        position: of the first new token in the rotary embedding, a number or int [B].
+        frequencies: [D / 2], angles of the rotary embedding for each position.
+        prompt_len: columns of the prompt, a number or integers [B]; None: not known.
+        rebase_to: position that the next token may start again from, because all layers agree;
+            None: positions go on.
+    """
+
+    columns: int | Tensor
+    leftpad: Tensor | None = None
+    position: int | Tensor = 0
+    frequencies: Tensor | None = None
+    prompt_len: int | Tensor | None = None
+    rebase_to: int | None = None
+
+    @property
+    def is_generated(self) -> bool:
+        """Whether all tokens of the call are known to be generated ones."""
+        if self.prompt_len is None or isinstance(self.columns, Tensor):
+            return False
+        longest = self.prompt_len
+        if isinstance(longest, Tensor):
+            longest = int(longest.max()) if longest.numel() else 0
+        return self.columns >= longest
+
+
+class Memory(CacheLayerMixin):
+    """What one layer keeps between calls.
+
+    Attributes:
+        rebases: whether positions may start again, if those of all layers do.
+        shift: int64 [B], how far rotary positions lag behind those of the text; None: not at all.
+    """
+
+    rebases: bool = False
+    shift: Tensor | None = None
+    _is_told: bool = False  # that the prompt is over
+
+    # --- events
+
+    def begin(self, call: Call) -> None:
+        """Take note that a call begins: of its padding, and of whether positions start again."""
+
+    def after(self, q: Tensor, k: Tensor, lse: Tensor) -> None:
+        """Take note that attention has run.
+
+        Args:
+            q: [B Tq H D], rotated.
+            k: [B Tk Hk D], what ``update`` has returned.
+            lse: float32 [B H Tq].
+        """
+
+    def prompt_is_over(self) -> None:
+        """Take note that the tokens to come are generated: build tables, compress, quantise."""
+
+    # --- what a recorded step asks
+
+    def is_ready(self, B: int, dtype: torch.dtype, device: torch.device) -> bool:
+        """Tell whether it holds tokens of B rows in memory that a step can be recorded on."""
+        return False
+
+    def reserve(self, new: int) -> None:
+        """Make room for ``new`` tokens behind those that the layer holds."""
+
+    def address(self) -> tuple[Tensor, ...]:
+        """Return the tensors that a step reads and writes: the same ones, the recording fits."""
+        return ()
+
+    def places_key(self) -> Hashable:
+        """Return what is equal for two layers whose ``places`` are."""
+        return id(self)
+
+    def places(self, call: Call) -> Tensor:
+        """Return what changes from step to step, int32 [k B] on the CPU, with a k of its own.
+
+        Args:
+            call: of one new token a row, which is not counted yet.
+        """
+        raise NotImplementedError
+
+    def advance(self, new: int) -> None:
+        """Count ``new`` tokens as held, which a step has written."""
+        raise NotImplementedError
+
+    def write(self, heads: Tensor, cos: Tensor, sin: Tensor, places: Tensor) -> Tensor:
+        """Rotate and store the new token, by launches alone; return its queries [B 1 H D].
+
+        Args:
+            heads: [B 1 H + 2 Hk D], queries, keys and values.
+            cos: [P D], the rotary embedding of all positions.
+            sin: likewise.
+            places: int32 [k B] on the device.
+        """
+        raise NotImplementedError
+
+    def decode(
+        self, q: Tensor, places: Tensor, *, mask: Mask, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Attend to what ``mask`` shows of the held tokens, by launches alone.
+
+        Returns:
+            out [B 1 H D] and lse [B H 1].
+        """
+        raise NotImplementedError
+
+    def decode_objection(self, mask: Mask) -> str | None:
+        """Say why ``decode`` cannot follow ``mask``; None when it can."""
+        return "its cache has no recorded step"
+
+    # --- taking back
+
+    def can_take_back(self, n: int) -> bool:
+        """Tell whether ``crop(-n)`` makes the memory what it was ``n`` tokens before."""
+        return False
+
+
+def begin_call(layers: Sequence[object], call: Call) -> Tensor | None:
+    """Tell the layers of a cache that a call begins.
+
+    Args:
+        layers: those of this package are told; of others, nobody knows what they would do.
+        call: without ``rebase_to``.
+
+    Returns:
+        int64 [B], how far rotary positions lag behind those of the text; None: not at all.
+    """
+    memories = [layer for layer in layers if isinstance(layer, Memory)]
+    if not memories:
+        return None
+    # positions are the same in all layers: they start again in all of them or in none
+    if len(memories) == len(layers) and all(memory.rebases for memory in memories):
+        most = max(memory.get_max_length() for memory in memories)
+        call = replace(call, rebase_to=most + 1)
+    is_generated = call.is_generated
+    for memory in memories:
+        if is_generated and not memory._is_told:
+            memory.prompt_is_over()
+        memory._is_told = is_generated
+        memory.begin(call)
+    return memories[0].shift if call.rebase_to is not None else None

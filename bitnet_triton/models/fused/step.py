@@ -1,0 +1,233 @@
+"""Decode steps of a fused model: recorded once, replayed without Python in between.
+
+A step launches some ten kernels a layer. From Python that takes as long as a third of the kernels'
+own time on a CPU, and longer than all of it on a GPU, where a recording is a CUDA graph; replayed
+it does not count. Memories keep their places, so a recording lasts until a full one has to grow.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from bitnet_triton.attention import AttentionPlan, Mode
+from bitnet_triton.attention.mode import Step, StepLayer
+from bitnet_triton.attention.modes.full import Full
+from bitnet_triton.cache import Call, Memory, begin_call
+from bitnet_triton.models.fused.recording import RecordedStep, Recording, can_replay, launchers_of
+
+logger = logging.getLogger("bitnet_triton")
+
+# Of these, a position always turns by the same angle
+_STATIC_ROPE = frozenset({"default", "linear", "yarn", "llama3"})
+_FULL = Full()
+
+
+class DecodeSteps:
+    """Runs decode steps by a recording; makes one when a second step finds the cache in place.
+
+    Attributes:
+        recording: of the last step that was recorded, if any was.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.recording: Recording | None = None
+        self._addresses: list[tuple[Tensor, ...]] = []
+        self._starts = True  # whether the next step is the first one of a text
+        self._told = False
+
+    def __deepcopy__(self, memo: dict) -> DecodeSteps:
+        return DecodeSteps()
+
+    def __reduce__(self) -> tuple:
+        return DecodeSteps, ()
+
+    def run(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: Cache,
+        prompt_len: int | Tensor | None,
+    ) -> Tensor | None:
+        """Return hidden states [B 1 D] of one token a row; None where the model has to do it."""
+        B, T = input_ids.shape
+        if T != 1:
+            self._starts = True
+            return None
+        if not _can_record(input_ids.device) or not can_replay(input_ids.device):
+            return None
+        memories = _memories(model, cache, B)
+        modes = None if memories is None else self._modes(model, memories, prompt_len)
+        if memories is None or modes is None:
+            return None
+        # two threads may decode with one model, but a recording has its tensors only once
+        if not self._lock.acquire(blocking=False):
+            return None
+        try:
+            call = _describe(model, attention_mask, position_ids, B, memories)
+            return None if call is None else self._run(model, input_ids, call, memories, modes)
+        finally:
+            self._lock.release()
+
+    def _run(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        call: Call,
+        memories: list[Memory],
+        modes: tuple[Mode, ...],
+    ) -> Tensor | None:
+        recording, starts = self.recording, self._starts
+        self._starts = False
+        if recording is not None and recording.changes.found(thorough=starts):
+            recording = self.recording = None
+        steps: list[Step] = []
+        if recording is None or recording.modes != modes:
+            found = self._steps(model, memories, modes)
+            if found is None:
+                return None
+            steps = found
+        for memory in memories:
+            memory.reserve(1)
+        addresses = [memory.address() for memory in memories]
+        in_place = _same(addresses, self._addresses)
+        self._addresses = addresses
+        if not in_place:  # beams move it in every step: no recording would last
+            return None
+        step = RecordedStep.build(call, memories, modes, addresses, input_ids.is_cuda)
+        if recording is None or not recording.fits(step):
+            launchers = launchers_of(model)
+            found = steps or self._steps(model, memories, modes)
+            if launchers is None or found is None:
+                return None
+            recording = self.recording = Recording(model, step, found, launchers)
+        hidden = recording.replay(model, input_ids, step)
+        for memory in memories:
+            memory.advance(1)
+        return hidden
+
+    def _modes(
+        self, model: Any, memories: list[Memory], prompt_len: int | Tensor | None
+    ) -> tuple[Mode, ...] | None:
+        """Return which mode reads the new token in each layer; None where none is recorded."""
+        rope = model.rotary_emb.rope_type
+        if rope not in _STATIC_ROPE:
+            self._tell(model, f"rotary embedding {rope!r} turns a position by more than one angle")
+            return None
+        attentions = [layer.self_attn for layer in model.layers]
+        plan: AttentionPlan | None = getattr(attentions[0], "attention_plan", None)
+        if plan is None:
+            return (_FULL,) * len(attentions)
+        # the longest prompt of the batch: its row is the last to be generated
+        first = None if prompt_len is None else int(torch.as_tensor(prompt_len).max())
+        if first is not None and memories[0].get_seq_length() < first:
+            return None
+        phase = "prefill" if first is None else "decode"
+        return tuple([plan.mode(attention.layer_idx, phase) for attention in attentions])
+
+    def _steps(
+        self, model: Any, memories: list[Memory], modes: tuple[Mode, ...]
+    ) -> list[Step] | None:
+        """Return what each layer launches; None where one cannot be recorded, and say why once."""
+        steps = []
+        for layer, memory, mode in zip(model.layers, memories, modes):
+            step = mode.step(memory, _step_layer(layer, mode))
+            if isinstance(step, str):
+                index = layer.self_attn.layer_idx
+                self._tell(model, f"attention {mode.name!r} of layer {index}: {step}")
+                return None
+            steps.append(step)
+        return steps
+
+    def _tell(self, model: Any, objection: str) -> None:
+        if not self._told:
+            self._told = True
+            logger.info("%s launches each kernel of a decode step: %s", model.kind, objection)
+
+
+def _step_layer(layer: Any, mode: Mode) -> StepLayer:
+    fusion, attention = layer.fusion, layer.self_attn
+    return StepLayer(
+        index=attention.layer_idx,
+        heads=fusion.heads,
+        kv_heads=fusion.kv_heads,
+        scale=attention.scaling,
+        module=getattr(attention, mode.name, None),
+    )
+
+
+def _can_record(device: torch.device) -> bool:
+    if torch.is_grad_enabled():
+        return False
+    if device.type == "cuda":
+        return not torch.cuda.is_current_stream_capturing()  # somebody else records
+    return device.type == "cpu"
+
+
+def _memories(model: Any, cache: Cache, B: int) -> list[Memory] | None:
+    """Return the memory of each layer, in the order of the layers; None where one is not ready."""
+    if len(cache.layers) != len(model.layers):
+        return None
+    weight, columns = model.norm.weight, cache.get_seq_length()
+    memories: list[Memory] = []
+    for layer in model.layers:
+        # by its index, as the layer itself finds it
+        memory: Any = cache.layers[layer.self_attn.layer_idx]
+        if not isinstance(memory, Memory) or not memory.is_ready(B, weight.dtype, weight.device):
+            return None
+        if memory.get_seq_length() != columns:
+            return None
+        memories.append(memory)
+    return memories
+
+
+def _same(some: list[tuple[Tensor, ...]], others: list[tuple[Tensor, ...]]) -> bool:
+    """Tell whether both are the same tensors."""
+    return len(some) == len(others) and all(
+        len(a) == len(b) and all(x is y for x, y in zip(a, b)) for a, b in zip(some, others)
+    )
+
+
+def _describe(
+    model: Any,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    B: int,
+    memories: list[Memory],
+) -> Call | None:
+    """Describe a step to the memories; None where padding to the left and positions are not all."""
+    columns = memories[0].get_seq_length()
+    padding: Tensor | None = None
+    if attention_mask is not None and not attention_mask.all():
+        if attention_mask.shape != (B, columns + 1):
+            return None
+        padding = columns + 1 - attention_mask.count_nonzero(1)
+        seen = torch.arange(columns + 1, device=padding.device) >= padding[:, None]
+        if not torch.equal(seen, attention_mask != 0):
+            return None
+    position: int | Tensor = columns
+    if position_ids is not None:
+        if position_ids.ndim != 2:
+            return None
+        position = position_ids[:, 0]
+    leftpad = None if padding is None else padding.int()
+    call = Call(columns, leftpad, position, model.rotary_emb.inv_freq)
+    shift = begin_call(memories, call)
+    plan: AttentionPlan | None = getattr(model.layers[0].self_attn, "attention_plan", None)
+    if plan is None or not plan.counts_positions:
+        return call
+    if position_ids is not None:
+        return None  # refused by the model, by name
+    for lag in (leftpad, shift):
+        position = position if lag is None else position - lag
+    if isinstance(position, Tensor):
+        position = position.clamp_min(0)
+    return Call(columns, leftpad, position)
