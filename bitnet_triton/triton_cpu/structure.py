@@ -206,10 +206,16 @@ class _Merger:
                 found[target] = common
         return found
 
+    def _ending(self, targets: list[Block]) -> int | None:
+        """Return which of two ways ends the program, rather by itself than after something else."""
+        for ends in (self._is_end, self._only_ends):
+            for place, target in enumerate(targets):
+                if ends(target):
+                    return place
+        return None
+
     def _only_ends(self, target: Block) -> bool:
         """Tell whether all that follows on a jump to ``target`` follows on nothing else."""
-        if self._is_end(target):
-            return True
         if self._entries[target] > 1:
             return False
         seen, work = {target}, [target]
@@ -266,9 +272,8 @@ class _Merger:
         count = len(targets[0].args)
         passed = operands[:count], operands[count:]
         if outermost:
-            ending = [self._only_ends(target) for target in targets]
-            if ending[0] != ending[1]:
-                place = 0 if ending[0] else 1
+            place = self._ending(targets)
+            if place is not None:
                 inner: list[Op] = []
                 self._follow(targets[place], passed[place], inner, outermost=False)
                 flag = condition if place == 0 else self._negated(condition, ops)
