@@ -28,9 +28,9 @@ def fuse(model: Model) -> Model:
     gradients; any other forward is the layer's own, and so is one under autocast, with hooks on
     parts of a layer, with parts that were replaced (adapters) or on the backend ``compile``. The
     parameters, ``state_dict`` and ``save_pretrained`` stay as they are; merged weights are one
-    tensor of which the linears hold views. The attention implementation and the cache are those of
-    the model. On a CPU the layers of a decode step are recorded once and replayed without Python
-    (``models/fused``).
+    tensor in whose memory those of the linears lie, each with a storage of its own. The attention
+    implementation and the cache are those of the model. On a CPU the layers of a decode step are
+    recorded once and replayed without Python (``models/fused``).
 
     Args:
         model: of the architecture BitNet or Llama with packed linears: ``BitNetForCausalLM`` of
@@ -78,6 +78,8 @@ def fuse_after_loading(model: Model) -> Model:
 def unfuse(model: Model) -> Model:
     """Give the decoder layers that ``fuse`` changed their own forward back, in place.
 
+    Weights get memory of their own again, and that of the merged ones is let go.
+
     Args:
         model: any model; layers that are not fused stay as they are.
 
@@ -86,6 +88,7 @@ def unfuse(model: Model) -> Model:
     """
     for module in model.modules():
         if isinstance(module, FusedDecoderLayer):
+            module.fusion.release()
             del module.fusion
             cast("Any", module).__class__ = module.architecture.layer
         elif isinstance(module, FusedModel):

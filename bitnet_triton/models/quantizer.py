@@ -17,7 +17,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_bitnet import BitNetHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
-from transformers.utils.quantization_config import BitNetQuantConfig
+from transformers.utils.quantization_config import BitNetQuantConfig as HfBitNetQuantConfig
 
 from bitnet_triton.kernels import TernaryWeight
 from bitnet_triton.models.checkpoint import check_checkpoint, unpacked_layers
@@ -28,8 +28,12 @@ METHOD = "bitnet_triton"
 
 
 @register_quantization_config(METHOD)
-class TernaryQuantConfig(BitNetQuantConfig):
-    """transformers' BitNet quantisation config under the name that leads to our quantiser."""
+class BitNetQuantConfig(HfBitNetQuantConfig):
+    """transformers' BitNet quantisation config under the method that leads to our quantiser.
+
+    Its name is that of transformers: who hands a config to ``from_pretrained`` for a model that
+    has one (lm-eval does) must hand one of the same class, which transformers tells by its name.
+    """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -40,7 +44,7 @@ class TernaryQuantConfig(BitNetQuantConfig):
         return on_disk(super().to_dict())
 
 
-def in_memory(quantization_config: Mapping[str, Any] | BitNetQuantConfig) -> dict[str, Any]:
+def in_memory(quantization_config: Mapping[str, Any] | HfBitNetQuantConfig) -> dict[str, Any]:
     """Return a quantisation config as plain data that leads transformers to our quantiser.
 
     Raises:
@@ -57,6 +61,17 @@ def in_memory(quantization_config: Mapping[str, Any] | BitNetQuantConfig) -> dic
     if method not in (PUBLISHED_METHOD, METHOD):
         raise ValueError(f"`quant_method`: expected {PUBLISHED_METHOD!r}, got {method!r}")
     return {**quantization_config, "quant_method": METHOD}
+
+
+def as_argument(quantization_config: Any) -> Any:
+    """Return what ``from_pretrained`` takes as ``quantization_config``; a dict is fine as well.
+
+    Raises:
+        TypeError, ValueError: as ``in_memory``.
+    """
+    if quantization_config is None:
+        return None
+    return BitNetQuantConfig.from_dict(in_memory(quantization_config))
 
 
 def on_disk(quantization_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,7 +96,7 @@ def _linears(model: nn.Module, skip: list[str]) -> Iterator[tuple[str, nn.Linear
 
 
 def replace_linears(
-    model: PreTrainedModel, quantization_config: Mapping[str, Any] | BitNetQuantConfig
+    model: PreTrainedModel, quantization_config: Mapping[str, Any] | HfBitNetQuantConfig
 ) -> None:
     """Replace the dense linears and the head of ``model`` by ours, in place; ours stay.
 
@@ -89,8 +104,8 @@ def replace_linears(
         ValueError: a linear cannot be packed, or ``quantization_config`` holds an invalid value.
     """
     config = quantization_config
-    if not isinstance(config, BitNetQuantConfig):
-        config = TernaryQuantConfig(**config)
+    if not isinstance(config, HfBitNetQuantConfig):
+        config = BitNetQuantConfig(**config)
     skip = HfQuantizer.get_modules_to_not_convert(
         model, config.modules_to_not_convert, list(model._keep_in_fp32_modules or ())
     )
@@ -99,7 +114,7 @@ def replace_linears(
     use_output_head(model)
 
 
-def _our_linear(name: str, linear: nn.Linear, config: BitNetQuantConfig) -> nn.Module:
+def _our_linear(name: str, linear: nn.Linear, config: HfBitNetQuantConfig) -> nn.Module:
     norm = None
     if config.use_rms_norm:
         with torch.device(linear.weight.device):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
+import transformers.models.bitnet.modeling_bitnet as hf
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.bitnet.configuration_bitnet import BitNetConfig as HfBitNetConfig
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
@@ -27,10 +29,25 @@ class _FusingHfQuantizer(TernaryHfQuantizer):
 
 
 _MODELS: dict[Any, type] = {AutoModel: BitNetModel, AutoModelForCausalLM: BitNetForCausalLM}
+# Some loaders take the class that a config names instead of an Auto class: trl, given a path
+_NAMED: dict[Any, Any] = {
+    hf.BitNetModel: BitNetModel,
+    hf.BitNetForCausalLM: BitNetForCausalLM,
+}
+
+
+def _loads_ours(named: Any, ours: Any) -> classmethod:
+    @functools.wraps(named.from_pretrained.__func__)
+    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if cls is named:
+            return ours.from_pretrained(*args, **kwargs)
+        return super(named, cls).from_pretrained(*args, **kwargs)  # a subclass: ours are some
+
+    return classmethod(from_pretrained)
 
 
 def enable() -> None:
-    """Make the Auto classes and the ``bitnet`` quantiser of transformers give our layers.
+    """Make the Auto classes, the BitNet classes and the ``bitnet`` quantiser give our layers.
 
     For code that loads models itself: ``pipeline``, evaluation harnesses, servers. Holds for
     models loaded from now on, of every architecture; ``disable()`` undoes it. Their inference is
@@ -40,6 +57,9 @@ def enable() -> None:
     for auto, model in _MODELS.items():
         # not auto.register: transformers 5.17 ignores it, silently, for a config of its own
         auto._model_mapping._extra_content[HfBitNetConfig] = model
+    for named, ours in _NAMED.items():
+        if "from_pretrained" not in vars(named):
+            named.from_pretrained = _loads_ours(named, ours)
     logger.info("transformers loads `quant_method: bitnet` checkpoints with bitnet_triton")
 
 
@@ -48,4 +68,7 @@ def disable() -> None:
     AUTO_QUANTIZER_MAPPING[PUBLISHED_METHOD] = BitNetHfQuantizer
     for auto in _MODELS:
         auto._model_mapping._extra_content.pop(HfBitNetConfig, None)
+    for named in _NAMED:
+        if "from_pretrained" in vars(named):
+            del named.from_pretrained
     logger.info("transformers loads `quant_method: bitnet` checkpoints with its own layers")

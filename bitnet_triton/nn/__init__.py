@@ -1,10 +1,11 @@
 """Layers with parameters, built from ops."""
 
-from bitnet_triton.nn.bit_linear import BitLinear, PackedBitLinear
+from bitnet_triton.nn.bit_linear import BitLinear, PackedBitLinear, count_packed
 from bitnet_triton.nn.head import (
     Int8Head,
     OutputHead,
     quantize_head,
+    resized_head,
     unquantize_head,
     use_output_head,
 )
@@ -18,7 +19,9 @@ __all__ = [
     "OutputHead",
     "PackedBitLinear",
     "RMSNorm",
+    "count_packed",
     "quantize_head",
+    "resized_head",
     "unquantize_head",
     "use_output_head",
 ]

@@ -11,6 +11,8 @@ from bitnet_triton.kernels import TernaryWeight, bit_linear, quantize_weight, te
 from bitnet_triton.kernels.flops import register_flop_formulas
 from bitnet_triton.kernels.packing import CODES_PER_BYTE
 
+_ZEROS = 0b01010101  # four zero codes
+
 
 class BitLinear(nn.Linear):
     """``nn.Linear`` whose weight and input are quantised in every forward; trainable.
@@ -112,14 +114,20 @@ class PackedBitLinear(nn.Module):
         self.scale_divides = scale_divides
         self.rms_norm = rms_norm
         packed_shape = (out_features // CODES_PER_BYTE, in_features)
-        # 0b01010101: four zero codes, so that a layer without a checkpoint is a valid one
+        self.register_buffer("weight", torch.empty(packed_shape, dtype=torch.uint8, device=device))
+        self.register_buffer("weight_scale", torch.empty(1, dtype=torch.float32, device=device))
         self.register_buffer(
-            "weight", torch.full(packed_shape, 0b01010101, dtype=torch.uint8, device=device)
+            "bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None
         )
-        self.register_buffer("weight_scale", torch.ones(1, dtype=torch.float32, device=device))
-        self.register_buffer(
-            "bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None
-        )
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set all weights to zero and the scale to one: a layer without a checkpoint is valid."""
+        self.weight.fill_(_ZEROS)
+        self.weight_scale.fill_(1)
+        if self.bias is not None:
+            self.bias.zero_()
 
     @classmethod
     def from_linear(
@@ -151,8 +159,10 @@ class PackedBitLinear(nn.Module):
         return TernaryWeight(self.weight, scale.reciprocal() if self.scale_divides else scale)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedBitLinear:
-        scale = self.weight_scale
+        scale, had_memory = self.weight_scale, self.weight.device.type != "meta"
         super()._apply(fn, recurse)
+        if not had_memory and self.weight.device.type != "meta":
+            self.reset_parameters()  # to_empty(): what initialises models knows no such buffers
         if self.weight_scale.dtype != scale.dtype:
             self.weight_scale = scale.to(self.weight_scale.device)
         return self
@@ -172,3 +182,12 @@ class PackedBitLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, scale_divides={self.scale_divides}"
         )
+
+
+def count_packed(module: nn.Module) -> int:
+    """Return how many weights and biases the packed linears of a module stand for."""
+    return sum(
+        layer.in_features * layer.out_features + (0 if layer.bias is None else layer.out_features)
+        for layer in module.modules()
+        if isinstance(layer, PackedBitLinear)
+    )

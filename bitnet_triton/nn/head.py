@@ -169,6 +169,19 @@ def unquantize_head(model: Model) -> Model:
     return model
 
 
+def resized_head(old: nn.Linear, new: nn.Linear) -> nn.Linear:
+    """Give a head that transformers made in place of ``old`` the class that ``old`` had."""
+    if type(new) is not nn.Linear or not isinstance(old, OutputHead):
+        return new
+    head = OutputHead.from_linear(new)
+    if isinstance(old, Int8Head):
+        former, quantized = old.former_class, _Quantized.make(head.weight)
+        cast("Any", head).__class__ = Int8Head
+        made = cast("Int8Head", head)
+        made.former_class, made.quantized = former, quantized
+    return head
+
+
 def _head_of(model: Any) -> Any:
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 

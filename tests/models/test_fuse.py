@@ -121,16 +121,18 @@ def test_the_embedded_model_writes_the_same_tokens_on_the_default_backend(
     assert counted
 
 
-def test_memory_stays_and_the_parts_are_views(model):
+def test_memory_stays_and_the_parts_lie_in_one_matrix(model):
     before = memory(model)
     bt.fuse(model)
     assert memory(model) == before
-    attention = model.model.layers[0].self_attn
-    storages = {
-        layer.weight.untyped_storage().data_ptr()
-        for layer in (attention.q_proj, attention.k_proj, attention.v_proj)
-    }
-    assert len(storages) == 1
+    layer = model.model.layers[0]
+    whole = layer.fusion.qkv.weight().packed
+    start = whole.data_ptr()
+    for name in ("q_proj", "k_proj", "v_proj"):
+        weight = getattr(layer.self_attn, name).weight
+        assert weight.data_ptr() == start
+        start += weight.numel()
+    assert start == whole.data_ptr() + whole.numel()
 
 
 def test_the_checkpoint_stays(model, logits, token_ids, tmp_path):

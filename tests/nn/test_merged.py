@@ -1,6 +1,7 @@
-"""MergedLinears: one matrix, of which the weights of the linears are views."""
+"""MergedLinears: one matrix, in whose memory the weights of the linears lie."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -27,16 +28,66 @@ def assert_merged(merged, linears):
     for part, layer in zip(weight.parts(), linears):
         assert torch.equal(part.codes(), layer.ternary_weight.codes())
         assert torch.equal(part.scale, layer.ternary_weight.scale)
-        if len(linears) > 1:
-            assert layer.weight.untyped_storage().data_ptr() == weight.packed.data_ptr()
+        assert layer.weight.data_ptr() == part.packed.data_ptr()
 
 
-def test_weights_become_views_and_keep_their_values(linears):
+def test_weights_become_parts_and_keep_their_values(linears):
     before = [layer.weight.clone() for layer in linears]
     merged = MergedLinears(*linears)
     assert_merged(merged, linears)
     assert all(torch.equal(layer.weight, w) for layer, w in zip(linears, before))
     assert merged.weight() is merged.weight()
+
+
+def test_each_part_has_a_storage_of_its_own_that_is_the_part(linears):
+    MergedLinears(*linears)
+    storages = [layer.weight.untyped_storage() for layer in linears]
+    assert len({storage.data_ptr() for storage in storages}) == len(linears)
+    assert [s.nbytes() for s in storages] == [layer.weight.numel() for layer in linears]
+
+
+def test_a_write_into_a_part_is_a_write_into_the_matrix(linears):
+    merged = MergedLinears(*linears)
+    linears[1].weight.fill_(0b01010101)
+    assert not merged.weight().parts()[1].codes().any()
+    assert merged.weight().parts()[0].codes().any()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("name", ["weight", "weight_scale"])
+def test_new_data_of_a_buffer_is_seen(name, count, linears):
+    linears = linears[:count]
+    merged = MergedLinears(*linears)
+    assert merged.is_current()
+    for _ in range(3):  # the second may get the memory that the first one had
+        for layer in linears:
+            buffer = getattr(layer, name)
+            other = linear(layer.out_features, scale=torch.rand(()).item())
+            before = buffer.clone()
+            buffer.data = getattr(other, name)
+            assert not torch.equal(buffer, before)
+            assert not merged.is_current()
+            assert_merged(merged, linears)
+            assert merged.is_current()
+
+
+def test_a_write_into_the_data_of_a_scale_is_seen(linears):
+    merged = MergedLinears(*linears)
+    for layer in linears:
+        layer.weight_scale.data.mul_(2)
+        assert_merged(merged, linears)
+
+
+def test_released_linears_own_their_memory(linears):
+    merged = MergedLinears(*linears)
+    before = [layer.weight.clone() for layer in linears]
+    whole = weakref.ref(merged.weight().packed)
+    merged.release()
+    del merged
+    assert whole() is None
+    for layer, weight in zip(linears, before):
+        assert torch.equal(layer.weight, weight)
+        assert layer.weight.untyped_storage().nbytes() == weight.numel()
 
 
 def test_one_linear_keeps_its_own_buffer():

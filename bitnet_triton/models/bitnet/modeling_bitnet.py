@@ -27,8 +27,8 @@ from bitnet_triton.models.checkpoint import check_checkpoint, check_folder, chec
 from bitnet_triton.models.fuse import fuse_after_loading, introduce
 from bitnet_triton.models.fused.model import FUSED_MODELS, FusedModel
 from bitnet_triton.models.planned import give_plan
-from bitnet_triton.models.quantizer import replace_linears
-from bitnet_triton.nn import RMSNorm, use_output_head
+from bitnet_triton.models.quantizer import as_argument, replace_linears
+from bitnet_triton.nn import RMSNorm, count_packed, resized_head, use_output_head
 
 
 def _prepared_plan(config: BitNetConfig) -> AttentionPlan | None:
@@ -105,6 +105,8 @@ class _TernaryModel(hf.BitNetPreTrainedModel):
             config = BitNetConfig.from_hf(config)
         if path is not None and os.path.isdir(path):
             check_folder(os.path.join(path, kwargs.get("subfolder") or ""))
+        if "quantization_config" in kwargs:
+            kwargs["quantization_config"] = as_argument(kwargs["quantization_config"])
         kwargs["use_safetensors"] = True  # pickled weights can run code: never read
         try:
             loaded = super().from_pretrained(path, *model_args, config=config, **kwargs)
@@ -143,6 +145,15 @@ class _TernaryModel(hf.BitNetPreTrainedModel):
         if self.attention_plan is not None:
             check_attention_implementation(attn_implementation)
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Count parameters, and the weights that are packed, each of them."""
+        counted = super().num_parameters(only_trainable, exclude_embeddings)
+        return counted if only_trainable else counted + count_packed(self)
+
+    def _get_resized_lm_head(self, old_lm_head: nn.Linear, *args: Any, **kwargs: Any) -> nn.Linear:
+        new = super()._get_resized_lm_head(old_lm_head, *args, **kwargs)
+        return resized_head(old_lm_head, new)
 
     # transformers refuses these casts for quantised models; ours keep their codes and scales
     def half(self) -> Any:

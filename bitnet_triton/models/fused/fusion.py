@@ -309,6 +309,13 @@ class Fusion:
         # whoever reads it looks at its own layer, and chooses launchers again
         return {**self.__dict__, "_launchers": {}, "_changes": None}
 
+    def release(self) -> None:
+        """Give each linear memory of its own; this object is of no use afterwards."""
+        for name in ("qkv", "o", "gate_up", "down"):
+            linears = self.__dict__.get(name)  # a layer with an objection may have none
+            if linears is not None:
+                linears.release()
+
     @property
     def reads_hidden_states(self) -> bool:
         """Whether a mode of the layer reads what enters it."""
