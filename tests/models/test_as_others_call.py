@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitNetQuantConfig
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 import bitnet_triton as bt
-from bitnet_triton.models.fused_layer import FusedDecoderLayer
+from bitnet_triton.models.fused.layer import FusedDecoderLayer
 from bitnet_triton.models.quantizer import in_memory, replace_linears
 from bitnet_triton.nn import Int8Head, OutputHead, PackedBitLinear
 
