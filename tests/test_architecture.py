@@ -1,6 +1,7 @@
 """The shape of the package: import layers, wheel contents, public names, cost of an import."""
 
 import importlib.util
+import re
 import subprocess
 import sys
 import zipfile
@@ -53,6 +54,19 @@ def test_no_folder_shadows_the_kernels_package_of_hugging_face():
 def test_importing_the_package_does_not_import(heavy):
     code = f"import bitnet_triton, sys; print({heavy!r} in sys.modules)"
     assert run_python(code) == ["False"]
+
+
+def test_the_runtime_names_no_op():
+    from bitnet_triton.kernels import IMPLEMENTATIONS
+    from bitnet_triton.runtime import autotune
+
+    folders = {path.parent.name for path in (ROOT / "bitnet_triton" / "kernels").rglob("op.py")}
+    names = folders | IMPLEMENTATIONS.keys() | autotune.CPU.keys() | autotune.GPU.keys()
+    assert {"flash_attention", "exact_attention_bwd", "merge_best", "rotary"} <= names
+    for path in sorted((ROOT / "bitnet_triton" / "runtime").glob("*.py")):
+        words = set(re.findall(r"\w+", path.read_text()))
+        named = {word for word in words if any(name in word for name in names)}
+        assert not named, f"{path.name} names {sorted(named)}"
 
 
 def test_every_public_name_resolves_and_is_listed():

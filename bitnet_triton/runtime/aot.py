@@ -4,7 +4,7 @@ Record launches with tensors on the meta device (``record_launches``), compile e
 and get registers, spills, shared memory and the matrix instructions that the compiler chose:
 
     with record_launches() as launches:
-        launch_ternary_linear_bwd(dy_meta, packed_meta, scale_meta)
+        launch_my_op(x_meta, weight_meta)
     print(markdown_table([compile_for(launch, TARGETS["sm_90"]) for launch in launches]))
 """
 

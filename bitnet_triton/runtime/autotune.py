@@ -1,7 +1,7 @@
 """Tile sizes of the Triton kernels, by kind of device, op and shape class.
 
-The tables stand in ``tiles_gpu.py`` and ``tiles_cpu.py``. What ``python -m bench tune`` has
-measured on this machine comes before them.
+Each op registers tables of its own (``kernels/<op>/tile_sizes.py``). What ``python -m bench tune``
+has measured on this machine comes before them.
 """
 
 from __future__ import annotations
@@ -14,8 +14,38 @@ from contextvars import ContextVar
 import torch
 
 from bitnet_triton.runtime.measured import measured_tiles
-from bitnet_triton.runtime.tiles_cpu import CPU, FLOAT32_SUFFIX, Tiles, kernel_of
-from bitnet_triton.runtime.tiles_gpu import FLOAT32, GPU, GPU_TABLES
+from bitnet_triton.runtime.tiles import (
+    ANY,
+    CPU,
+    FLOAT32,
+    FLOAT32_SUFFIX,
+    GPU,
+    GPU_TABLES,
+    Table,
+    Tiles,
+    kernel_of,
+    register_tiles,
+)
+
+__all__ = [
+    "ANY",
+    "CPU",
+    "FLOAT32",
+    "GPU",
+    "GPU_TABLES",
+    "Table",
+    "Tiles",
+    "all_tiles",
+    "fitted_tiles",
+    "gpu_family",
+    "has_tiles",
+    "head_size",
+    "largest_size",
+    "register_tiles",
+    "size_classes",
+    "tiles",
+    "tiles_for",
+]
 
 _SMALLEST_FITTED = 16
 
@@ -28,7 +58,7 @@ def tiles(kernel: str, size: int, device: torch.device, dtype: torch.dtype | Non
     Args:
         kernel: its name without the leading underscore and ``_kernel``.
         size: number of rows of activations, at most ``largest_size``; of kernels whose program
-            holds a row ("quantize_activations_fwd", the norms) the length of a row.
+            holds a row the length of a row.
         device: that the kernel runs on; any but a CPU counts as a GPU.
         dtype: of what it multiplies, where float32 has tiles of its own.
     """
@@ -120,7 +150,7 @@ def fitted_tiles(
 
 
 def head_size(D: int, dtype: torch.dtype) -> int:
-    """Return what attention asks ``tiles`` for: the size of a head, apart for float32."""
+    """Return what kernels over heads ask ``tiles`` for: the size of one, apart for float32."""
     return D + (FLOAT32 if dtype == torch.float32 else 0)
 
 

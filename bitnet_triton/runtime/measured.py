@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from bitnet_triton.runtime.device import cpu_capability, triton_version
-from bitnet_triton.runtime.tiles_cpu import kernel_of
+from bitnet_triton.runtime.tiles import kernel_of
 
 _LOG = logging.getLogger(__name__)
 _FORMAT = 1

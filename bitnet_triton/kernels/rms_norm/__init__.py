@@ -1,3 +1,4 @@
+import bitnet_triton.kernels.rms_norm.tile_sizes  # noqa: F401  registers them
 from bitnet_triton.kernels.rms_norm.op import rms_norm
 from bitnet_triton.kernels.rms_norm.quantized import (
     relu2_mul_norm_quantize,
