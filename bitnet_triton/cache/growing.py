@@ -13,7 +13,7 @@ from bitnet_triton.cache.key_values import KeyValueMemory
 _FEWEST = 256  # tokens that are added to the memory at least
 
 
-class GrowingLayer(KeyValueMemory, DynamicLayer):
+class GrowingLayer(DynamicLayer, KeyValueMemory):
     """transformers' ``DynamicLayer`` without its copy of the whole cache in every step.
 
     ``keys`` and ``values`` [B Hk T D] are the first T tokens of ``key_store`` and ``value_store``

@@ -52,14 +52,37 @@ class Call:
 class Memory(CacheLayerMixin):
     """What one layer keeps between calls.
 
+    A class that derives from a layer of transformers as well names that one first, whose answers
+    then count.
+
     Attributes:
+        tokens: how many it has seen, padding included.
         rebases: whether positions may start again, if those of all layers do.
         shift: int64 [B], how far rotary positions lag behind those of the text; None: not at all.
     """
 
+    tokens: int = 0
     rebases: bool = False
     shift: Tensor | None = None
     _is_told: bool = False  # that the prompt is over
+
+    # --- what transformers asks of every cache layer
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Learn sizes, dtype and device from the first tokens."""
+        self.is_initialized = True
+
+    def get_seq_length(self) -> int:
+        """Return how many tokens were seen, kept or not."""
+        return self.tokens
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return how many keys the next ``update`` gives, and how many columns it lacks."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """Return how many tokens are kept at most; -1: all."""
+        return -1
 
     # --- events
 
@@ -105,7 +128,7 @@ class Memory(CacheLayerMixin):
 
     def advance(self, new: int) -> None:
         """Count ``new`` tokens as held, which a step has written."""
-        raise NotImplementedError
+        self.tokens += new
 
     def write(self, heads: Tensor, cos: Tensor, sin: Tensor, places: Tensor) -> Tensor:
         """Rotate and store the new token, by launches alone; return its queries [B 1 H D].
@@ -137,6 +160,18 @@ class Memory(CacheLayerMixin):
     def can_take_back(self, n: int) -> bool:
         """Tell whether ``crop(-n)`` makes the memory what it was ``n`` tokens before."""
         return False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the latest tokens, as many as minus ``tokens_to_remove`` says.
+
+        Raises:
+            RuntimeError: they cannot be taken back.
+        """
+        if tokens_to_remove and not self.can_take_back(-tokens_to_remove):
+            raise RuntimeError(
+                f"`tokens_to_remove`: {type(self).__name__} cannot take back what it has taken in"
+            )
+        self.tokens += tokens_to_remove
 
 
 def begin_call(layers: Sequence[object], call: Call) -> Tensor | None:

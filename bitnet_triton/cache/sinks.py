@@ -12,7 +12,7 @@ from bitnet_triton.cache.key_values import KeyValueMemory
 from bitnet_triton.cache.memory import Call
 
 
-class SinkWindowLayer(KeyValueMemory, DynamicLayer):
+class SinkWindowLayer(DynamicLayer, KeyValueMemory):
     """Keys and values of the first tokens and of the latest ones.
 
     A text that outgrows them loses what stands between. What is left lies in order and without a

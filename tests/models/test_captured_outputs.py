@@ -9,7 +9,7 @@ import torch
 from transformers.utils import output_capturing
 
 import bitnet_triton as bt
-from bitnet_triton.attention import hub
+from bitnet_triton.attention.hub import function
 from bitnet_triton.models import BitNetForCausalLM
 from bitnet_triton.models.fuse import introduce
 
@@ -72,7 +72,7 @@ def test_hidden_states_come_out_after_each_swap_of_a_class(checkpoint, token_ids
 
 def test_attentions_that_nobody_keeps_are_told_once(checkpoint, token_ids, caplog):
     model = BitNetForCausalLM.from_pretrained(checkpoint(), attention="full").eval()
-    hub._tell_no_weights.cache_clear()
+    function._tell_no_weights.cache_clear()
 
     with caplog.at_level(logging.WARNING, logger="bitnet_triton"), torch.no_grad():
         for _ in range(2):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from bitnet_triton.attention.context import AttentionContext
-from bitnet_triton.attention.hub.describe import describe_mask
+from bitnet_triton.attention.hub.mask import describe_mask
 from bitnet_triton.attention.modes.full import Full
 from bitnet_triton.attention.phases import run_plan
 from bitnet_triton.attention.plan import AttentionPlan
