@@ -85,7 +85,9 @@ class Toy(Mode):
             memory.leftpad = left
             memory.update(k.transpose(1, 2), v.transpose(1, 2))
         count = memory.tokens - T + 1 + torch.arange(T) - (0 if left is None else left[:, None])
-        mean = memory.sums[:, :, memory.tokens + 1 - T : memory.tokens + 1] / count.clamp_min(1).view(-1, 1, T, 1)
+        mean = memory.sums[:, :, memory.tokens + 1 - T : memory.tokens + 1] / count.clamp_min(
+            1
+        ).view(-1, 1, T, 1)
         mean = mean.repeat_interleave(q.shape[2] // k.shape[2], 1).transpose(1, 2)
         return mean * context.module(context.hidden_states).sigmoid()[..., None]
 
