@@ -6,8 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bitnet_triton.attention import Mode
-from bitnet_triton.attention.masked import check_served
+from bitnet_triton.attention import Mode, check_served
 from bitnet_triton.cache import Memory
 from bitnet_triton.runtime import launch
 
@@ -78,16 +77,15 @@ class Toy(Mode):
 
     def __call__(self, q, k, v, context):
         check_served(self, context)
+        memory, T, left = context.memory or RunningSums(), q.shape[1], context.tokens.leftpad
         if context.tokens.cu_seqlens is not None:
             raise ValueError("`position_ids`: attention 'toy' takes no packed sequences")
-        memory, T, left = context.memory or RunningSums(), q.shape[1], context.tokens.leftpad
         if not memory.tokens:  # a call without a cache
             memory.leftpad = left
             memory.update(k.transpose(1, 2), v.transpose(1, 2))
         count = memory.tokens - T + 1 + torch.arange(T) - (0 if left is None else left[:, None])
-        mean = memory.sums[:, :, memory.tokens + 1 - T : memory.tokens + 1] / count.clamp_min(
-            1
-        ).view(-1, 1, T, 1)
+        mean = memory.sums[:, :, : memory.tokens + 1][:, :, -T:]
+        mean = mean / count.clamp_min(1).view(-1, 1, T, 1)
         mean = mean.repeat_interleave(q.shape[2] // k.shape[2], 1).transpose(1, 2)
         return mean * context.module(context.hidden_states).sigmoid()[..., None]
 

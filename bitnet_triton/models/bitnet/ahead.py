@@ -12,21 +12,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache
 
-from bitnet_triton.cache import Memory
+from bitnet_triton.cache import Memory, grow_in_place
 
 
 def can_run_ahead(device: torch.device, cache: Cache) -> bool:
-    """Tell whether it pays, and whether ``cache`` can forget a token again."""
+    """Tell whether it pays, and whether ``cache`` can forget a token again.
+
+    Plain layers of transformers grow in place from here on, as in every fused decoder.
+    """
     if device.type != "cuda" or type(cache) not in (Cache, DynamicCache):
         return False
-    return all(
-        (isinstance(layer, Memory) and layer.can_take_back(1))
-        # a plain layer has not yet been made one that grows in place
-        or type(layer) is DynamicLayer
-        for layer in cache.layers
-    )
+    grow_in_place(cache)
+    return all(isinstance(layer, Memory) and layer.can_take_back(1) for layer in cache.layers)
 
 
 def longest(stopping_criteria: Any) -> int | None:

@@ -26,7 +26,7 @@ from bitnet_triton.models.bitnet.planned import (
 from bitnet_triton.models.checkpoint import check_checkpoint, check_folder, check_suffixes
 from bitnet_triton.models.fuse import fuse_after_loading, introduce
 from bitnet_triton.models.fused.model import FUSED_MODELS, FusedModel
-from bitnet_triton.models.planned import give_plan
+from bitnet_triton.models.planned_attention import give_plan
 from bitnet_triton.models.quantizer import as_argument, replace_linears
 from bitnet_triton.nn import RMSNorm, count_packed, resized_head, use_output_head
 

@@ -27,7 +27,7 @@ from bitnet_triton.kernels.rotary.op import ROTARY
 from bitnet_triton.kernels.ternary_linear.launchers import QUANTIZED_FWD
 from bitnet_triton.kernels.ternary_linear.quantized import ternary_linear_quantized_rows
 from bitnet_triton.models.fused.changes import Changes
-from bitnet_triton.models.planned import PlannedAttention
+from bitnet_triton.models.planned_attention import PlannedAttention
 from bitnet_triton.nn import MergedLinears, PackedBitLinear, RMSNorm
 from bitnet_triton.runtime import backend_objection, forced_backend, select
 from bitnet_triton.runtime.autotune import largest_size

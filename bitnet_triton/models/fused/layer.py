@@ -17,7 +17,7 @@ from bitnet_triton.models.fused.fusion import (
     Fusion,
     Launchers,
 )
-from bitnet_triton.models.planned import layer_inputs
+from bitnet_triton.models.planned_attention import layer_inputs
 
 
 class FusedDecoderLayer(nn.Module):
