@@ -93,7 +93,6 @@ _REFUSED = (CheckpointError, "a checkpoint that lacks a tensor is refused; nothi
 _PLANNED = (ValueError, "config.attention refuses another `attn_implementation`")
 _IN_PLACE = (AssertionError, "it wants to read the name sdpa, where this variant has bitnet_triton")
 _GARBAGE = (AssertionError, "init_weights leaves garbage in codes and scales that were on meta")
-_VIEWS = (AssertionError, "linears of a fused layer hold views of one tensor, which look tied")
 
 # Cases that fail, by the error that they fail with
 FAILS = {
@@ -101,7 +100,6 @@ FAILS = {
     **_each(OURS, "test_model_weights_reload_no_missing_tied_weights", _REFUSED),
     **_each(PACKED, "test_init_weights_can_init_buffers", _GARBAGE),
     **_each(PACKED, "test_can_init_all_missing_weights", _GARBAGE),
-    "Fused*::test_tied_weights_keys": _VIEWS,
     "*Plan*::test_attention_outputs": _PLANNED,
     "*Plan*::test_retain_grad_hidden_states_attentions": _PLANNED,
     "*Plan*::test_can_set_attention_dynamically": _PLANNED,
