@@ -23,20 +23,22 @@ from bitnet_triton.kernels.flash_attention.launch import (
     start_rows,
     summed_keys,
 )
-from bitnet_triton.kernels.flash_attention.plan import plan_call
+from bitnet_triton.kernels.flash_attention.prepare import prepare_call
 
 
 def launch_forward(q: Tensor, k: Tensor, v: Tensor, exact: ExactCall) -> tuple[Tensor, Tensor]:
     """Map q, k, v to out in the dtype of ``q`` and lse in float32."""
     call = exact.call
-    plan = plan_call(q, k, call)
-    cuts = launch_select(q, k, exact, plan)
-    out, lse = results(q, v, plan, q.dtype)
+    prepared = prepare_call(q, k, call)
+    cuts = launch_select(q, k, exact, prepared)
+    out, lse = results(q, v, prepared, q.dtype)
     config = row_tiles("exact_attention_fwd", q, v)
     kernel, tensors = _exact_attention_fwd_kernel, (q, k, v, out, lse, cuts)
-    start_rows(kernel, config, tensors, call, plan, plan.bands[0])
-    if plan.rows is not None:
-        start_rows(kernel, config, tensors, call, plan, dense_band(call.mask.causal), dense=True)
+    start_rows(kernel, config, tensors, call, prepared, prepared.bands[0])
+    if prepared.rows is not None:
+        start_rows(
+            kernel, config, tensors, call, prepared, dense_band(call.mask.causal), dense=True
+        )
     return out, lse
 
 
@@ -46,28 +48,32 @@ def launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of q, k and v in their dtypes; what was taken is selected again."""
     call = exact.call
-    plan = plan_call(q, k, call)
+    prepared = prepare_call(q, k, call)
     Hk = k.shape[-2]
-    k, v = repeated_keys(plan, q, k, v)
-    cuts = launch_select(q, k, exact, plan)
+    k, v = repeated_keys(prepared, q, k, v)
+    cuts = launch_select(q, k, exact, prepared)
     pivot, delta = launch_delta(dout, dlse, out, lse)
     inputs = (q, k, v, dout, pivot, delta, cuts)
 
-    make = torch.zeros if plan.zeroed else torch.empty
+    make = torch.zeros if prepared.zeroed else torch.empty
     dq = make(q.shape, dtype=q.dtype, device=q.device)
     config = row_tiles("exact_attention_bwd_dq", q, v)
     kernel, tensors = _exact_attention_bwd_dq_kernel, (*inputs, dq)
-    start_rows(kernel, config, tensors, call, plan, plan.bands[0])
-    if plan.rows is not None:
-        start_rows(kernel, config, tensors, call, plan, dense_band(call.mask.causal), dense=True)
+    start_rows(kernel, config, tensors, call, prepared, prepared.bands[0])
+    if prepared.rows is not None:
+        start_rows(
+            kernel, config, tensors, call, prepared, dense_band(call.mask.causal), dense=True
+        )
 
-    passes = key_passes(call, plan)
+    passes = key_passes(call, prepared)
     # what several launches add up is rounded once, at the end
     wide = len(passes) > 1 or k.shape[-2] != Hk
     dtype = torch.float32 if wide else q.dtype
     dk, dv = (torch.zeros(t.shape, dtype=dtype, device=k.device) for t in (k, v))
     config = row_tiles("exact_attention_bwd_dkdv", k, v)
     for one in passes:
-        start_keys(_exact_attention_bwd_dkdv_kernel, config, (*inputs, dk, dv), call, plan, *one)
+        start_keys(
+            _exact_attention_bwd_dkdv_kernel, config, (*inputs, dk, dv), call, prepared, *one
+        )
     dk, dv = summed_keys(dk, dv, Hk)
     return dq, dk.to(q.dtype), dv.to(q.dtype)

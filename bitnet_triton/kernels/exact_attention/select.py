@@ -37,7 +37,7 @@ from bitnet_triton.kernels.flash_attention.operands import (
     strides,
     tokens_of,
 )
-from bitnet_triton.kernels.flash_attention.plan import Plan
+from bitnet_triton.kernels.flash_attention.prepare import Prepared
 from bitnet_triton.runtime import launch
 from bitnet_triton.runtime.autotune import head_size, tiles
 
@@ -215,36 +215,43 @@ def _exact_attention_select_kernel(
     tl.store(cuts_ptr + (flat * H + head) * Tq + rows, cut, mask=is_row)
 
 
-def launch_select(q: Tensor, k: Tensor, exact: ExactCall, plan: Plan) -> Tensor:
+def launch_select(q: Tensor, k: Tensor, exact: ExactCall, prepared: Prepared) -> Tensor:
     """Return int64 [B H Tq] ([H, sum Tq]): the order from which on each row takes its pairs.
 
     The mask has one band.
     """
     *lead, T, H, _ = q.shape
     cuts = torch.empty((*lead, H, T), dtype=torch.int64, device=q.device)
-    _launch_band(q, k, exact, plan, plan.bands[0], cuts, dense=False)
-    if plan.rows is not None:
-        _launch_band(q, k, exact, plan, dense_band(exact.call.mask.causal), cuts, dense=True)
+    _launch_band(q, k, exact, prepared, prepared.bands[0], cuts, dense=False)
+    if prepared.rows is not None:
+        _launch_band(q, k, exact, prepared, dense_band(exact.call.mask.causal), cuts, dense=True)
     return cuts
 
 
 def _launch_band(
-    q: Tensor, k: Tensor, exact: ExactCall, plan: Plan, band: Band, cuts: Tensor, *, dense: bool
+    q: Tensor,
+    k: Tensor,
+    exact: ExactCall,
+    prepared: Prepared,
+    band: Band,
+    cuts: Tensor,
+    *,
+    dense: bool,
 ) -> None:
     call, H = exact.call, q.shape[-2]
     sinks, threshold = call.mask.sinks, exact.threshold
     config = tiles("exact_attention_select", head_size(q.shape[-1], q.dtype), q.device)
-    batch = plan.lengths.shape[0] if plan.lengths is not None else q.shape[0]
-    grid = (grid_tiles(q, config["BLOCK_M"], band, batch), H, 1 if plan.packed else batch)
+    batch = prepared.lengths.shape[0] if prepared.lengths is not None else q.shape[0]
+    grid = (grid_tiles(q, config["BLOCK_M"], band, batch), H, 1 if prepared.packed else batch)
     launch(_exact_attention_select_kernel, grid)(
         q, k, cuts,
-        heads_table(band, H, q.device), plan.lengths,
-        tokens_of(None if dense else plan.keys), None if dense else key_flags(plan),
-        tokens_of(plan.rows if dense else None), row_flags(plan, dense),
+        heads_table(band, H, q.device), prepared.lengths,
+        tokens_of(None if dense else prepared.keys), None if dense else key_flags(prepared),
+        tokens_of(prepared.rows if dense else None), row_flags(prepared, dense),
         *strides(q), *strides(k),
         sinks=sinks if sinks and not dense else None,
         top_k=exact.top_k,
         threshold_log2=None if threshold is None else math.log2(threshold),
-        **common(q, k, k, call, plan, band),
+        **common(q, k, k, call, prepared, band),
         **config,
     )  # fmt: skip

@@ -1,8 +1,9 @@
 """Triton attention for a few queries and many keys: bound by reading the keys and values once.
 
-One program reads one share of the visible keys of one key head, for all queries and all query heads
-that share it (Flash-Decoding); a second kernel merges the shares. Lengths are read from memory and
-the grid depends on shapes alone, so that a launch recorded once serves every decode step.
+One program reads one split of the visible keys of one key head, for all queries and all query heads
+that share it (Flash-Decoding, split-KV); a second kernel merges the splits. Lengths are read from
+memory and the grid depends on shapes alone, so that a launch recorded once serves every decode
+step.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from bitnet_triton.runtime.device import smallest_dot
 
 MOST_QUERIES = 16
 
-# Keys of a share at full length on a CPU, and on a GPU, which has more to occupy; and the most
-# shares: more than that merge slowly
-_SHARE, _SHARE_OF_GPU = 512, 128
-_MOST_SHARES = 64
+# Keys of a split at full length on a CPU, and on a GPU, which has more to occupy; and the most
+# splits: more than that merge slowly
+_KEYS_OF_SPLIT, _KEYS_OF_SPLIT_ON_GPU = 512, 128
+_MOST_SPLITS = 64
 
 _LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -40,7 +41,7 @@ _LN_2 = tl.constexpr(0.6931471805599453)
 @triton.jit
 def _flash_attention_decode_kernel(
     # tensors: q [B Tq H D]; k [B Tk Hk D]; v [B Tk Hk DV]; out [B Tq H S DV]; lse [B Tq H S], of
-    # S shares; lse in base 2, or as promised to callers where S is 1
+    # S splits; lse in base 2, or as promised to callers where S is 1
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
     # int32 [B] or None: the first valid key, one past the last one, the first row that sees all
     leftpad_ptr, used_ptr, dense_ptr,
@@ -51,12 +52,12 @@ def _flash_attention_decode_kernel(
     Tq, Tk, left, right, sinks, dense_from, scale_log2, softcap_log2,
     # compile-time
     DEPENDENT: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    CAUSAL: tl.constexpr, SHARES: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(DEPENDENT)
     BLOCK_D: tl.constexpr = triton.next_power_of_2(D)
     BLOCK_DV: tl.constexpr = triton.next_power_of_2(DV)
-    share = tl.program_id(0)
+    split = tl.program_id(0)
     key_head = tl.program_id(1)
     H = tl.num_programs(1) * GROUP
     b = tl.program_id(2)
@@ -92,11 +93,11 @@ def _flash_attention_decode_kernel(
     start = tl.min(tl.where(is_row, low, n), 0)
     end = tl.max(tl.where(is_row, tl.maximum(high, sink_end), 0), 0)
 
-    # a share of start .. end for every program, and the sinks in front of it for the first one
-    length = tl.cdiv(tl.maximum(end - start, 0), SHARES)
-    begin = start + share * length
+    # a split of start .. end for every program, and the sinks in front of it for the first one
+    length = tl.cdiv(tl.maximum(end - start, 0), SPLITS)
+    begin = start + split * length
     end = tl.minimum(begin + length, end)
-    ahead = tl.where(share == 0, tl.minimum(tl.max(sink_end, 0), start), 0)
+    ahead = tl.where(split == 0, tl.minimum(tl.max(sink_end, 0), start), 0)
     tiles_ahead = tl.cdiv(ahead, BLOCK_N)
 
     row_at = t.to(tl.int64) * q_stride_t + head * q_stride_h
@@ -129,13 +130,13 @@ def _flash_attention_decode_kernel(
 
     row = (batch * Tq + t) * H + head
     out = acc / tl.where(total > 0, total, 1.0)[:, None]
-    store_rows(out_ptr, row * SHARES + share, DV, out, is_row, DV, BLOCK_DV)
+    store_rows(out_ptr, row * SPLITS + split, DV, out, is_row, DV, BLOCK_DV)
     factor = scale_log2 if softcap_log2 is None else softcap_log2
     lse = top * factor + tl.log2(total)
-    if SHARES == 1:
+    if SPLITS == 1:
         tl.store(lse_ptr + (batch * H + head) * Tq + t, lse * _LN_2, mask=is_row)
     else:
-        tl.store(lse_ptr + row * SHARES + share, lse, mask=is_row)
+        tl.store(lse_ptr + row * SPLITS + split, lse, mask=is_row)
 
 
 @triton.jit
@@ -146,23 +147,23 @@ def _flash_attention_decode_merge_kernel(
     # sizes
     Tq, H,
     # compile-time
-    DEPENDENT: tl.constexpr, DV: tl.constexpr, SHARES: tl.constexpr,
+    DEPENDENT: tl.constexpr, DV: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(DEPENDENT)
-    BLOCK_S: tl.constexpr = triton.next_power_of_2(SHARES)
+    BLOCK_S: tl.constexpr = triton.next_power_of_2(SPLITS)
     BLOCK_DV: tl.constexpr = triton.next_power_of_2(DV)
     t = tl.program_id(0) // H
     head = tl.program_id(0) % H
     batch = tl.program_id(1).to(tl.int64)
     row = (batch * Tq + t) * H + head
     s = tl.arange(0, BLOCK_S)
-    lses = tl.load(part_lse_ptr + row * SHARES + s, mask=s < SHARES, other=float("-inf"))
+    lses = tl.load(part_lse_ptr + row * SPLITS + s, mask=s < SPLITS, other=float("-inf"))
     top = tl.max(lses, 0)
     pivot = tl.where(top == float("-inf"), 0.0, top)
     weights = tl.exp2(lses - pivot)
     total = tl.sum(weights, 0)
-    # parts of shares without a key are zeros
-    parts = load_rows(parts_ptr, row * SHARES + s, DV, s < SHARES, DV, BLOCK_DV)  # [S, BLOCK_DV]
+    # parts of splits without a key are zeros
+    parts = load_rows(parts_ptr, row * SPLITS + s, DV, s < SPLITS, DV, BLOCK_DV)  # [S, BLOCK_DV]
     out = tl.sum(parts * weights[:, None], axis=0) / tl.where(total > 0, total, 1.0)
     dims = tl.arange(0, BLOCK_DV)
     tl.store(out_ptr + row * DV + dims, out.to(out_ptr.dtype.element_ty), mask=dims < DV)
@@ -205,17 +206,17 @@ def launch_decode(
         out [B Tq H Dv] in the dtype of ``q`` and lse [B H Tq] in float32.
     """
     (B, Tq, H, D), (Tk, Hk), DV = q.shape, k.shape[1:3], v.shape[-1]
-    shares = _shares(Tk, mask, q.device)
+    splits = _num_splits(Tk, mask, q.device)
     out = torch.empty((B, Tq, H, DV), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
     parts, part_lse = out, lse
-    if shares > 1:
-        parts = torch.empty((B, Tq, H, shares, DV), dtype=torch.float32, device=q.device)
-        part_lse = torch.empty((B, Tq, H, shares), dtype=torch.float32, device=q.device)
+    if splits > 1:
+        parts = torch.empty((B, Tq, H, splits, DV), dtype=torch.float32, device=q.device)
+        part_lse = torch.empty((B, Tq, H, splits), dtype=torch.float32, device=q.device)
     dense = mask.dense_from
     scale_log2, softcap_log2 = score_factors(scale, softcap)
     rows = triton.next_power_of_2(Tq * (H // Hk))
-    launch(_flash_attention_decode_kernel, (shares, Hk, B))(
+    launch(_flash_attention_decode_kernel, (splits, Hk, B))(
         q, k, v, parts, part_lse,
         leftpad_k, seqused_k, dense if isinstance(dense, Tensor) else None,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
@@ -225,23 +226,23 @@ def launch_decode(
         mask.sinks or None,
         None if isinstance(dense, Tensor) else dense,
         scale_log2, softcap_log2,
-        GROUP=H // Hk, D=D, DV=DV, CAUSAL=mask.causal, SHARES=shares,
+        GROUP=H // Hk, D=D, DV=DV, CAUSAL=mask.causal, SPLITS=splits,
         ROWS=max(rows, smallest_dot(q.device)),
         **tiles("flash_attention_decode", head_size(max(D, DV), q.dtype), q.device),
         **dependent(q.device),
     )  # fmt: skip
-    if shares > 1:
+    if splits > 1:
         launch(_flash_attention_decode_merge_kernel, (Tq * H, B))(
-            parts, part_lse, out, lse, Tq, H, DV=DV, SHARES=shares,
+            parts, part_lse, out, lse, Tq, H, DV=DV, SPLITS=splits,
             **tiles("flash_attention_decode_merge", DV, q.device), **dependent(q.device),
         )  # fmt: skip
     return out, lse
 
 
-def _shares(Tk: int, mask: Mask, device: torch.device) -> int:
+def _num_splits(Tk: int, mask: Mask, device: torch.device) -> int:
     """Divide the keys that a query may see; by shapes alone, so that a row decides for itself."""
     keys = Tk
     if mask.window is not None and mask.causal and mask.dense_from is None:
         keys = min(keys, mask.window)
-    share = _SHARE if smallest_dot(device) == 1 else _SHARE_OF_GPU
-    return min(cdiv(keys, share), _MOST_SHARES)
+    keys_of_split = _KEYS_OF_SPLIT if smallest_dot(device) == 1 else _KEYS_OF_SPLIT_ON_GPU
+    return min(cdiv(keys, keys_of_split), _MOST_SPLITS)

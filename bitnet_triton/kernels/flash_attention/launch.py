@@ -24,42 +24,42 @@ from bitnet_triton.kernels.flash_attention.operands import (
     strides,
     tokens_of,
 )
-from bitnet_triton.kernels.flash_attention.plan import Plan, TokenList, plan_call
+from bitnet_triton.kernels.flash_attention.prepare import Prepared, TokenList, prepare_call
 from bitnet_triton.runtime import cdiv, launch
 from bitnet_triton.runtime.autotune import head_size, tiles
 
 
 def launch_forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """Map q, k, v to out in the dtype of ``q`` and lse in float32."""
-    plan = plan_call(q, k, call)
+    prepared = prepare_call(q, k, call)
     config = row_tiles("flash_attention_fwd", q, v)
-    first, *more = plan.bands
+    first, *more = prepared.bands
     dtype = torch.float32 if more else q.dtype
-    out, lse = _launch_band(q, k, v, call, plan, first, dtype, config)
+    out, lse = _launch_band(q, k, v, call, prepared, first, dtype, config)
     if more:
         parts = [(out, lse)]
-        parts += [_launch_band(q, k, v, call, plan, band, dtype, config) for band in more]
+        parts += [_launch_band(q, k, v, call, prepared, band, dtype, config) for band in more]
         # the kernels write and read contiguous results
         out, lse = (t.contiguous() for t in merge_attention(*zip(*parts)))
-    if plan.rows is not None:
+    if prepared.rows is not None:
         band = dense_band(call.mask.causal)
         tensors = (q, k, v, out, lse)
-        start_rows(_flash_attention_fwd_kernel, config, tensors, call, plan, band, dense=True)
+        start_rows(_flash_attention_fwd_kernel, config, tensors, call, prepared, band, dense=True)
     return out.to(q.dtype) if more else out, lse
 
 
 def _launch_band(
-    q: Tensor, k: Tensor, v: Tensor, call: Call, plan: Plan, band: Band, dtype: torch.dtype,
+    q: Tensor, k: Tensor, v: Tensor, call: Call, prepared: Prepared, band: Band, dtype: torch.dtype,
     config: dict[str, int],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    out, lse = results(q, v, plan, dtype)
-    start_rows(_flash_attention_fwd_kernel, config, (q, k, v, out, lse), call, plan, band)
+    out, lse = results(q, v, prepared, dtype)
+    start_rows(_flash_attention_fwd_kernel, config, (q, k, v, out, lse), call, prepared, band)
     return out, lse
 
 
 def start_rows(
-    kernel: Any, config: dict[str, int], tensors: tuple[Tensor, ...], call: Call, plan: Plan,
-    band: Band, *, dense: bool = False, **constants: Any,
+    kernel: Any, config: dict[str, int], tensors: tuple[Tensor, ...], call: Call,
+    prepared: Prepared, band: Band, *, dense: bool = False, **constants: Any,
 ) -> None:  # fmt: skip
     """Start a kernel of which a program takes a tile of queries, over one band.
 
@@ -68,24 +68,24 @@ def start_rows(
         config: its tiles.
         tensors: q, k, v, and the kernel's own.
         call: the settings.
-        plan: of the call.
+        prepared: of the call.
         band: of the mask; the first one reads the listed keys as well.
         dense: the rows are those that see everything.
         **constants: of the kernel alone.
     """
     q, k, v = tensors[:3]
     H = q.shape[-2]
-    batch = plan.lengths.shape[0] if plan.lengths is not None else q.shape[0]
-    grid = (grid_tiles(q, config["BLOCK_M"], band, batch), H, 1 if plan.packed else batch)
+    batch = prepared.lengths.shape[0] if prepared.lengths is not None else q.shape[0]
+    grid = (grid_tiles(q, config["BLOCK_M"], band, batch), H, 1 if prepared.packed else batch)
     launch(kernel, grid)(
         *tensors,
-        heads_table(band, H, q.device), plan.lengths,
-        tokens_of(plan.keys if band is plan.bands[0] else None),
-        None if dense else key_flags(plan),
-        tokens_of(plan.rows if dense else None), row_flags(plan, dense),
+        heads_table(band, H, q.device), prepared.lengths,
+        tokens_of(prepared.keys if band is prepared.bands[0] else None),
+        None if dense else key_flags(prepared),
+        tokens_of(prepared.rows if dense else None), row_flags(prepared, dense),
         *strides(q), *strides(k), *strides(v),
         sinks=call.mask.sinks if call.mask.sinks and not dense else None,
-        **constants, **common(q, k, v, call, plan, band), **config,
+        **constants, **common(q, k, v, call, prepared, band), **config,
     )  # fmt: skip
 
 
@@ -94,10 +94,10 @@ def row_tiles(kernel: str, q: Tensor, v: Tensor) -> dict[str, int]:
     return tiles(kernel, head_size(max(q.shape[-1], v.shape[-1]), q.dtype), q.device)
 
 
-def results(q: Tensor, v: Tensor, plan: Plan, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def results(q: Tensor, v: Tensor, prepared: Prepared, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return memory for out and lse."""
     *lead, T, H, _ = q.shape
-    if not plan.zeroed:
+    if not prepared.zeroed:
         out = torch.empty((*lead, T, H, v.shape[-1]), dtype=dtype, device=q.device)
         return out, torch.empty((*lead, H, T), dtype=torch.float32, device=q.device)
     # rows of padding belong to no tile
@@ -110,21 +110,21 @@ def launch_backward(
     call: Call,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of q, k and v in their dtypes."""
-    plan = plan_call(q, k, call)
+    prepared = prepare_call(q, k, call)
     Hk = k.shape[-2]
-    k, v = repeated_keys(plan, q, k, v)
+    k, v = repeated_keys(prepared, q, k, v)
     pivot, delta = launch_delta(dout, dlse, out, lse)
     inputs = (q, k, v, dout, pivot, delta)
-    dq = _launch_dq(inputs, call, plan)
-    dk, dv = _launch_dkdv(inputs, call, plan, torch.float32 if k.shape[-2] != Hk else q.dtype)
+    dq = _launch_dq(inputs, call, prepared)
+    dk, dv = _launch_dkdv(inputs, call, prepared, torch.float32 if k.shape[-2] != Hk else q.dtype)
     dk, dv = summed_keys(dk, dv, Hk)
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
 
 
-def repeated_keys(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def repeated_keys(prepared: Prepared, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Return a copy of the keys for each query head, where heads share keys but not classes."""
     H, Hk = q.shape[-2], k.shape[-2]
-    if not shares_keys_unevenly(plan, H, Hk):
+    if not shares_keys_unevenly(prepared, H, Hk):
         return k, v
     return k.repeat_interleave(H // Hk, dim=-2), v.repeat_interleave(H // Hk, dim=-2)
 
@@ -138,11 +138,11 @@ def summed_keys(dk: Tensor, dv: Tensor, Hk: int) -> tuple[Tensor, Tensor]:
     return dk, dv
 
 
-def shares_keys_unevenly(plan: Plan, H: int, Hk: int) -> bool:
+def shares_keys_unevenly(prepared: Prepared, H: int, Hk: int) -> bool:
     """Tell whether query heads of one key head differ in the step of a band."""
     return any(
         len({step for step, *_ in band.heads[i : i + H // Hk]}) > 1
-        for band in plan.bands
+        for band in prepared.bands
         for i in range(0, len(band.heads), H // Hk)
     )
 
@@ -161,35 +161,35 @@ def launch_delta(
     return pivot, delta
 
 
-def _launch_dq(inputs: tuple[Tensor, ...], call: Call, plan: Plan) -> Tensor:
+def _launch_dq(inputs: tuple[Tensor, ...], call: Call, prepared: Prepared) -> Tensor:
     q, _, v = inputs[:3]
-    make = torch.zeros if plan.zeroed else torch.empty
-    dtype = torch.float32 if len(plan.bands) > 1 else q.dtype
+    make = torch.zeros if prepared.zeroed else torch.empty
+    dtype = torch.float32 if len(prepared.bands) > 1 else q.dtype
     dq = make(q.shape, dtype=dtype, device=q.device)
     config = row_tiles("flash_attention_bwd_dq", q, v)
     kernel, tensors = _flash_attention_bwd_dq_kernel, (*inputs, dq)
-    for number, band in enumerate(plan.bands):
-        start_rows(kernel, config, tensors, call, plan, band, ACCUMULATE=number > 0)
-    if plan.rows is not None:
+    for number, band in enumerate(prepared.bands):
+        start_rows(kernel, config, tensors, call, prepared, band, ACCUMULATE=number > 0)
+    if prepared.rows is not None:
         band = dense_band(call.mask.causal)
-        start_rows(kernel, config, tensors, call, plan, band, dense=True, ACCUMULATE=False)
+        start_rows(kernel, config, tensors, call, prepared, band, dense=True, ACCUMULATE=False)
     return dq
 
 
 def _launch_dkdv(
-    inputs: tuple[Tensor, ...], call: Call, plan: Plan, dtype: torch.dtype
+    inputs: tuple[Tensor, ...], call: Call, prepared: Prepared, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     _, k, v = inputs[:3]
-    passes = key_passes(call, plan)
-    make = torch.zeros if plan.zeroed else torch.empty
+    passes = key_passes(call, prepared)
+    make = torch.zeros if prepared.zeroed else torch.empty
     # what several launches add up is rounded once, at the end
     dtype = torch.float32 if len(passes) > 1 else dtype
     dk, dv = (make(t.shape, dtype=dtype, device=k.device) for t in (k, v))
     for number, one in enumerate(passes):
         name = "flash_attention_bwd_dkdv" + ("" if one[1] is one[2] is None else "_listed")
         start_keys(
-            _flash_attention_bwd_dkdv_kernel, row_tiles(name, k, v), (*inputs, dk, dv), call, plan,
-            *one, ACCUMULATE=number > 0,
+            _flash_attention_bwd_dkdv_kernel, row_tiles(name, k, v), (*inputs, dk, dv), call,
+            prepared, *one, ACCUMULATE=number > 0,
         )  # fmt: skip
     return dk, dv
 
@@ -197,34 +197,35 @@ def _launch_dkdv(
 KeyPass = tuple[Band, TokenList | None, TokenList | None]
 
 
-def key_passes(call: Call, plan: Plan) -> list[KeyPass]:
+def key_passes(call: Call, prepared: Prepared) -> list[KeyPass]:
     """Return the launches that add up dk and dv: bands, listed keys, listed rows."""
-    passes: list[KeyPass] = [(band, None, None) for band in plan.bands]
+    passes: list[KeyPass] = [(band, None, None) for band in prepared.bands]
     dense = dense_band(call.mask.causal)
-    if plan.keys is not None:
-        passes.append((dense, plan.keys, None))
-    if plan.rows is not None:
-        passes.append((dense, None, plan.rows))
+    if prepared.keys is not None:
+        passes.append((dense, prepared.keys, None))
+    if prepared.rows is not None:
+        passes.append((dense, None, prepared.rows))
     return passes
 
 
 def start_keys(
-    kernel: Any, config: dict[str, int], tensors: tuple[Tensor, ...], call: Call, plan: Plan,
-    band: Band, keys: TokenList | None, rows: TokenList | None, **constants: Any,
+    kernel: Any, config: dict[str, int], tensors: tuple[Tensor, ...], call: Call,
+    prepared: Prepared, band: Band, keys: TokenList | None, rows: TokenList | None,
+    **constants: Any,
 ) -> None:  # fmt: skip
     """Start a kernel of which a program takes a tile of keys, for one of ``key_passes``."""
     q, k, v = tensors[:3]
-    batch = plan.lengths.shape[0] if plan.lengths is not None else q.shape[0]
+    batch = prepared.lengths.shape[0] if prepared.lengths is not None else q.shape[0]
     whole = keys is None and rows is None
     grid = (
-        grid_tiles(k, config["BLOCK_N"], band, batch), k.shape[-2], 1 if plan.packed else batch
+        grid_tiles(k, config["BLOCK_N"], band, batch), k.shape[-2], 1 if prepared.packed else batch
     )  # fmt: skip
     launch(kernel, grid)(
         *tensors,
-        heads_table(band, q.shape[-2], q.device), plan.lengths,
-        tokens_of(keys), key_flags(plan) if whole else None,
-        tokens_of(rows), row_flags(plan, rows is not None),
+        heads_table(band, q.shape[-2], q.device), prepared.lengths,
+        tokens_of(keys), key_flags(prepared) if whole else None,
+        tokens_of(rows), row_flags(prepared, rows is not None),
         *strides(q), *strides(k), *strides(v),
         sinks=call.mask.sinks if call.mask.sinks and whole else None,
-        **constants, **common(q, k, v, call, plan, band), **config,
+        **constants, **common(q, k, v, call, prepared, band), **config,
     )  # fmt: skip

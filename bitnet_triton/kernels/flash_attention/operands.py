@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bitnet_triton.kernels.flash_attention.arguments import Call
 from bitnet_triton.kernels.flash_attention.bands import Band
-from bitnet_triton.kernels.flash_attention.plan import Plan, TokenList
+from bitnet_triton.kernels.flash_attention.prepare import Prepared, TokenList
 from bitnet_triton.runtime import cdiv
 
 
@@ -26,13 +26,15 @@ def grid_tiles(t: Tensor, block: int, band: Band, batch: int) -> int:
     return cdiv(t.shape[0], block) + batch * max(band.steps)
 
 
-def common(q: Tensor, k: Tensor, v: Tensor, call: Call, plan: Plan, band: Band) -> dict[str, Any]:
+def common(
+    q: Tensor, k: Tensor, v: Tensor, call: Call, prepared: Prepared, band: Band
+) -> dict[str, Any]:
     """Return the keyword arguments that all kernels take."""
     H, Hk = q.shape[-2], k.shape[-2]
-    packed = plan.packed
+    packed = prepared.packed
     scale_log2, softcap_log2 = score_factors(call.scale, call.softcap)
     return {
-        "B": plan.lengths.shape[0] if packed and plan.lengths is not None else None,
+        "B": prepared.lengths.shape[0] if packed and prepared.lengths is not None else None,
         "Tq": q.shape[-3], "Tk": k.shape[-3],
         "block": band.block, "summary": band.summary,
         "scale_log2": scale_log2, "softcap_log2": softcap_log2,
@@ -46,14 +48,14 @@ def tokens_of(listed: TokenList | None) -> Tensor | None:
     return None if listed is None else listed.tokens
 
 
-def key_flags(plan: Plan) -> Tensor | None:
+def key_flags(prepared: Prepared) -> Tensor | None:
     """Return the flags of keys to leave out; the first ``sinks`` are left out by their number."""
-    return plan.keys.flags if plan.keys is not None and plan.flagged else None
+    return prepared.keys.flags if prepared.keys is not None and prepared.flagged else None
 
 
-def row_flags(plan: Plan, dense: bool) -> Tensor | None:
+def row_flags(prepared: Prepared, dense: bool) -> Tensor | None:
     """Return the flags of rows to leave out, where they are not the ones to compute."""
-    return plan.rows.flags if plan.rows is not None and not dense else None
+    return prepared.rows.flags if prepared.rows is not None and not dense else None
 
 
 def score_factors(scale: float, softcap: float | None) -> tuple[float, float | None]:

@@ -102,11 +102,11 @@ def test_a_softcap_matches_the_reference(check):
     check(Mask(), draw(1, 600), softcap=2.0)
 
 
-def test_the_number_of_shares_changes_nothing_but_rounding(monkeypatch, check):
+def test_the_number_of_splits_changes_nothing_but_rounding(monkeypatch, check):
     inputs = draw(1, 2000)
     for most in (1, 2, 7, 64):
-        monkeypatch.setattr(decode, "_MOST_SHARES", most)
-        monkeypatch.setattr(decode, "_SHARE", 32)
+        monkeypatch.setattr(decode, "_MOST_SPLITS", most)
+        monkeypatch.setattr(decode, "_KEYS_OF_SPLIT", 32)
         check(Mask(sinks=4, window=1500), inputs)
 
 

@@ -26,7 +26,7 @@ class TokenList:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Prepared:
     """Everything that the launchers of a call share.
 
     Attributes:
@@ -49,7 +49,7 @@ class Plan:
     zeroed: bool
 
 
-def plan_call(q: Tensor, k: Tensor, call: Call) -> Plan:
+def prepare_call(q: Tensor, k: Tensor, call: Call) -> Prepared:
     """Prepare a call: its bands, its lengths and its lists; nothing waits for the device."""
     mask, packed = call.mask, call.cu_seqlens_q is not None
     given = not (call.leftpad_k is call.seqused_q is call.seqused_k is None)
@@ -59,7 +59,7 @@ def plan_call(q: Tensor, k: Tensor, call: Call) -> Plan:
         keys = _key_list(q, k, call, lengths)
     if mask.dense_from is not None or mask.global_tokens is not None:
         rows = _row_list(q, k, call, lengths)
-    return Plan(
+    return Prepared(
         bands_of(mask), lengths, packed, keys, rows,
         flagged=mask.global_tokens is not None,
         zeroed=given,
