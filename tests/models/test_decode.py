@@ -333,6 +333,83 @@ def test_what_is_changed_runs_in_every_step(change, when, model, token_ids):
     assert close(logits["fused"], logits["plain"])
 
 
+def swap_layers(model):
+    layers = model.model.layers
+    layers[0], layers[1] = layers[1], layers[0]  # without another layer_idx
+
+
+def other_memory(name):
+    def change(model):
+        for layer in model.model.layers:
+            linear = layer.self_attn.v_proj
+            buffer = getattr(linear, name)
+            buffer.data = buffer.flip(0).clone() if buffer.ndim > 1 else 2 * buffer
+
+    return change
+
+
+ATTRIBUTES = {
+    "epsilon of a norm": lambda model: setattr(
+        model.model.layers[1].input_layernorm, "variance_epsilon", 0.5
+    ),
+    "epsilon of the last norm": lambda model: setattr(model.model.norm, "variance_epsilon", 0.5),
+    "scale of attention": lambda model: setattr(model.model.layers[0].self_attn, "scaling", 2.0),
+    "scale of the angles": lambda model: setattr(model.model.rotary_emb, "attention_scaling", 2.0),
+    "order of the layers": swap_layers,
+    "index of a layer": lambda model: [
+        setattr(layer.self_attn, "layer_idx", 1 - i) for i, layer in enumerate(model.model.layers)
+    ],
+    "other memory of codes": other_memory("weight"),
+    "other memory of scales": other_memory("weight_scale"),
+}
+
+
+@pytest.mark.parametrize("change", ATTRIBUTES)
+@pytest.mark.parametrize("when", ["before any call", "between two texts", "after the prompt"])
+def test_what_only_a_thorough_look_sees_counts_from_the_next_prompt_on(
+    change, when, model, token_ids, replays
+):
+    ids, models = token_ids(1, 5), {"plain": copy.deepcopy(model), "fused": bt.fuse(model)}
+    logits = {}
+    for name, one in models.items():
+        if when == "before any call":
+            ATTRIBUTES[change](one)
+        if when == "between two texts":
+            steps(one, ids, 4)
+            ATTRIBUTES[change](one)
+        with torch.inference_mode():
+            output = one(ids, use_cache=True)
+            if when == "after the prompt":
+                ATTRIBUTES[change](one)
+                output = one(ids, use_cache=True)
+            for i in range(6):
+                token = torch.full((1, 1), 3 + i)
+                output = one(token, past_key_values=output.past_key_values)
+        logits[name] = output.logits
+    assert replays
+    assert close(logits["fused"], logits["plain"])
+
+
+def test_fuse_reads_everything_again(model, token_ids, replays):
+    """In the middle of a text, where a step looks at less."""
+    ids, plain = token_ids(1, 5), copy.deepcopy(model)
+    bt.fuse(model)
+    logits = []
+    for one in (plain, model):
+        with torch.inference_mode():
+            output = one(ids, use_cache=True)
+            for i in range(8):
+                if i == 4:
+                    one.model.layers[0].self_attn.scaling = 2.0
+                    if one is model:
+                        bt.fuse(model)
+                token = torch.full((1, 1), 3 + i)
+                output = one(token, past_key_values=output.past_key_values)
+        logits.append(output.logits)
+    assert len(set(replays)) == 2
+    assert close(logits[1], logits[0])
+
+
 def test_a_model_goes_with_its_last_reference(checkpoint):
     model = bt.BitNetForCausalLM.from_pretrained(checkpoint("packed"))
     generate(model, IDS)
