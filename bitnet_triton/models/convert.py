@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,8 @@ def convert_checkpoint(
         target: a folder that does not exist, or an empty one.
         to: "packed" writes two bits a weight and a scale (``autobitlinear``, ``offline``);
             "masters" writes trainable weights (``autobitlinear``, ``online``) with the same codes.
-        dtype: of the tensors that are not packed. Default: as in ``source``, bfloat16 for masters.
+        dtype: of the tensors that are not packed. Default: as in ``source``; masters have that of
+            its embeddings.
 
     Raises:
         ValueError: ``to`` is unknown, ``target`` holds files, or ``source`` has that format.
@@ -139,6 +141,12 @@ class _Checkpoint:
         with open_checkpoint(entry.file) as opened:
             return opened.get_tensor(entry.name)
 
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the embeddings, which is that of the model."""
+        name = next(name for name in self.entries if name.endswith("embed_tokens.weight"))
+        return self.read(name).dtype
+
     def layer_of(self, name: str) -> str | None:
         """Return the ternary linear that owns the tensor ``name``, a norm inside it excepted."""
         owner = name.rpartition(".")[0]
@@ -161,16 +169,40 @@ class _Checkpoint:
         return _Ternary(codes, scale, None if bias is None else bias * scale)
 
 
-def _encode(ternary: _Ternary, to: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _encode(
+    ternary: _Ternary, to: str, dtype: torch.dtype | None, own: torch.dtype
+) -> dict[str, Tensor]:
+    """Return the tensors of a linear; ``own`` is the dtype of masters where ``dtype`` is None."""
     if to == "packed":
         weight = TernaryWeight.from_codes(ternary.codes, ternary.scale)
         tensors = {"weight": weight.packed, "weight_scale": weight.scale}
         bias = None if ternary.bias is None else ternary.bias / ternary.scale
     else:
-        share = ternary.codes.count_nonzero() / ternary.codes.numel()
-        masters = ternary.codes * (ternary.scale / share.clamp_min(1e-9))
-        tensors, bias = {"weight": masters.to(dtype or torch.bfloat16)}, ternary.bias
+        tensors, bias = {"weight": _masters(ternary, dtype or own)}, ternary.bias
     return tensors if bias is None else {**tensors, "bias": bias.to(dtype or torch.float32)}
+
+
+def _masters(ternary: _Ternary, dtype: torch.dtype) -> Tensor:
+    """Return weights that the quantiser maps to these codes and this scale.
+
+    No one number of few bits has the right mean: of the two next to it, one stands in as many
+    places as make the mean right.
+    """
+    codes = ternary.codes
+    nonzero = codes.flatten().nonzero().flatten()
+    if not len(nonzero):
+        return codes.to(dtype)
+    magnitude = ternary.scale.double().item() * codes.numel() / len(nonzero)
+    near = torch.tensor(magnitude, dtype=torch.float64).to(dtype)
+    away = torch.inf if near.double() < magnitude else 0.0
+    other = torch.nextafter(near, torch.tensor(away, dtype=dtype))
+    step = other.double().item() - near.double().item()
+    others = round((magnitude - near.double().item()) / step * len(nonzero))
+    masters = codes.to(dtype) * near
+    flat = masters.view(-1)
+    places = nonzero[:others]
+    flat[places] = flat[places].sign() * other
+    return masters
 
 
 def _cast(value: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -186,7 +218,7 @@ def _converted(
         return {name: _cast(before.read(name), dtype)}
     if not name.endswith(".weight"):
         return {}
-    encoded = _encode(before.ternary(layer), to, dtype)
+    encoded = _encode(before.ternary(layer), to, dtype, before.dtype)
     return {f"{layer}.{kind}": value.contiguous() for kind, value in encoded.items()}
 
 
@@ -222,17 +254,18 @@ def _compare(before: _Checkpoint, after: _Checkpoint, dtype: torch.dtype | None)
 
 
 def _same(before: _Ternary, after: _Ternary, dtype: torch.dtype | None) -> bool:
-    """Compare codes exactly; scale and bias up to the rounding of the dtype they went through."""
-    # the mean over a matrix is itself only good to about 1e-6
-    rounding = max(torch.finfo(dtype or torch.bfloat16).eps, 1e-6)
+    """Compare codes exactly, scales up to the error of a mean, biases up to a rounding."""
+    rounding = torch.finfo(dtype or torch.bfloat16).eps
     if before.bias is None or after.bias is None:
         same_bias = before.bias is after.bias
     else:
-        same_bias = torch.allclose(before.bias, after.bias, rtol=rounding, atol=1e-30)
-    # a matrix of zeros has no scale to speak of: the quantiser's smallest one
-    same_scale = torch.allclose(before.scale, after.scale, rtol=rounding, atol=1e-30)
-    is_zero = not bool(before.codes.any())
-    return torch.equal(before.codes, after.codes) and (same_scale or is_zero) and same_bias
+        same_bias = torch.allclose(before.bias, after.bias, rtol=max(rounding, 1e-6), atol=1e-30)
+    # masters have the right mean up to one step of one of them; a matrix of zeros has no scale to
+    # speak of: the quantiser's smallest one
+    count = int(before.codes.count_nonzero())
+    close = max(rounding / max(count, 1), 4e-6)
+    same_scale = not count or torch.allclose(before.scale, after.scale, rtol=close, atol=1e-30)
+    return torch.equal(before.codes, after.codes) and same_scale and same_bias
 
 
 def _folder(source: str | os.PathLike) -> Path:

@@ -97,6 +97,21 @@ def test_masters_written_back_give_the_logits_of_the_packed_model(masters, tmp_p
     assert (packed - back).norm() <= 1e-5 * packed.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_masters_written_back_keep_dtype_and_scale(dtype, masters, tmp_path):
+    bt.BitNetForCausalLM.from_pretrained(masters, dtype=dtype).save_pretrained(tmp_path / "as")
+    convert_checkpoint(tmp_path / "as", tmp_path / "packed")
+    convert_checkpoint(tmp_path / "packed", tmp_path / "masters-again", to="masters")
+    packed = load_file(tmp_path / "packed" / "model.safetensors")
+    again = load_file(tmp_path / "masters-again" / "model.safetensors")
+    assert {tensor.dtype for tensor in again.values()} == {dtype}
+    scales = [name for name in packed if name.endswith("weight_scale")]
+    assert len(scales) == 14
+    for name in scales:
+        _, scale = quantize_weight(again[name.removesuffix("_scale")])
+        torch.testing.assert_close(scale, packed[name], rtol=1e-5, atol=0)
+
+
 def test_biases_survive_the_scale_that_autobitlinear_multiplies_them_by(tmp_path, logits):
     config = bt.BitNetConfig(**SIZES, attention_bias=True, quantization_config=ONLINE)
     model = bt.BitNetForCausalLM(config).eval()
