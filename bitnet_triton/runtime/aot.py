@@ -1,7 +1,7 @@
 """Compile Triton kernels for GPUs that are not here, and read what they cost there.
 
 Record launches with tensors on the meta device (``record_launches``), compile each for a target,
-and get registers, spills, shared memory and the matrix instructions that the compiler chose:
+and get registers, spills, shared memory and what the compiler made of it:
 
     with record_launches() as launches:
         launch_my_op(x_meta, weight_meta)
@@ -10,6 +10,7 @@ and get registers, spills, shared memory and the matrix instructions that the co
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import tempfile
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 
+from bitnet_triton.runtime.digest import digest
 from bitnet_triton.runtime.gpu_targets import TARGETS, Target, resident_warps
 from bitnet_triton.runtime.launch import Launch, record_launches
 
@@ -28,6 +30,8 @@ __all__ = [
     "Resources",
     "compile_for",
     "compile_launch",
+    "describe",
+    "digest_of",
     "markdown_table",
     "record_launches",
 ]
@@ -46,6 +50,13 @@ _BY_TARGET = ("DEPENDENT", "launch_pdl")
 _MATRIX_INSTRUCTION = re.compile(
     r"\b(wgmma\.mma_async\.sync\.aligned\.\S+|tcgen05\.mma\.\S+|mma\.sync\.aligned\.\S+|v_mfma_\w+)"
 )
+_FLOAT_ROUNDING = re.compile(r"\b(?:mul\.rn|fma\.rn)\.f32\b")
+# what matters to launches that overlap, in the machine code of NVIDIA GPUs: global memory by
+# whatever instruction; shared memory has others
+_EVENTS = re.compile(
+    r"(?P<prefetch>\bCCTL\.E\.PF2)|(?P<wait>ACQBULK)|(?P<release>PREEXIT)|"
+    r"(?P<memory>\b(?:LD|ST|LDG|STG|LDGSTS|ATOM|ATOMG|RED|REDG|UTMA\w*|UBLK\w*|CCTL\w*)\b)"
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +73,10 @@ class Resources:
         shared: bytes of shared memory of a program.
         warps: that registers and shared memory allow at once on a multiprocessor.
         instructions: the matrix instructions in its code, each once.
+        rounding: its multiplications of float32 by name, each once: whether any is fused. Of
+            NVIDIA GPUs, as all that follows.
+        events: what it does in the order of its machine code, without repetitions, where launches
+            overlap: "prefetch", "release" the next launch, "wait" for the one before, "memory".
     """
 
     kernel: str
@@ -73,6 +88,8 @@ class Resources:
     shared: int
     warps: int
     instructions: tuple[str, ...]
+    rounding: tuple[str, ...] = ()
+    events: tuple[str, ...] = ()
 
 
 def compile_launch(launch: Launch, target: Target) -> Any:
@@ -89,41 +106,57 @@ def compile_launch(launch: Launch, target: Target) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names = launch.kernel.arg_names
-    given = _arguments(launch)
-    source = ASTSource(
-        launch.kernel,
-        signature=_signature(launch),
-        constexprs={n: given[n] for n in _constants(launch)},
-        attrs={
-            (i,): [["tt.divisibility", 16]]
-            for i, n in enumerate(names)
-            if n not in _constants(launch) and _is_aligned(given[n])
-        },
-    )
+    signature, constants, attributes = _specialisation(launch)
+    source = ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     gpu = GPUTarget(target.backend, target.arch, target.warp_size)
     return triton.compile(source, target=gpu, options=_options(launch))
+
+
+def digest_of(launch: Launch, target: Target) -> str:
+    """Hash all that ``compile_launch`` depends on."""
+    gpu = target.backend, target.arch, target.warp_size
+    return digest(launch.kernel, gpu, *_specialisation(launch), sorted(_options(launch).items()))
+
+
+def describe(launch: Launch, target: Target) -> dict[str, Any]:
+    """Return the fields of ``Resources`` that the launch itself tells."""
+    given = _arguments(launch)
+    types = _signature(launch).values()
+    return {
+        "kernel": launch.kernel.__name__.strip("_").removesuffix("_kernel"),
+        "target": target.name,
+        "dtypes": tuple(t[1:] for t in types if t.startswith("*")),
+        "constants": (*((n, given[n]) for n in _constants(launch)), *_options(launch).items()),
+    }
 
 
 def compile_for(launch: Launch, target: Target) -> Resources:
     """Compile as ``compile_launch`` does, and read what the kernel costs."""
     compiled = compile_launch(launch, target)
     registers, spills, code = (_nvidia if target.backend == "cuda" else _amd)(compiled)
+    overlaps = target.backend == "cuda" and _options(launch).get("launch_pdl", False)
     shared = compiled.metadata.shared
-    given = _arguments(launch)
-    types = _signature(launch).values()
     return Resources(
-        kernel=launch.kernel.__name__.strip("_").removesuffix("_kernel"),
-        target=target.name,
-        dtypes=tuple(t[1:] for t in types if t.startswith("*")),
-        constants=tuple((n, given[n]) for n in _constants(launch))
-        + tuple(_options(launch).items()),
+        **describe(launch, target),
         registers=registers,
         spills=spills,
         shared=shared,
         warps=resident_warps(target, compiled.metadata.num_warps, registers, shared),
         instructions=tuple(sorted(set(_MATRIX_INSTRUCTION.findall(code)))),
+        rounding=tuple(sorted(set(_FLOAT_ROUNDING.findall(code)))),
+        events=_events(compiled) if overlaps else (),
     )
+
+
+def _specialisation(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
+    """Return the types, the constants, and what is known of the other arguments."""
+    given, constants = _arguments(launch), _constants(launch)
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, n in enumerate(launch.kernel.arg_names)
+        if n not in constants and _is_aligned(given[n])
+    }
+    return _signature(launch), {n: given[n] for n in constants}, attributes
 
 
 def _arguments(launch: Launch) -> dict[str, Any]:
@@ -173,16 +206,29 @@ def _is_aligned(value: Any) -> bool:
 
 def _nvidia(compiled: Any) -> tuple[int, int, str]:
     """Return registers, bytes of local memory, and PTX; the former of the binary that would run."""
+    report = _read_binary(compiled, "cuobjdump", "--dump-resource-usage")
+    used = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report)}
+    return used["REG"], used["STACK"] + used["LOCAL"], compiled.asm["ptx"]
+
+
+def _events(compiled: Any) -> tuple[str, ...]:
+    """Read what happens in which order where no compiler moves anything any more."""
+    text = _read_binary(compiled, "nvdisasm")
+    lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", text, re.M)
+    found = [str(event.lastgroup) for line in lines if (event := _EVENTS.search(line))]
+    return tuple(event for event, _ in itertools.groupby(found))
+
+
+def _read_binary(compiled: Any, tool: str, *options: str) -> str:
+    """Return what a tool of the Triton wheel says about a kernel for an NVIDIA GPU."""
     import triton
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder, "kernel.cubin")
         binary.write_bytes(compiled.asm["cubin"])
-        command = [str(tool), "--dump-resource-usage", str(binary)]
-        report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    used = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report)}
-    return used["REG"], used["STACK"] + used["LOCAL"], compiled.asm["ptx"]
+        command = [str(path), *options, str(binary)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def _amd(compiled: Any) -> tuple[int, int, str]:

@@ -1,0 +1,220 @@
+"""Every launch of every Triton kernel, in every tile size in use, on tensors that hold nothing."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from bitnet_triton.kernels import Mask
+from bitnet_triton.kernels.bit_linear.backward import (
+    launch_bit_linear_bwd_dweight,
+    launch_bit_linear_bwd_dx,
+    launch_bit_linear_bwd_scale,
+)
+from bitnet_triton.kernels.bit_linear.forward import (
+    launch_bit_linear_codes,
+    launch_bit_linear_fwd,
+    launch_bit_linear_fwd_from_codes,
+)
+from bitnet_triton.kernels.exact_attention import launch as exact_launch
+from bitnet_triton.kernels.exact_attention.arguments import ExactCall
+from bitnet_triton.kernels.flash_attention.arguments import Call
+from bitnet_triton.kernels.flash_attention.decode import launch_decode
+from bitnet_triton.kernels.flash_attention.launch import launch_backward, launch_forward
+from bitnet_triton.kernels.int8_linear.forward import (
+    launch_int8_linear,
+    launch_int8_linear_topk,
+    launch_split_activations,
+)
+from bitnet_triton.kernels.quantize.forward import (
+    launch_quantize_activations,
+    launch_quantize_with_sums,
+    launch_weight_stats,
+)
+from bitnet_triton.kernels.rms_norm.backward import launch_rms_norm_bwd
+from bitnet_triton.kernels.rms_norm.forward import (
+    launch_relu2_mul_norm_quantize,
+    launch_rms_norm,
+    launch_rms_norm_quantize,
+    launch_silu_mul_quantize,
+)
+from bitnet_triton.kernels.rotary.decode import launch_rotary_and_store
+from bitnet_triton.kernels.rotary.forward import launch_rotary
+from bitnet_triton.kernels.ternary_linear.backward import launch_ternary_linear_bwd
+from bitnet_triton.kernels.ternary_linear.launchers import packed_launcher
+from bitnet_triton.runtime.aot import record_launches
+from bitnet_triton.runtime.autotune import largest_size, tiles_for
+
+BF16, F32, I8, U8 = torch.bfloat16, torch.float32, torch.int8, torch.uint8
+N, K = 6912, 2560  # the wide layer of the published 2B model
+# target -> whose tiles it takes; they are not the same on all
+FAMILY = {
+    "sm_80": "cuda",
+    "sm_90": "sm_90",
+    "sm_100": "sm_100",
+    "sm_120": "sm_100",
+    "gfx942": "hip",
+}
+FAMILIES = tuple(dict.fromkeys(FAMILY.values()))
+
+
+def meta(*shape, dtype=F32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def launch_packed(M, dtype, bias, N=N, K=K):
+    """Start the kernels of ternary_linear, forward and backward."""
+    a, a_scale, packed, scale = meta(M, K, dtype=I8), meta(M, 1), meta(N // 4, K, dtype=U8), meta(1)
+    a_sum, R = meta(M, dtype=torch.int32), N // 4
+    packed_launcher(a, packed)(a, a_scale, a_sum, packed, scale, bias, None, [R], dtype)
+    if M > 32:
+        launch_ternary_linear_bwd(meta(M, N, dtype=dtype), packed, scale)
+
+
+def launch_fused(M, dtype, N=N, K=K):
+    """Start the kernels of a fused layer."""
+    x, weight, gate_up = meta(M, K, dtype=dtype), meta(K, dtype=dtype), meta(M, 2 * K, dtype=dtype)
+    launch_rms_norm(x, weight, 1e-5)
+    launch_rms_norm_bwd(x, x, weight, 1e-5, True)
+    quantized = launch_rms_norm_quantize(x, weight, 1e-5)
+    launch_relu2_mul_norm_quantize(gate_up, weight, 1e-5)
+    packed, residual = meta(N // 4, K, dtype=U8), meta(M, N, dtype=dtype)
+    launch = packed_launcher(quantized[0], packed)
+    launch(*quantized, packed, meta(1), None, residual, [N // 4], dtype)
+    for parts in (2, 3):
+        # as in every published model, a part starts at a multiple of 16
+        other = 16 if N >= 256 else 1
+        rows = [N // 4 - other * (parts - 1)] + [other] * (parts - 1)
+        launch(*quantized, packed, meta(parts), None, None, rows, dtype)
+
+
+def launch_int8(M, dtype, bias, N=N, K=K):
+    """Start the kernels of int8_linear and of its largest outputs."""
+    x, codes, scale = meta(M, K, dtype=dtype), meta(N, K, dtype=I8), meta(N)
+    launch_int8_linear(x, codes, scale, bias)
+    for k in (1, 16):
+        launch_int8_linear_topk(x, codes, scale, bias, k)
+
+
+def launch_rotated(D, dtype, B=2, T=3, H=20, Hk=5):
+    """Start the kernels of rotary embeddings."""
+    rows, table = meta(1, T, D, dtype=dtype), meta(9, D, dtype=dtype)
+    qkv, cache = meta(B, T, H + 2 * Hk, D, dtype=dtype), meta(B, 9, Hk, D, dtype=dtype)
+    slots = meta(B, dtype=torch.int32)
+    for backward in (False, True):
+        launch_rotary(qkv[:, :, :H], rows, rows, backward)
+    launch_rotary_and_store(qkv, table, table, cache, cache, slots, slots)
+    launch_rotary_and_store(qkv, rows, rows, cache, cache, slots, None)
+
+
+def launch_trained(M, dtype, weight_dtype, binary, N=N, K=K):
+    """Start the kernels of bit_linear, forward and backward."""
+    a, a_scale, stats = meta(M, K, dtype=I8), meta(M, 1), meta(2)
+    weight, dy = meta(N, K, dtype=weight_dtype), meta(M, N, dtype=dtype)
+    launch_weight_stats(weight)
+    few = min(M, largest_size("bit_linear_fwd"))
+    launch_bit_linear_fwd(a[:few], a_scale[:few], weight, stats, None, binary, dtype)
+    launch_bit_linear_bwd_dx(dy, weight, stats, binary)
+    launch_bit_linear_bwd_dweight(dy, a, a_scale, weight_dtype)
+
+
+def launch_trained_once(M, dtype, weight_dtype, binary, bias=None, N=N, K=K):
+    """Start the kernels of bit_linear around operands that are made once."""
+    a, a_scale, stats = meta(M, K, dtype=I8), meta(M, 1), meta(2)
+    weight = meta(N, K, dtype=weight_dtype)
+    launch_bit_linear_fwd_from_codes(a, a_scale, weight, stats, bias, binary, dtype)
+    launch_bit_linear_codes(weight, stats, binary, dtype)
+    launch_bit_linear_bwd_scale(meta(M, K), stats, dtype)
+    launch_bit_linear_bwd_scale(a, a_scale, dtype)
+
+
+def launch_attention(D, dtype, mask, softcap=None):
+    """Start the kernels of attention: forward, backward and one step of decoding."""
+    q, k = meta(1, 4096, 8, D, dtype=dtype), meta(1, 4096, 2, D, dtype=dtype)
+    call = Call(mask, D**-0.5, softcap)
+    out, lse = launch_forward(q, k, k, call)
+    launch_backward(out, None, q, k, k, out, lse, call)
+    launch_decode(q[:, :1], k, k, mask=Mask(window=1024, sinks=4), scale=D**-0.5)
+
+
+def launch_exact_attention(D, dtype, mask):
+    """Start the kernels of attention to the largest scores, forward and backward."""
+    q, k = meta(1, 4096, 8, D, dtype=dtype), meta(1, 4096, 2, D, dtype=dtype)
+    call = ExactCall(Call(mask, D**-0.5), top_k=32, threshold=0.1)
+    out, lse = exact_launch.launch_forward(q, k, k, call)
+    exact_launch.launch_backward(out, None, q, k, k, out, lse, call)
+
+
+def record_all():
+    """Return each launch that differs in kernel, dtypes or tiles from the others."""
+    with record_launches() as launches:
+        for dtype in (BF16, F32):
+            for length in (640, 2560, 6912, 28672):
+                launch_quantize_activations(meta(4, length, dtype=dtype))
+                launch_quantize_with_sums(meta(4, length, dtype=dtype))
+            for length in (640, 6912, 14336):
+                launch_silu_mul_quantize(meta(4, 2 * length, dtype=dtype))
+            for M in (1, 8, 16, 32, 64, 512, 2048):
+                launch_packed(M, dtype, meta(N, dtype=dtype))
+                launch_fused(M, dtype)
+                launch_fused(M, dtype, N=2560)
+            for width in (640, 6912, 16384):
+                launch_fused(1, dtype, K=width)
+            launch_trained(2048, dtype, dtype, binary=False)
+            launch_trained_once(2048, dtype, dtype, binary=False, bias=meta(N, dtype=dtype))
+            # no whole number of tiles
+            launch_trained_once(2048, dtype, dtype, binary=True, K=K + 16)
+            for head in (128, 256):
+                launch_rotated(head, dtype)
+            for M in (1, 8, 64):
+                launch_int8(M, dtype, meta(N, dtype=dtype) if M == 1 else None)
+            for length in (2560, 6912, 28672):
+                launch_split_activations(meta(4, length, dtype=dtype))
+        for D, dtype in ((64, BF16), (128, BF16), (256, BF16), (64, F32), (128, F32)):
+            launch_attention(D, dtype, Mask())
+            launch_exact_attention(D, dtype, Mask(sinks=4))
+        launch_attention(128, BF16, Mask(window=1024, sinks=4))
+        launch_packed(2048, BF16, None)
+        launch_trained(2048, BF16, F32, binary=False)  # autocast
+        launch_trained(2048, BF16, BF16, binary=True)
+        launch_trained_once(2048, BF16, F32, binary=False)  # autocast
+    return launches
+
+
+def name(launch):
+    tensors = [a.dtype for a in launch.args if isinstance(a, torch.Tensor)]
+    dtypes = "-".join(str(d).removeprefix("torch.") for d in tensors)
+    constants = "-".join(f"{v}" for v in launch.options.values())
+    return f"{kernel_name(launch)}-{dtypes}-{constants}"
+
+
+def kernel_name(launch):
+    return launch.kernel.__name__.strip("_").removesuffix("_kernel")
+
+
+@functools.cache
+def launches_for(family):
+    """Return the launches of a family of GPUs by their names."""
+    with tiles_for(family):
+        return {name(launch): launch for launch in record_all()}
+
+
+def launches_of(target):
+    return launches_for(FAMILY[target])
+
+
+@functools.cache
+def sizes_of_one():
+    """Return launches whose integer arguments are 1, of which Triton makes constants."""
+    with record_launches() as launches:
+        launch_quantize_activations(meta(1, 1))
+        for M in (1, 2, 64):
+            launch_packed(M, F32, meta(4), N=4, K=1)
+        launch_trained(1, F32, F32, binary=False, N=1, K=1)
+        launch_trained_once(1, F32, F32, binary=False, N=1, K=1)
+        launch_fused(1, F32, N=12, K=1)
+        launch_rotated(2, F32, B=1, T=1, H=1, Hk=1)
+        for M in (1, 64):
+            launch_int8(M, F32, meta(1), N=1, K=1)
+    return launches
