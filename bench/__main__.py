@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from bench.cases import CASES, make_case
+from bench.cases import CASES, attention_modes, make_case
 from bench.footprint_command import footprint_command
 from bench.grid import steps
 from bench.options import (
@@ -80,6 +80,8 @@ def common(
 
         python -m bench model --layers 4
 
+        python -m bench model --attention full --attention sliding,window=1024
+
     The table and the plot of a result once more:
 
         python -m bench plot bench/results/model.json
@@ -133,12 +135,12 @@ def _op_command(name: str) -> Callable[..., None]:
     return command
 
 
-for _name in ("ternary_linear", "small_batches", "bit_linear", "flash_attention", "int8_linear"):
+for _name in CASES.keys() - {"model", "triton_cpu"}:
     app.command(_name, help=CASES[_name].__doc__)(_op_command(_name))
 
 
 @app.command("model", help=CASES["model"].__doc__)
-def _model_command(
+def _model_command(  # noqa: PLR0913 - each is an option
     layers: Annotated[
         int, typer.Option(help="How many; 0 takes as many as the free memory allows.")
     ] = 0,
@@ -151,6 +153,13 @@ def _model_command(
         ),
     ] = None,
     shape: Annotated[str, typer.Option(help="2b4t, or tiny to see that it runs.")] = "2b4t",
+    attention: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Compare decode steps of this attention mode, as sliding,window=1024; repeat for "
+            "more; `all` takes one of each. Four layers and 4096 cached tokens unless named.",
+        ),
+    ] = None,
     only: Only = None,
     provider: Names = None,
     device: Device = "auto",
@@ -160,12 +169,17 @@ def _model_command(
     quick: Quick = False,
     output: Output = None,
 ) -> None:
-    contexts = context or [512, 4096]
-    case = make_case("model", shape=shape, layers=layers or None, prompt=prompt, contexts=contexts)
+    options = {"shape": shape, "layers": layers or None}
+    if attention:
+        modes = attention_modes.DEFAULT if attention == ["all"] else attention
+        case = attention_modes.case(**options, contexts=context or [4096], attention=modes)
+    else:
+        case = make_case("model", **options, prompt=prompt, contexts=context or [512, 4096])
     settings = read_settings(device, rounds, budget, quick, pause=_MODEL_PAUSE_S)
     points = steps(case.select_points(read_only(only)), settings, ["bf16"], read_threads(threads))
     partial = bool(quick or only or provider or layers or context or shape != "2b4t")
-    run_case(case, points, provider or [], target("model", output, partial))
+    partial = partial or bool(attention and attention != ["all"])
+    run_case(case, points, provider or [], target(case.name, output, partial))
 
 
 @app.command("triton_cpu", help=CASES["triton_cpu"].__doc__)

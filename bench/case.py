@@ -62,9 +62,11 @@ class Work:
     Attributes:
         call: what is timed.
         output: what is compared with the reference; ``call`` itself if None.
+        expected: what it is compared with, where the reference of the case is another's.
         read_bytes: memory that one call has to read and write at least once, as this provider
             stores it.
         units: how many units (tokens) one call makes; 1 for plain times.
+        calls: how many calls ``call`` makes in a row, where one is too short to be timed.
         grad: record gradients while it runs.
         compiles: its first call compiles; without that, a call that was checked is warm.
         details: more facts for the report, plain data.
@@ -72,8 +74,10 @@ class Work:
 
     call: Callable[[], Any]
     output: Callable[[], Outputs] | None = None
+    expected: Callable[[], Outputs] | None = None
     read_bytes: int = 0
     units: int = 1
+    calls: int = 1
     grad: bool = False
     compiles: bool = True
     details: Mapping[str, Any] = field(default_factory=dict)

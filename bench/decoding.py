@@ -83,8 +83,8 @@ class Decoder:
         return logits
 
     def restart(self) -> None:
-        """Forget what was decoded."""
-        if self.made:
+        """Forget what was decoded; a cache that has dropped tokens stays as it is, and as long."""
+        if self.made and self.cache.layers[0].keys.shape[2] == self.cache.get_seq_length():
             self.cache.crop(-self.made)
         self.token, self.made = self.first, 0
 

@@ -1,66 +1,96 @@
 """Prove and time every kernel on one device: ``python -m bench.gpu_suite``.
 
-From the root of the checkout; the package need not be installed.
+From the root of the checkout; the package need not be installed. First the tests of the kernels
+run there (``bench/gpu_tests.py``), then cases of these benchmarks (``bench/gpu_sections.py``).
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-
-# cuBLAS reads it when it starts; checks run with deterministic algorithms
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
 import random
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from bench.case import Settings
-from bench.peaks import measure_peaks
-from bench.report import RESULTS, write_json
-from bench.suite import SECTIONS
-from bench.suite.plan import (
-    Clock,
-    Outcome,
-    Plan,
-    Section,
-    Tell,
-    broken_device,
-    run_section,
-    skipped_section,
-)
-from bench.suite.show import print_result, result
-from bench.suite.workers import Workers, default_jobs
+from bench.case import Case, Point, Settings
+from bench.gpu_report import Outcome, print_result, result
+from bench.gpu_sections import SECTIONS, Section
+from bench.gpu_tests import FOLDERS, default_jobs, run_tests
+from bench.measure import Row, measure_point
+from bench.options import SCRATCH
+from bench.peaks import Peaks, measure_peaks
+from bench.report import RESULTS, point_name, write_json
+from bitnet_triton import use_backend
 
-# Where runs go that are not meant to be published
-SCRATCH = Path("runs") / "bench"
+TESTS = "tests"
 BUDGET_S, QUICK_BUDGET_S = 540.0, 120.0
+# of the time: the tests
+_TESTS_SHARE = 0.45
+# a quick run would not start anything by a longer guess
+_QUICK_GUESS_S = 4.0
+
+Tell = Callable[[str], None]
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 
 
-def choose_sections(names: Sequence[str]) -> list[Section]:
-    """Return the sections called ``names``, all of them if there are none.
+@dataclass
+class Run:
+    """How a run goes, and what it has given so far.
 
-    Raises:
-        ValueError: a name is unknown.
+    Attributes:
+        settings: of the timings; its device is where everything runs.
+        quick: only what is essential.
+        budget_s: for everything.
+        jobs: tests at a time.
+        command: how it was started.
+        outcomes: of the sections that have run.
+        tests: what ``run_tests`` gave; None: they have not run.
+        peaks: what the device can do, once it has been measured.
+        broken: why nothing else can run.
     """
-    known = [section.name for section in SECTIONS]
-    for name in names:
-        if name not in known:
-            raise ValueError(f"`section`: expected one of {', '.join(known)}, got {name!r}")
-    return [section for section in SECTIONS if not names or section.name in names]
+
+    settings: Settings
+    quick: bool
+    budget_s: float
+    jobs: int = 1
+    command: str = ""
+    outcomes: list[Outcome] = field(default_factory=list)
+    tests: dict[str, Any] | None = None
+    peaks: Peaks | None = None
+    broken: str = ""
+
+    @property
+    def small(self) -> bool:
+        """Whether sizes are those for a CPU: to see that it runs, not to measure."""
+        return self.settings.device.type == "cpu"
+
+    @property
+    def failed(self) -> bool:
+        """Whether a test failed, or a kernel of this package gave something wrong when timed."""
+        return bool(self.tests and self.tests["failed"]) or any(
+            row.status == "failed" and is_ours(row.provider)
+            for outcome in self.outcomes
+            for row in outcome.rows
+        )
 
 
-def make_plan(device: str, quick: bool, seed: int | None) -> Plan:
+def is_ours(provider: str) -> bool:
+    """Tell whether a provider runs kernels of this package: if it fails, the run fails."""
+    return provider.startswith("bitnet_triton")
+
+
+def read_settings(device: str, quick: bool, seed: int | None) -> Settings:
     """Return how to measure on ``device``: "cpu", "cuda" (the current one), or "auto".
 
     Raises:
@@ -72,10 +102,9 @@ def make_plan(device: str, quick: bool, seed: int | None) -> Plan:
         raise ValueError(f"`device`: expected cpu, cuda or auto, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("`device`: PyTorch sees no GPU here")
-    chosen = torch.device(device)
-    short = quick or chosen.type == "cpu"
-    settings = Settings(
-        device=chosen,
+    short = quick or device == "cpu"
+    return Settings(
+        device=torch.device(device),
         threads=torch.get_num_threads(),
         rounds=3 if short else 7,
         block_s=0.02 if short else 0.03,
@@ -83,67 +112,120 @@ def make_plan(device: str, quick: bool, seed: int | None) -> Plan:
         # fresh inputs in every run
         seed=random.SystemRandom().randrange(2**31) if seed is None else seed,
     )
-    return Plan(settings, quick)
 
 
-def default_output(plan: Plan, partial: bool) -> Path:
+def choose(names: Sequence[str]) -> list[str]:
+    """Return the names of the parts to run, in order; all of them if there are none.
+
+    Raises:
+        ValueError: a name is unknown.
+    """
+    known = [TESTS, *(section.name for section in SECTIONS)]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"`section`: expected one of {', '.join(known)}, got {name!r}")
+    return [name for name in known if not names or name in names]
+
+
+def default_output(run: Run, partial: bool) -> Path:
     """Return where the JSON goes; what is no full run on a GPU is not for publication."""
-    if plan.small:
-        name = "cpu"
-    else:
-        gpu = torch.cuda.get_device_name(plan.device)
-        name = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
-    return (SCRATCH if partial or plan.small else RESULTS) / f"gpu_suite-{name}.json"
+    name = "cpu" if run.small else torch.cuda.get_device_name(run.settings.device)
+    name = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return (SCRATCH if partial or run.small else RESULTS) / f"gpu_suite-{name}.json"
 
 
 def run_suite(
-    plan: Plan,
-    sections: Sequence[Section],
-    budget_s: float,
-    output: Path,
-    tell: Tell,
-    jobs: int = 1,
-) -> list[Outcome]:
-    """Run sections and write the JSON after each: a run that is killed leaves what it has.
+    run: Run, names: Sequence[str], output: Path, tell: Tell, paths: Sequence[str] = FOLDERS
+) -> None:
+    """Run the parts and write the JSON after each: a run that is killed leaves what it has.
 
     Args:
-        plan: how.
-        sections: what.
-        budget_s: for all of them.
+        run: how; is filled.
+        names: of the parts.
         output: the JSON.
         tell: is told what happens.
-        jobs: processes that check; timings are taken one after the other, when these have ended.
+        paths: of the tests.
     """
-    clock, outcomes, workers = Clock(budget_s, sections), [], Workers(plan, jobs)
-    try:
-        for section in sections:
-            deadline = clock.next_deadline()
-            if section.kind == "check" and jobs > 1:
-                outcomes.append(workers.run_section(section, deadline, tell))
-            else:
-                workers.close()
-                _measure_limits(section, plan, tell)
-                outcomes.append(run_section(section, plan, deadline, tell))
-            write_json(result(plan, command_line(), budget_s, outcomes), output)
-            if broken := broken_device(plan.device, section.name):
-                tell(broken)
-                left = sections[len(outcomes) :]
-                outcomes += [skipped_section(each, broken) for each in left]
-                write_json(result(plan, command_line(), budget_s, outcomes), output)
-                break
-            if plan.device.type == "cuda":
-                torch.cuda.empty_cache()
-    finally:
-        workers.close()
-    return outcomes
-
-
-def _measure_limits(section: Section, plan: Plan, tell: Tell) -> None:
-    """Measure what the device can do before the first timing; on a CPU on little memory."""
-    if section.kind == "speed" and plan.peaks is None:
+    end = time.monotonic() + run.budget_s
+    sections = [section for section in SECTIONS if section.name in names]
+    if TESTS in names:
+        budget = run.budget_s * (_TESTS_SHARE if sections else 1.0)
+        run.tests = run_tests(
+            run.settings.device.type, budget_s=budget, seed=run.settings.seed, jobs=run.jobs,
+            paths=paths, tell=tell,
+        )  # fmt: skip
+        for failure in run.tests["failed"]:
+            tell(f"FAILED {failure['name']}: {failure['reason']}")
+        write_json(result(run), output)
+    if sections:
         tell("bandwidth and matrix rates")
-        sizes = {"buffer_bytes": 2**26, "size": 512} if plan.small else {}
-        plan.peaks = measure_peaks(plan.settings, **sizes)
+        sizes = {"buffer_bytes": 2**26, "size": 512} if run.small else {}
+        run.peaks = measure_peaks(run.settings, **sizes)
+    for i, section in enumerate(sections):
+        now = time.monotonic()
+        share = section.weight / sum(each.weight for each in sections[i:])
+        deadline = now + min(max(0.0, end - now) * share, section.most_s)
+        run.outcomes.append(run_section(section, run, deadline, tell))
+        write_json(result(run), output)
+        if not run.small:
+            torch.cuda.empty_cache()
+
+
+def run_section(section: Section, run: Run, deadline: float, tell: Tell) -> Outcome:
+    """Time the points of a section until its time is up; list those that are left out.
+
+    A point starts if the longest of the section so far would still end in time.
+    """
+    start, longest = time.monotonic(), section.guess_s
+    if run.quick:
+        longest = min(longest, _QUICK_GUESS_S)
+    case = section.case("tiny" if run.small else "2b4t")
+    outcome = Outcome(section.name, case.title, case.unit)
+    for i, point in enumerate(section.small if run.small else section.points):
+        begun = time.monotonic()
+        reason = run.broken
+        if not reason and begun + longest > deadline:
+            left = max(0.0, deadline - begun)
+            reason = f"needs about {longest:.0f} s, {left:.0f} s are left"
+        if run.quick and i >= section.quick:
+            reason = "not part of --quick"
+        if reason:
+            outcome.skipped.append({"name": point_name(point), "reason": reason})
+            continue
+        tell(f"{section.name}: {point_name(point)}")
+        rows = _measure(section, case, point, run, seed=run.settings.seed + i)
+        outcome.rows += rows
+        outcome.flops += [case.flops(**point)] * len(rows)
+        run.broken = run.broken or _broken_device(run.settings.device, point)
+        taken = time.monotonic() - begun
+        longest = taken if not i else max(longest, taken)
+    outcome.seconds = time.monotonic() - start
+    return outcome
+
+
+def _measure(section: Section, case: Case, point: Point, run: Run, seed: int) -> list[Row]:
+    names = [n for n in section.providers if not (run.quick and n in section.slow)]
+    providers = {name: case.providers[name] for name in names}
+    settings = replace(run.settings, seed=seed)
+    forced = use_backend("triton") if section.forced else contextlib.nullcontext()
+    try:
+        with forced:
+            return measure_point(case, point, providers, settings, run.peaks)
+    except Exception as error:  # of the inputs or the reference; a provider's is in its row
+        first = (str(error).strip().splitlines() or [""])[0]
+        reason = f"{type(error).__name__}: {first}"
+        return [Row(dict(point), names[0], names[0], status="failed", reason=reason)]
+
+
+def _broken_device(device: torch.device, after: Point) -> str:
+    """Say that a GPU has stopped answering: an illegal access ends every later call as well."""
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError as error:
+            first = str(error).strip().splitlines()[0]
+            return f"the device stopped working at {point_name(after)} ({first})"
+    return ""
 
 
 def command_line() -> str:
@@ -155,7 +237,7 @@ def command_line() -> str:
 @app.command()
 def suite(
     section: Annotated[
-        list[str] | None, typer.Option(help="Run only this section; repeat for more. See --list.")
+        list[str] | None, typer.Option(help="Run only this part; repeat for more. See --list.")
     ] = None,
     quick: Annotated[bool, typer.Option(help="The essential part, in two minutes.")] = False,
     device: Annotated[str, typer.Option(help="cuda, cpu, or auto for a GPU if there is one.")] = (
@@ -165,36 +247,42 @@ def suite(
     output: Annotated[Path | None, typer.Option(help="The JSON.")] = None,
     seed: Annotated[int | None, typer.Option(help="Repeat a run; its seed is in its JSON.")] = None,
     jobs: Annotated[
-        int,
-        typer.Option(help="Processes that check; 0 takes half of the CPUs on cuda, one on cpu."),
+        int, typer.Option(help="Tests at a time; 0 takes half of the CPUs on cuda, one on cpu.")
     ] = 0,
-    list_: Annotated[bool, typer.Option("--list", help="List the sections, and stop.")] = False,
+    test: Annotated[
+        list[str] | None, typer.Option(help="A file or folder of tests; repeat for more.")
+    ] = None,
+    list_: Annotated[bool, typer.Option("--list", help="List the parts, and stop.")] = False,
 ) -> None:
-    """Check every kernel against float64 on fresh inputs, then time it beside its peers.
+    """Run the tests of every kernel on a GPU, then time the kernels beside their peers.
 
     The exit code is 1 if a kernel is wrong. What does not fit into the time is listed as skipped.
 
         python -m bench.gpu_suite
 
-        python -m bench.gpu_suite --quick --section linears --section prefill
+        python -m bench.gpu_suite --quick --section tests --section prefill
     """
     console = Console(width=None if sys.stdout.isatty() else 160)
     if list_:
+        console.print(f"{TESTS:<20} {' '.join(FOLDERS)}", highlight=False)
         for each in SECTIONS:
-            console.print(f"{each.name:<20} {each.kind:<6} {each.title}", highlight=False)
+            console.print(f"{each.name:<20} {each.case('tiny').title}", highlight=False)
         return
     start = time.monotonic()
 
     def tell(what: str) -> None:
         console.print(f"[dim]{time.monotonic() - start:5.0f} s[/]  {escape(what)}", highlight=False)
 
-    chosen, plan = choose_sections(section or []), make_plan(device, quick, seed)
-    target = output or default_output(plan, quick or bool(section))
+    names = choose(section or [])
+    settings = read_settings(device, quick, seed)
+    jobs = jobs or default_jobs(settings.device.type)
     budget_s = budget or (QUICK_BUDGET_S if quick else BUDGET_S)
-    outcomes = run_suite(plan, chosen, budget_s, target, tell, jobs or default_jobs(plan.device))
-    print_result(result(plan, command_line(), budget_s, outcomes), console)
+    run = Run(settings, quick, budget_s, jobs, command_line())
+    target = output or default_output(run, quick or bool(section) or bool(test))
+    run_suite(run, names, target, tell, test or FOLDERS)
+    print_result(result(run), console)
     console.print(f"wrote {escape(os.path.relpath(target))}")
-    if any(outcome.failed for outcome in outcomes):
+    if run.failed:
         raise typer.Exit(1)
 
 

@@ -132,7 +132,10 @@ def measure_point(
     if reads is not None and works and not cached:
         works[_READS] = Work(reads.call, compiles=False)
         call_s[_READS] = seconds(reads.call)
-    times = time_in_turns(works, call_s, settings, advance)
+    times = {
+        name: [taken / works[name].calls for taken in rounds]
+        for name, rounds in time_in_turns(works, call_s, settings, advance).items()
+    }
     flops = case.flops(**point)
     for row in rows:
         if row.status != "timed":
@@ -174,7 +177,8 @@ def _checked(
             output = (work.output or work.call)()
         row.first_call_s = benchmark.timer() - start
         if provider.tolerance is not None:
-            row.error = relative_error(output, expected)
+            wanted = expected if work.expected is None else work.expected()
+            row.error = relative_error(output, wanted)
     except PeerMissingError as missing:
         row.status, row.reason = "missing", str(missing)
         return None

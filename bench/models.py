@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,9 +69,10 @@ class Shape:
         """Size of the cached keys and values of one sequence."""
         return 2 * self.layers * self.kv_heads * self.head_size * tokens * DTYPE.itemsize
 
-    def config(self, config_class: type[HfBitNetConfig]) -> HfBitNetConfig:
+    def config(self, config_class: type[HfBitNetConfig], **more: Any) -> HfBitNetConfig:
         """Return a config without a quantisation of its own."""
         return config_class(
+            **more,
             vocab_size=self.vocab,
             hidden_size=self.hidden,
             intermediate_size=self.ffn,
@@ -118,7 +121,7 @@ class RandomModels:
                     dtype=torch.uint8,
                 )  # fmt: skip
                 self.packed[f"model.layers.{i}.{name}"] = table[draw.int()]
-        self._built: dict[str, PreTrainedModel] = {}
+        self._built: dict[tuple[str, str], PreTrainedModel] = {}
 
     def scale(self, name: str) -> float:
         """Return the scale of a linear: a power of two, exact in bf16 as its reciprocal is.
@@ -132,21 +135,26 @@ class RandomModels:
             deviation *= _BRANCHES_TO_EMBEDDING / math.sqrt(2 * self.shape.layers)
         return 2.0 ** round(math.log2(deviation))
 
-    def get(self, kind: str) -> PreTrainedModel:
-        """Return ours ("fused", "int8_head", "unfused") or theirs ("bitlinear", ...)."""
-        if kind not in self._built:
-            self._built[kind] = self._build(kind)
-        return self._built[kind]
+    def get(self, kind: str, attention: Any = None) -> PreTrainedModel:
+        """Return ours ("fused", "int8_head", "unfused") or theirs ("bitlinear", ...).
 
-    def _build(self, kind: str) -> PreTrainedModel:
-        if kind == "fused":
-            return fuse(self._ours())
+        With ``attention``, ours have that mode or plan.
+        """
+        key = kind, json.dumps(attention)
+        if key not in self._built:
+            self._built[key] = self._build(kind, attention)
+        return self._built[key]
+
+    def _build(self, kind: str, attention: Any) -> PreTrainedModel:
+        if kind.startswith("fused"):
+            return fuse(self._ours(attention))
         if kind == "int8_head":
-            return quantize_head(fuse(self._ours()))
-        return self._ours() if kind == "unfused" else self._transformers(kind)
+            return quantize_head(fuse(self._ours(attention)))
+        return self._ours(attention) if kind == "unfused" else self._transformers(kind)
 
-    def _ours(self) -> PreTrainedModel:
-        config = self.shape.config(BitNetConfig)
+    def _ours(self, attention: Any) -> PreTrainedModel:
+        more = {} if attention is None else {"attention": attention}
+        config = self.shape.config(BitNetConfig, **more)
         config.quantization_config = {
             "quant_method": "bitnet",
             "linear_class": "autobitlinear",
@@ -175,9 +183,12 @@ class RandomModels:
         layer.weight_scale = torch.tensor([scale], dtype=DTYPE, device=self.device)
 
     def _skeleton(self, config: HfBitNetConfig) -> PreTrainedModel:
+        # a mode of ours goes with no other implementation
+        has_mode = getattr(config, "attention", None) is not None
+        implementation = None if has_mode else "sdpa"
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(
-                config, dtype=DTYPE, attn_implementation="sdpa"
+                config, dtype=DTYPE, attn_implementation=implementation
             ).eval()
 
     def _filled(

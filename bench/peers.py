@@ -68,7 +68,7 @@ TORCH = Peer(
     "torch",
     ("torch",),
     {
-        "ternary_linear": "F.linear on unpacked weights",
+        "ternary_linear": "F.linear on unpacked weights, _int_mm",
         "small_batches": "F.linear on unpacked weights",
         "bit_linear": "F.linear on quantised weights",
         "flash_attention": "scaled_dot_product_attention, FlexAttention",
@@ -85,6 +85,7 @@ TRANSFORMERS = Peer(
         "bit_linear": "AutoBitLinear",
         "flash_attention": "eager attention",
         "model": "bitlinear and autobitlinear",
+        "generate": "autobitlinear with a static cache",
     },
 )
 LLAMA_CPP = Peer(

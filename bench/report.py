@@ -133,6 +133,14 @@ def axes_of(data: dict[str, Any]) -> list[str]:
     return [name for name, values in several.items() if len(values) > 1]
 
 
+def instructions_line(data: dict[str, Any]) -> str:
+    """Return the instruction sets of the CPU that make a difference."""
+    machine = data["machine"]
+    return (
+        f"{machine['architecture']} with {' '.join(machine['flags']) or 'no vectors that matter'}"
+    )
+
+
 def setup_line(data: dict[str, Any]) -> str:
     """Return machine and versions in one line."""
     machine, versions = data["machine"], data["software"]["versions"]

@@ -11,7 +11,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bench.report import axes_of, count, duration, point_name, setup_line, size, times
+from bench.report import (
+    axes_of,
+    count,
+    duration,
+    instructions_line,
+    point_name,
+    setup_line,
+    size,
+    times,
+)
 
 # Narrower terminals get fewer columns
 _DETAILED_WIDTH = 130
@@ -20,7 +29,7 @@ _DETAILS = (
     "bound", "moves per\n{unit}", "reads\nbeside", "p20 - p80", "first call", "memory\nof a call",
     "error",
 )  # fmt: skip
-_PLAIN: dict[str, Any] = {
+PLAIN: dict[str, Any] = {
     "box": box.SIMPLE_HEAD,
     "padding": (0, 1, 0, 0),
     "show_edge": False,
@@ -42,7 +51,9 @@ def print_table(data: dict[str, Any], console: Console) -> None:
             console.print(escape(line), highlight=False)
     elif data["unit"] and len(_distinct(row["point"] for row in rows)) > 1:
         console.print(_overview(data))
-    for line in (*remarks(data), setup_line(data), *peaks_lines(data)):
+    for line in (
+        *remarks(data), setup_line(data), instructions_line(data), *peaks_lines(data),
+    ):  # fmt: skip
         console.print(escape(line), style="dim", highlight=False)
 
 
@@ -65,7 +76,7 @@ def _table(
     baselines = [name for name in data["baselines"] if name in labels]
     if not detailed:
         baselines = baselines[:_NARROW_BASELINES]
-    table = Table(title=escape(point_name(point)), **_PLAIN)
+    table = Table(title=escape(point_name(point)), **PLAIN)
     table.add_column("", min_width=16)
     for axis in axes:
         table.add_column(axis, justify="right")
@@ -123,7 +134,7 @@ def _ratio(row: dict[str, Any], baseline: str) -> str:
 def _overview(data: dict[str, Any]) -> Table:
     """Return all speeds side by side: a row a provider, a column a point."""
     points = _distinct(row["point"] for row in data["rows"])
-    table = Table(title=f"{data['unit']} per second", **_PLAIN)
+    table = Table(title=f"{data['unit']} per second", **PLAIN)
     table.add_column("", min_width=16)
     for point in points:
         table.add_column(escape("\n".join(f"{k} {v}" for k, v in point.items())), justify="right")

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import collections
+import itertools
+import json
 import os
 import random
+import time
 import zlib
+from pathlib import Path
 
 # cuBLAS reads it when it starts; without it, deterministic algorithms raise on a GPU
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -19,6 +24,7 @@ from bitnet_triton.runtime import BACKENDS, backend_objection
 from bitnet_triton.runtime.select import ENVIRONMENT_VARIABLE, forget_logged_choices
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+SLOWEST_FILES = 12
 
 # How far activations have to stay from rounding ties, in codes. Rounding in float32 was seen to
 # part two right programs by 1.2e-4: codes up to 127 in steps of 8e-6, through two layers
@@ -32,6 +38,14 @@ def pytest_addoption(parser):
     parser.addoption(
         "--peer-all", action="store_true", help="run all of transformers' own tests (tests/peer)"
     )
+    parser.addoption(
+        "--only-on", choices=("cpu", "cuda"), help="the tests of kernels, compiled for this device"
+    )
+    parser.addoption(
+        "--until", type=float, default=None, help="skip what has not begun by then (Unix time)"
+    )
+    parser.addoption("--every", action="store_true", help="whole grids, in place of all pairs")
+    parser.addoption("--results", type=Path, default=None, help="write a JSON line for each test")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -42,8 +56,11 @@ def pytest_configure(config):
         config.option.seed = random.SystemRandom().randrange(2**31)
     if getattr(config.option, "hypothesis_seed", "") is None:
         config.option.hypothesis_seed = config.option.seed
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Results(config.option.results))
     # an output element that nobody writes is NaN, not yesterday's right answer
-    torch.use_deterministic_algorithms(True)
+    # (a GPU has no such algorithm for some of what references do)
+    torch.use_deterministic_algorithms(True, warn_only=config.option.only_on == "cuda")
     torch.utils.deterministic.fill_uninitialized_memory = True
 
 
@@ -59,17 +76,130 @@ def pytest_report_header(config):
 
 def pytest_generate_tests(metafunc):
     """Run a test on every device, and with ``backend`` on every pair that can run here."""
+    only = metafunc.config.option.only_on
+    devices = [only] if only else DEVICES
     if "backend" in metafunc.fixturenames:
         marker = metafunc.definition.get_closest_marker("backends")
+        backends = marker.args if marker else BACKENDS
+        if only and "triton" in backends:
+            backends = ["triton"]
         pairs = [
             (device, backend)
-            for device in DEVICES
-            for backend in (marker.args if marker else BACKENDS)
+            for device in devices
+            for backend in backends
             if backend_objection(backend, torch.device(device)) is None
         ]
         metafunc.parametrize(("device", "backend"), pairs, ids=["-".join(p) for p in pairs])
     elif "device" in metafunc.fixturenames:
-        metafunc.parametrize("device", DEVICES)
+        metafunc.parametrize("device", devices)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config, items):
+    """Choose among what ``-k`` and the like have left."""
+    result = yield
+    if config.option.only_on:
+        items[:] = in_turns(config, [i for i in items if is_on(i, config.option.only_on)])
+    if not config.option.every:
+        kept = set(pairwise(items, config.option.seed))
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
+    # what takes long first: at the end no process waits for another
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    return result
+
+
+def parameters(item):
+    return item.callspec.params if hasattr(item, "callspec") else {}
+
+
+def is_on(item, device):
+    on_gpu = device == "cuda" and item.get_closest_marker("gpu")
+    return parameters(item).get("device") == device or bool(on_gpu)
+
+
+def in_turns(config, items):
+    """Return items so that files take turns: time that ends too early ends for none first."""
+    items = list(items)
+    random.Random(config.option.seed).shuffle(items)
+    places, seen = {}, collections.Counter()
+    for item in items:
+        places[item] = seen[item.path]
+        seen[item.path] += 1
+    return sorted(items, key=places.__getitem__)
+
+
+def pairwise(items, seed):
+    """Return items; of each grid that is marked so few that all pairs of values still meet.
+
+    Which ones is drawn anew in every run: the seed is in its header.
+    """
+    grids = collections.defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("pairwise") and len(parameters(item)) > 2:
+            grids[item.nodeid.split("[")[0]].append(item)
+        else:
+            yield item
+    for name, grid in grids.items():
+        random.Random(seed + zlib.crc32(name.encode())).shuffle(grid)
+        pairs = {item: set(pairs_of(parameters(item))) for item in grid}
+        left = set().union(*pairs.values())
+        while left:
+            item = max(grid, key=lambda item: len(pairs[item] & left))
+            left -= pairs[item]
+            yield item
+
+
+def pairs_of(params):
+    return itertools.combinations(sorted((name, str(value)) for name, value in params.items()), 2)
+
+
+def pytest_runtest_setup(item):
+    until = item.config.option.until
+    if until is not None and time.time() > until:
+        pytest.skip("no time left")
+
+
+class Results:
+    """Where the time of a run went, and its results for another program.
+
+    Args:
+        path: gets a JSON line for each test; None: nothing is written.
+    """
+
+    def __init__(self, path):
+        self.path, self.seconds = path, collections.Counter()
+
+    def pytest_runtest_logreport(self, report):
+        self.seconds[report.location[0]] += report.duration
+        if self.path is None or (report.when != "call" and report.passed):
+            return
+        reason = ""
+        if report.skipped:
+            reason = report.longrepr[2]
+        elif report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            reason = crash.message if crash else str(report.longrepr)
+        line = {"name": report.nodeid, "outcome": report.outcome, "reason": reason}
+        with self.path.open("a") as file:
+            file.write(json.dumps(line | {"seconds": report.duration}) + "\n")
+
+    def pytest_terminal_summary(self, terminalreporter):
+        slowest = self.seconds.most_common(SLOWEST_FILES)
+        terminalreporter.write_sep("-", f"slowest files, of {self.seconds.total():.0f} s in tests")
+        for file, seconds in slowest:
+            terminalreporter.write_line(f"{seconds:6.1f} s  {file}")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logfinish(nodeid):
+    """Give up a process whose GPU has stopped answering: xdist goes on in another one."""
+    if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            os.write(2, f"{nodeid}: the device stopped working: {error}\n".encode())
+            os._exit(1)
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ from bench.case import Case
 from bench.cases import (
     bit_linear,
     flash_attention,
+    generate,
     int8_linear,
     model,
     small_batches,
@@ -21,6 +22,7 @@ CASES: dict[str, ModuleType] = {
     "flash_attention": flash_attention,
     "int8_linear": int8_linear,
     "model": model,
+    "generate": generate,
     "triton_cpu": triton_cpu,
 }
 

@@ -8,7 +8,6 @@ they exceed the last-level cache four times. The "hot" rows use one copy.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.case import Case, Provider, Settings, Work
+from bench.case import Case, PeerMissingError, Provider, Settings, Work
 from bench.machine import copies_beyond_cache
 from bench.peers import from_transformers
+from bench.recorded import in_turn
 from bitnet_triton import use_backend
-from bitnet_triton.kernels import TernaryWeight, ternary_linear
+from bitnet_triton.kernels import (
+    TernaryWeight,
+    quantize_activations,
+    ternary_linear,
+    ternary_linear_quantized,
+)
 from bitnet_triton.kernels.packing import pack_codes
 from bitnet_triton.kernels.ternary_linear.launchers import TERNARY_FWD
 from bitnet_triton.kernels.ternary_linear.reference import ternary_linear_reference
@@ -32,6 +37,8 @@ SHAPES = ((2560, 2560), (2560, 6912), (6912, 2560))  # (K, N)
 # STYLE: our own ops stay this close to float64; peers round the integer sum or skip the quantiser
 OWN_TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 PEER_TOLERANCE = 2e-2
+# of a GPU's graph
+_FEW_TOKENS, _MOST_CALLS = 16, 64
 
 
 @dataclass(frozen=True)
@@ -52,16 +59,37 @@ def make_inputs(M: int, K: int, N: int, settings: Settings, cache: str = "hot") 
     return Inputs(x, codes, K**-0.5, cache == "cold")
 
 
-def _work(inputs: Inputs, x: Tensor, make: Callable[[], Any], held_bytes: int, run: Any) -> Work:
-    """Let ``run(x, weight)`` go round over as many weights as the point asks for."""
+def _work(
+    inputs: Inputs,
+    x: Tensor,
+    make: Callable[[], Any],
+    held_bytes: int,
+    run: Any,
+    finish: Callable[[Tensor], Tensor] | None = None,
+) -> Work:
+    """Let ``run(x, weight)`` go round over as many weights as the point asks for.
+
+    Args:
+        inputs: of the point.
+        x: what is multiplied.
+        make: makes a weight.
+        held_bytes: of one weight.
+        run: the product.
+        finish: makes what is compared of what it gives.
+    """
     copies = copies_beyond_cache(held_bytes, x.device) if inputs.cold else 1
-    weights = itertools.cycle([make() for _ in range(copies)])
+    weights = [make() for _ in range(copies)]
     moved = x.nbytes + x.shape[0] * inputs.codes.shape[0] * x.element_size()
-    return Work(
-        call=lambda: run(x, next(weights)),
+    work = Work(
+        call=lambda: run(x, weights[0]),
+        output=None if finish is None else lambda: finish(run(x, weights[0])),
         read_bytes=held_bytes + moved,
         details={"weight_bytes": held_bytes, "copies": copies},
     )
+    # of many tokens a product is long, and no weight is bound to stay in a cache
+    most = _MOST_CALLS if x.shape[0] <= _FEW_TOKENS else 2
+    calls = [lambda weight=weight: run(x, weight) for weight in weights]
+    return in_turn(calls, x.device, work, most=most)
 
 
 def backend(device: torch.device) -> str:
@@ -97,6 +125,27 @@ def _dense(dtype: torch.dtype) -> Callable[[Inputs], Work]:
         return _work(inputs, inputs.x.to(dtype), weight.clone, weight.nbytes, F.linear)
 
     return build
+
+
+def _ours_quantized(inputs: Inputs) -> Work:
+    codes, scale = quantize_activations(inputs.x)
+    sums, dtype = codes.sum(-1, dtype=torch.int32), inputs.x.dtype
+    return _work(
+        inputs, inputs.x, lambda: TernaryWeight.from_codes(inputs.codes, inputs.scale),
+        inputs.codes.numel() // 4,
+        lambda _, weight: ternary_linear_quantized(codes, scale, sums, weight, dtype=dtype),
+    )  # fmt: skip
+
+
+def _int_mm(inputs: Inputs) -> Work:
+    if inputs.x.device.type == "cuda" and inputs.x.shape[0] <= 16:
+        raise PeerMissingError("torch._int_mm takes more than 16 rows on a GPU")
+    codes, scale = quantize_activations(inputs.x)
+    return _work(
+        inputs, inputs.x, inputs.codes.clone, inputs.codes.nbytes,
+        lambda _, weight: torch._int_mm(codes, weight.t()),
+        lambda y: y.double() * scale.double() * inputs.scale,
+    )  # fmt: skip
 
 
 def _transformers(inputs: Inputs) -> Work:
@@ -157,6 +206,14 @@ def case() -> Case:
                 "hf BitLinear, eager", _transformers_eager, PEER_TOLERANCE, "bf16",
                 "without its torch.compile", default=False,
             ),
+            "bitnet_triton_quantized": Provider(
+                "bitnet_triton, x quantised", _ours_quantized, own, "int8",
+                "as after a norm that quantises", default=False,
+            ),
+            "torch_int8": Provider(
+                "torch._int_mm", _int_mm, own, "int8",
+                "int8 weights, x quantised, int32 sums only", default=False,
+            ),
             "compile": Provider(
                 "bitnet_triton compile", _ours("compile"), own, "int8", "forced", default=False
             ),
@@ -165,7 +222,7 @@ def case() -> Case:
                 default=False,
             ),
         },
-        baselines=("torch_bf16", "transformers"),
+        baselines=("torch_bf16", "transformers", "torch_int8"),
         flops=lambda M, K, N, cache: 2 * M * K * N,
         panels=(("M", "cache"), ("K", "N")),
     )  # fmt: skip

@@ -7,7 +7,15 @@ from typer.testing import CliRunner
 
 from bench.__main__ import app
 from bench.case import PeerMissingError, Settings
-from bench.cases import CASES, bit_linear, int8_linear, make_case, model, ternary_linear
+from bench.cases import (
+    CASES,
+    attention_modes,
+    bit_linear,
+    int8_linear,
+    make_case,
+    model,
+    ternary_linear,
+)
 from bench.decoding import STEPS
 from bench.measure import measure_point, relative_error
 from bench.models import SHAPES, RandomModels, state_bytes
@@ -169,6 +177,28 @@ def test_model_command_writes_json_and_plot(tmp_path, monkeypatch):
     assert beside == {False}
     assert data["rows"][0]["details"]["layers"] == 2
     assert target.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_attention_modes_are_compared_recorded_and_not():
+    modes = ("full", "sliding,window=4,sinks=1", "longformer,window=4,global_tokens=0+2")
+    case = attention_modes.case(shape="tiny", contexts=[9], attention=modes)
+    rows = measure_point(case, case.grid[0], case.providers, SETTINGS)
+    assert [row.provider for row in rows] == [
+        name for mode in modes for name in (mode, f"{mode} unrecorded")
+    ]
+    found = [(row.status, row.reason) for row in rows]
+    # global tokens may be a mode that is not recorded, and says so
+    assert found[4] in [("timed", ""), ("missing", "the steps of this mode are not recorded")]
+    assert found[:4] + found[5:] == [("timed", "")] * 5
+    # of 13 keys a query sees 13, 5, and of a mode that is more than a mask all count
+    full, sliding, longformer = (row.read_bytes for row in rows[1::2])
+    assert full == longformer > sliding
+    assert set(rows[2].ratios) == {"full", "full unrecorded"}
+    assert attention_modes.parse(modes[2]) == {
+        "mode": "longformer", "window": 4, "global_tokens": [0, 2],
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"expected MODE\[,KEY=VALUE...\], got 'full,'"):
+        attention_modes.parse("full,")
 
 
 def small_limits(settings):

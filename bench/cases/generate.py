@@ -7,7 +7,7 @@ this package records its own steps, anew in every run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,6 @@ from transformers import PreTrainedModel, StaticCache
 
 from bench.case import Case, Provider, Settings, Work
 from bench.models import SHAPES, RandomModels, state_bytes
-from bench.suite import speed
-from bench.suite.plan import Item, Plan
 
 # of the logits, in bf16: roundings of 30 layers (bench/models.py)
 _TOLERANCE = 2e-2
@@ -72,53 +70,45 @@ def _generate(kind: str, cache: str) -> Callable[[Inputs], Work]:
     return build
 
 
-def items(plan: Plan) -> Sequence[Item]:
-    """Return decoding after a short prompt: of one sequence, and of eight if there is time."""
-    shape = SHAPES["tiny" if plan.small else "2b4t"]
-    prompt, new = (8, 4) if plan.small else (16, 512)
-    built: list[RandomModels] = []
+def case(*, shape: str = "2b4t", prompt: int = 16, new: int = 512) -> Case:
+    """Return the case: one sequence, and eight."""
+    widths = SHAPES[shape]
+    built: dict[tuple[torch.device, int], RandomModels] = {}
 
     def inputs(B: int, prompt: int, new: int, settings: Settings) -> Inputs:
-        if not built:
-            built.append(RandomModels(shape, settings))
+        key = settings.device, settings.seed
+        if key not in built:
+            built[key] = RandomModels(widths, settings)
         ids = torch.randint(
-            2, shape.vocab, (B, prompt), generator=settings.generator, device=settings.device
+            2, widths.vocab, (B, prompt), generator=settings.generator, device=settings.device
         )
-        return Inputs(built[0], ids, new)
+        return Inputs(built[key], ids, new)
 
     def flops(B: int, prompt: int, new: int) -> float:
-        weights = shape.layers * shape.layer_weights + shape.head_weights
-        return 2.0 * B * weights * new
+        return 2.0 * B * new * (widths.layers * widths.layer_weights + widths.head_weights)
 
-    grid = [{"B": B, "prompt": prompt, "new": new} for B in (1, 8)]
-    static, dynamic, theirs = (
-        Provider(
-            "bitnet_triton, static cache", _generate("fused", "static"), _TOLERANCE, "int8",
-            "after bitnet_triton.fuse",
-        ),
-        Provider(
-            "bitnet_triton, dynamic cache", _generate("fused", "dynamic"), _TOLERANCE, "int8",
-            "after bitnet_triton.fuse, decode steps recorded",
-        ),
-        Provider(
-            "hf autobitlinear, static cache", _generate("autobitlinear", "static"), _TOLERANCE,
-            "bf16", "unpacked to bf16 at load",
-        ),
-    )  # fmt: skip
-    case = Case(
-        name="model",
-        title="A whole model",
-        grid=grid,
+    ours = "after bitnet_triton.fuse"
+    return Case(
+        name="generate",
+        title="A whole model, decoding",
+        grid=[{"B": B, "prompt": prompt, "new": new} for B in (1, 8)],
         inputs=inputs,
         reference=lambda inputs: inputs.logits(inputs.models.get("autobitlinear")),
         providers={
-            speed.OURS: speed.not_when_quick(static, plan),
-            "bitnet_triton_dynamic": dynamic,
-            "transformers": speed.not_when_quick(theirs, plan),
+            "bitnet_triton": Provider(
+                "bitnet_triton, static cache", _generate("fused", "static"), _TOLERANCE, "int8",
+                ours,
+            ),
+            "bitnet_triton_dynamic": Provider(
+                "bitnet_triton, dynamic cache", _generate("fused", "dynamic"), _TOLERANCE, "int8",
+                f"{ours}, decode steps recorded",
+            ),
+            "transformers": Provider(
+                "hf autobitlinear, static cache", _generate("autobitlinear", "static"),
+                _TOLERANCE, "bf16", "unpacked to bf16 at load",
+            ),
         },
         baselines=("transformers",),
         flops=flops,
         unit="tokens",
-    )
-    # the head is PyTorch's product on a GPU
-    return speed.items(case, plan, quick=grid[:1], backend=None)
+    )  # fmt: skip
