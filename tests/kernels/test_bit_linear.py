@@ -91,6 +91,7 @@ def limits(ours, eager, exact):
     return worst if eager.dtype == F32 else {**worst, "rms": 8e-3}
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize(("shape", "dtypes"), CASES, ids=str)
 @pytest.mark.parametrize("levels", LEVELS)
 @pytest.mark.backends("triton")

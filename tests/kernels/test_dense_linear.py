@@ -13,6 +13,7 @@ SHAPES = [(1, 128, 64), (1, 130, 100), (2, 1, 1), (3, 257, 515), (4, 64, 2560), 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -50,6 +51,7 @@ def test_is_traced_as_one_op():
     assert torch.equal(compiled(x, weight, 2)[1], dense_linear_topk(x, weight, 2)[1])
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("k", [1, 4])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("M", [1, 3])

@@ -39,6 +39,7 @@ def exact(x, weight, bias):
     return y if bias is None else y + bias.double()
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_reference(shape, dtype, device, backend):

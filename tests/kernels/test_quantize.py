@@ -23,6 +23,7 @@ def distance_to_tie(values):
     return (values - values.floor() - 0.5).abs()
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_activations_match_the_float64_formula(shape, dtype, device, backend):
@@ -103,6 +104,7 @@ def test_activations_do_not_require_gradients(device):
     assert not scale.requires_grad
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(4, 7), (1, 1), (64, 48)], ids=str)
 def test_weights_match_the_float64_formula(shape, dtype, device, backend):
@@ -160,6 +162,7 @@ def test_a_weight_equal_to_the_mean_is_minus_one(device):
     assert torch.equal(compiled_weight_codes(weight, weight_stats(weight), True), codes.char())
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (257, 1023)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_statistics_match_float64(shape, dtype, device, backend):

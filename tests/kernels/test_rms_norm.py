@@ -34,6 +34,7 @@ def inputs(shape, dtype, device, widths=1):
     return x, (1 + 0.2 * torch.randn(shape[-1], device=device)).to(dtype)
 
 
+@pytest.mark.pairwise
 @ALL_BACKENDS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -53,6 +54,7 @@ def test_rounds_where_transformers_rounds(dtype, device, backend):
     assert (rms_norm(x, weight, eps=EPS) != norm(x)).float().mean() < 1e-3
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_fused_codes_are_those_of_the_two_steps(shape, dtype, device, backend):
@@ -64,6 +66,7 @@ def test_fused_codes_are_those_of_the_two_steps(shape, dtype, device, backend):
     assert torch.equal(sums, codes.sum(-1, dtype=torch.int32))
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_feed_forward_codes_are_those_of_the_steps(shape, dtype, device, backend):
@@ -142,6 +145,7 @@ def gradients(norm, x, weight, dy):
     return {"y": y.detach(), "dx": dx, "dweight": dweight}
 
 
+@pytest.mark.pairwise
 @ALL_BACKENDS
 # the last one has more rows than programs, and a program with fewer than the others
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -39,6 +39,7 @@ def magnitudes(x, cos, sin, dy):
     return {"y": x * cos + x.roll(half, -1) * sin, "dx": dy * cos + (dy * sin).roll(half, -1)}
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_reference(shape, dtype, device, backend):
@@ -57,6 +58,7 @@ def test_matches_reference(shape, dtype, device, backend):
         assert_close(name, ours[name], exact[name], eager=eager[name], rms=rms)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_transformers_bit_by_bit(shape, dtype, device, backend):

@@ -23,6 +23,7 @@ def gate_and_up(shape, dtype, device):
     return torch.randn(*shape[:-1], 2 * shape[-1], device=device).mul(3).to(dtype)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_codes_are_those_of_the_steps(shape, dtype, device, backend, assert_rounded):

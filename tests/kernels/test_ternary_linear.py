@@ -61,6 +61,7 @@ def assert_all_close(ours, eager, exact):
         assert_close(name, ours[name], value, eager=eager[name])
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -86,6 +87,7 @@ def test_packed_matches_the_reference(shape, with_bias, dtype, device, backend):
     )
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("levels", LEVELS)
 @pytest.mark.parametrize("shape", [*SHAPES, (6, 5, 9)], ids=str)

@@ -34,6 +34,7 @@ def quantized(x):
     return codes, scale, codes.sum(-1, dtype=torch.int32)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 64), (3, 33), (40, 130)], ids=str)
 @pytest.mark.parametrize("parts", PARTS, ids=str)

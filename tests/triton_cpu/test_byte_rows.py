@@ -60,6 +60,7 @@ def product(x, w):
 
 
 # K: whole trips, a rest of whole stretches of 64 bytes, and one of less
+@pytest.mark.pairwise
 @pytest.mark.parametrize("K", [2048, 1024 + 192, 1024 + 100])
 @pytest.mark.parametrize("M", COUNTS)
 @pytest.mark.parametrize("vectors_left", [False, True])

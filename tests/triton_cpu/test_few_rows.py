@@ -47,6 +47,7 @@ def values_kernel(
 
 
 # whole blocks, a part of one, one row, none
+@pytest.mark.pairwise
 @pytest.mark.parametrize("R", [64, 41, 1, 0])
 @pytest.mark.parametrize("M", [1, 2, 4, 8])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -60,6 +61,7 @@ def test_rows_along_memory(dtype, M, R):
         torch.testing.assert_close(y, start + x.float() @ stored[:R, :32].float().T, rtol=0, atol=0)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("R", [64, 41, 1, 0])
 @pytest.mark.parametrize("M", [1, 2, 4, 8])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -98,6 +100,7 @@ def overwritten_kernel(
     tl.store(y_ptr + rows[:, None] * N + columns[None, :], y)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("kind", ["widened", "transposed", "loop"])
 @pytest.mark.parametrize("M", [1, 4, 8])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

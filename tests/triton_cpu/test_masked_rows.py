@@ -77,6 +77,7 @@ def test_loads_what_the_mask_lets_pass(dtype, n):
     torch.testing.assert_close(out, guarded(n, x, torch.tensor(7, dtype=dtype)))
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("m", LENGTHS)
 @pytest.mark.parametrize("n", LENGTHS)
 def test_masks_may_end_at_different_places(n, m):

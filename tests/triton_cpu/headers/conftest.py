@@ -1,6 +1,7 @@
 """Builds of program.cpp for several instruction sets, each as a function that runs one entry."""
 
 import concurrent.futures
+import fcntl
 import os
 import platform
 import shutil
@@ -55,15 +56,20 @@ def build(target, folder):
         command = [compiler(), f"-march={target}" if IS_X86 else f"-mcpu={target}"]
         start = [str(output)]
     command += [*FLAGS, "-Werror", *options, "-I", str(INCLUDE), str(PROGRAM), "-o", str(output)]
-    built = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert built.returncode == 0, f"{' '.join(command)}\n{built.stderr[:4000]}"
+    with output.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if output.exists():  # another worker of xdist has built it
+            return start
+        built = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert built.returncode == 0, f"{' '.join(command)}\n{built.stderr[:4000]}"
     return start
 
 
 @pytest.fixture(scope="session")
-def builds(tmp_path_factory):
+def builds(common_folder):
     compiler()
-    folder = tmp_path_factory.mktemp("headers")
+    folder = common_folder / "headers"
+    folder.mkdir(exist_ok=True)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         yield {target: pool.submit(build, target, folder) for target in WHOLE + PRODUCTS}
 
