@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from operator import is_
 from typing import Any, cast
 
 import torch
@@ -77,6 +79,7 @@ class Recording:
     Attributes:
         graph: the launches.
         modes: of each layer.
+        indices: by which each layer finds its memory.
         changes: asked before each step whether the model is still what was recorded.
     """
 
@@ -86,7 +89,7 @@ class Recording:
     def __init__(
         self, model: Any, step: RecordedStep, steps: Sequence[Step], launchers: Launchers
     ) -> None:
-        self.modes = step.modes
+        self.modes, self.indices = step.modes, layer_indices(model)
         self._step = step
         norm = model.norm.weight
         self._places = step.places.to(norm.device, copy=True)
@@ -131,11 +134,7 @@ class Recording:
             and step.rows == mine.rows
             and step.modes == mine.modes
             and step.last_position < self._positions
-            and all(
-                a is b
-                for ours, theirs in zip(mine.addresses, step.addresses)
-                for a, b in zip(ours, theirs)
-            )
+            and same_tensors(step.addresses, mine.addresses)
         )
 
     def replay(self, model: Any, input_ids: Tensor, step: RecordedStep) -> Tensor:
@@ -150,6 +149,18 @@ class Recording:
 def fused_layers(model: Any) -> Iterator[FusedDecoderLayer]:
     """Return the layers of a fused model."""
     return cast("Iterator[FusedDecoderLayer]", iter(model.layers))
+
+
+def layer_indices(model: Any) -> list[int]:
+    """Return the index by which each layer finds its memory and its modes."""
+    return [layer.self_attn.layer_idx for layer in model.layers]
+
+
+def same_tensors(some: list[tuple[Tensor, ...]], others: list[tuple[Tensor, ...]]) -> bool:
+    """Tell whether both hold the same tensors, by identity."""
+    if list(map(len, some)) != list(map(len, others)):
+        return False
+    return all(map(is_, chain.from_iterable(some), chain.from_iterable(others)))
 
 
 def can_replay(device: torch.device) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,14 @@ from bitnet_triton.attention import AttentionPlan, Mode
 from bitnet_triton.attention.mode import Step, StepLayer
 from bitnet_triton.attention.modes.full import Full
 from bitnet_triton.cache import Call, Memory, begin_call
-from bitnet_triton.models.fused.recording import RecordedStep, Recording, can_replay, launchers_of
+from bitnet_triton.models.fused.recording import (
+    RecordedStep,
+    Recording,
+    can_replay,
+    launchers_of,
+    layer_indices,
+    same_tensors,
+)
 
 logger = logging.getLogger("bitnet_triton")
 
@@ -64,18 +72,32 @@ class DecodeSteps:
             return None
         if not _can_record(input_ids.device) or not can_replay(input_ids.device):
             return None
-        memories = _memories(model, cache, B)
-        modes = None if memories is None else self._modes(model, memories, prompt_len)
-        if memories is None or modes is None:
-            return None
         # two threads may decode with one model, but a recording has its tensors only once
         if not self._lock.acquire(blocking=False):
             return None
         try:
-            call = _describe(model, attention_mask, position_ids, B, memories)
-            return None if call is None else self._run(model, input_ids, call, memories, modes)
+            recording = self._unchanged()
+            indices = layer_indices(model) if recording is None else recording.indices
+            memories = _memories(model, indices, cache, B)
+            if memories is None:
+                return None
+            plan: AttentionPlan | None = getattr(model.layers[0].self_attn, "attention_plan", None)
+            modes = self._modes(model, plan, indices, memories, prompt_len)
+            if modes is None:
+                return None
+            call = _describe(model, plan, attention_mask, position_ids, B, memories)
+            if call is None:
+                return None
+            return self._run(model, input_ids, call, memories, modes)
         finally:
             self._lock.release()
+
+    def _unchanged(self) -> Recording | None:
+        """Return the recording, if the model is what was recorded."""
+        starts, self._starts = self._starts, False
+        if self.recording is not None and self.recording.changes.found(thorough=starts):
+            self.recording = None
+        return self.recording
 
     def _run(
         self,
@@ -85,10 +107,7 @@ class DecodeSteps:
         memories: list[Memory],
         modes: tuple[Mode, ...],
     ) -> Tensor | None:
-        recording, starts = self.recording, self._starts
-        self._starts = False
-        if recording is not None and recording.changes.found(thorough=starts):
-            recording = self.recording = None
+        recording = self.recording
         steps: list[Step] = []
         if recording is None or recording.modes != modes:
             found = self._steps(model, memories, modes)
@@ -98,7 +117,7 @@ class DecodeSteps:
         for memory in memories:
             memory.reserve(1)
         addresses = [memory.address() for memory in memories]
-        in_place = _same(addresses, self._addresses)
+        in_place = same_tensors(addresses, self._addresses)
         self._addresses = addresses
         if not in_place:  # beams move it in every step: no recording would last
             return None
@@ -115,23 +134,26 @@ class DecodeSteps:
         return hidden
 
     def _modes(
-        self, model: Any, memories: list[Memory], prompt_len: int | Tensor | None
+        self,
+        model: Any,
+        plan: AttentionPlan | None,
+        indices: Sequence[int],
+        memories: list[Memory],
+        prompt_len: int | Tensor | None,
     ) -> tuple[Mode, ...] | None:
         """Return which mode reads the new token in each layer; None where none is recorded."""
         rope = model.rotary_emb.rope_type
         if rope not in _STATIC_ROPE:
             self._tell(model, f"rotary embedding {rope!r} turns a position by more than one angle")
             return None
-        attentions = [layer.self_attn for layer in model.layers]
-        plan: AttentionPlan | None = getattr(attentions[0], "attention_plan", None)
         if plan is None:
-            return (_FULL,) * len(attentions)
+            return (_FULL,) * len(indices)
         # the longest prompt of the batch: its row is the last to be generated
         first = None if prompt_len is None else int(torch.as_tensor(prompt_len).max())
         if first is not None and memories[0].get_seq_length() < first:
             return None
         phase = "prefill" if first is None else "decode"
-        return tuple([plan.mode(attention.layer_idx, phase) for attention in attentions])
+        return tuple([plan.mode(index, phase) for index in indices])
 
     def _steps(
         self, model: Any, memories: list[Memory], modes: tuple[Mode, ...]
@@ -172,32 +194,26 @@ def _can_record(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _memories(model: Any, cache: Cache, B: int) -> list[Memory] | None:
+def _memories(model: Any, indices: Sequence[int], cache: Cache, B: int) -> list[Memory] | None:
     """Return the memory of each layer, in the order of the layers; None where one is not ready."""
-    if len(cache.layers) != len(model.layers):
+    layers: list[Any] = cache.layers
+    if len(layers) != len(indices):
         return None
     weight, columns = model.norm.weight, cache.get_seq_length()
-    memories: list[Memory] = []
-    for layer in model.layers:
-        # by its index, as the layer itself finds it
-        memory: Any = cache.layers[layer.self_attn.layer_idx]
-        if not isinstance(memory, Memory) or not memory.is_ready(B, weight.dtype, weight.device):
+    dtype, device = weight.dtype, weight.device
+    # by the index of each layer, as the layer itself finds it
+    memories = [layers[index] for index in indices]
+    for memory in memories:
+        if not isinstance(memory, Memory) or not memory.is_ready(B, dtype, device):
             return None
         if memory.get_seq_length() != columns:
             return None
-        memories.append(memory)
     return memories
-
-
-def _same(some: list[tuple[Tensor, ...]], others: list[tuple[Tensor, ...]]) -> bool:
-    """Tell whether both are the same tensors."""
-    return len(some) == len(others) and all(
-        len(a) == len(b) and all(x is y for x, y in zip(a, b)) for a, b in zip(some, others)
-    )
 
 
 def _describe(
     model: Any,
+    plan: AttentionPlan | None,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     B: int,
@@ -221,7 +237,6 @@ def _describe(
     leftpad = None if padding is None else padding.int()
     call = Call(columns, leftpad, position, model.rotary_emb.inv_freq)
     shift = begin_call(memories, call)
-    plan: AttentionPlan | None = getattr(model.layers[0].self_attn, "attention_plan", None)
     if plan is None or not plan.counts_positions:
         return call
     if position_ids is not None:
