@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from bitnet_triton.cache.key_values import KeyValueMemory
+from bitnet_triton.cache.key_values import KeyValueMemory, may_write
 
 _FEWEST = 256  # tokens that are added to the memory at least
 
@@ -72,7 +72,7 @@ class GrowingLayer(DynamicLayer, KeyValueMemory):
         keys, values = self._views
         if self.keys is keys and self.values is values:
             assert self.key_store is not None
-            if keys.shape[-2] + new <= self.key_store.shape[-2]:
+            if keys.shape[-2] + new <= self.key_store.shape[-2] and may_write(self.key_store):
                 return
         self.key_store = _with_room(self.keys, self.key_store, new)
         self.value_store = _with_room(self.values, self.value_store, new)
@@ -113,7 +113,8 @@ def grow_in_place(cache: Cache) -> None:
 def _with_room(held: Tensor, store: Tensor | None, new: int) -> Tensor:
     """Return a store that begins with ``held`` and has room for ``new`` tokens behind it."""
     B, Hk, length, D = held.shape
-    if store is not None and _begins_with(store, held) and length + new <= store.shape[-2]:
+    fits = store is not None and _begins_with(store, held) and length + new <= store.shape[-2]
+    if store is not None and fits and may_write(store):
         return store
     capacity = length + max(new, length // 4, _FEWEST)
     larger = held.new_empty((B, Hk, capacity, D))

@@ -86,3 +86,8 @@ class KeyValueMemory(Memory):
 
         one = torch.empty(1, 1, 1, 1, device="meta")
         return decode_objection(one, one, mask)
+
+
+def may_write(store: Tensor) -> bool:
+    """Tell whether memory may be written to: of what inference mode has made, nobody else may."""
+    return torch.is_inference_mode_enabled() or not store.is_inference()

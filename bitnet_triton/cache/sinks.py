@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from bitnet_triton.cache.key_values import KeyValueMemory
+from bitnet_triton.cache.key_values import KeyValueMemory, may_write
 from bitnet_triton.cache.memory import Call
 
 
@@ -18,7 +18,8 @@ class SinkWindowLayer(DynamicLayer, KeyValueMemory):
     A text that outgrows them loses what stands between. What is left lies in order and without a
     gap, so that a mask which counts the first keys from the start and a window from the end fits it
     as it is. Memory is written in place and moved once in many steps, so it is a quarter larger
-    than what has to be kept.
+    than what has to be kept: ``keys`` and ``values`` are what is held, the first slots of
+    ``key_store`` and ``value_store``. Whoever replaces them is followed, with memory found anew.
 
     Args:
         recent: how many of the latest tokens to keep: a window has one key more, the query's own.
@@ -31,8 +32,12 @@ class SinkWindowLayer(DynamicLayer, KeyValueMemory):
     """
 
     is_sliding = True
-    keys: Any  # [B Hk slots D]; None before the first tokens
+    keys: Any  # [B Hk held D]; None before the first tokens
     values: Any
+    key_store: Tensor | None = None  # [B Hk capacity D]
+    value_store: Tensor | None = None
+    # the views that were made last: as long as they are held, the stores begin with them
+    _views: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def __init__(self, recent: int, sinks: int = 0) -> None:
         super().__init__()
@@ -44,7 +49,6 @@ class SinkWindowLayer(DynamicLayer, KeyValueMemory):
         self.columns = 0
         self.leftpad: Tensor | None = None
         self.record_past = False
-        self._length = 0  # how many slots are in use
 
     @property
     def kept(self) -> int:
@@ -69,32 +73,41 @@ class SinkWindowLayer(DynamicLayer, KeyValueMemory):
             self.lazy_initialization(key_states, value_states)
         new = key_states.shape[-2]
         self.columns += new
-        if self._length and self._has_room(new) and self._may_write(key_states):
-            end = self._length + new
-            self.keys[..., self._length : end, :] = key_states
-            self.values[..., self._length : end, :] = value_states
-            self._length = end
-            return self._held()
+        held = self.held
+        if held and self._has_room(new) and self._may_write(key_states):
+            for store, t in zip(self.stores, (key_states, value_states)):
+                store[..., held : held + new, :] = t
+            self._show(held + new)
+            return self.keys, self.values
         keys, values = key_states, value_states
-        if self._length:
-            held_keys, held_values = self._held()
-            keys = torch.cat([held_keys, keys], dim=-2)
-            values = torch.cat([held_values, values], dim=-2)
+        if held:
+            keys = torch.cat([self.keys, keys], dim=-2)
+            values = torch.cat([self.values, values], dim=-2)
         self._store(keys, values, everything=self.record_past)
         return keys, values
-
-    def _held(self) -> tuple[Tensor, Tensor]:
-        return self.keys[..., : self._length, :], self.values[..., : self._length, :]
 
     @property
     def held(self) -> int:
         """How many slots of the stores are in use."""
-        return self._length
+        return 0 if self.keys is None else self.keys.shape[-2]
 
     @property
     def stores(self) -> tuple[Tensor, Tensor]:
         """Keys and values [B Hk capacity D], as ``reserve`` has left them."""
-        return self.keys, self.values
+        assert self.key_store is not None
+        assert self.value_store is not None
+        return self.key_store, self.value_store
+
+    def _is_stored(self) -> bool:
+        """Tell whether what is held lies in the stores: nobody has replaced it."""
+        keys, values = self._views
+        return keys is not None and self.keys is keys and self.values is values
+
+    def _show(self, length: int) -> None:
+        """Count the first ``length`` slots of the stores as held."""
+        keys, values = self.stores
+        self.keys, self.values = keys[..., :length, :], values[..., :length, :]
+        self._views = self.keys, self.values
 
     def reserve(self, new: int) -> None:
         """Make room for ``new`` tokens behind those that the layer holds.
@@ -102,22 +115,22 @@ class SinkWindowLayer(DynamicLayer, KeyValueMemory):
         Forgets what lies between the first tokens and the latest ones where memory is full; the
         stores stay where they are, once they have their full size.
         """
-        if not self._has_room(new):
-            self._store(*self._held(), everything=self.record_past, room=max(new, self.slack))
+        if not self._has_room(new) or not may_write(self.keys):
+            room = max(new, self.slack)
+            self._store(self.keys, self.values, everything=self.record_past, room=room)
 
     def advance(self, new: int) -> None:
         """Count ``new`` tokens as held, which somebody has written into the stores."""
         self.columns += new
-        self._length += new
+        self._show(self.held + new)
 
     def _has_room(self, new: int) -> bool:
-        return self._length + new <= self.keys.shape[-2]
+        return self._is_stored() and self.held + new <= self.stores[0].shape[-2]
 
     def _may_write(self, key_states: Tensor) -> bool:
         if key_states.requires_grad or self.keys.requires_grad:
             return False  # a step before may need what it read
-        # inference mode marks its tensors: nobody else may write to them
-        return torch.is_inference_mode_enabled() or not self.keys.is_inference()
+        return may_write(self.keys)
 
     def _store(
         self, keys: Tensor, values: Tensor, everything: bool, room: int | None = None
@@ -130,13 +143,14 @@ class SinkWindowLayer(DynamicLayer, KeyValueMemory):
         length = T if everything else min(T, self.kept)
         slots = self._slots(T, length, keys.device)
         kept = [_kept(t, slots, length) for t in (keys, values)]
-        if self.keys.shape[-2] != length + room or not self._may_write(keys):
-            self.keys, self.values = (_with_room(t, room) for t in kept)
+        is_full_size = self._is_stored() and self.stores[0].shape[-2] == length + room
+        if not is_full_size or not self._may_write(keys):
+            self.key_store, self.value_store = (_with_room(t, room) for t in kept)
         else:
             # in the same memory, of which what is kept may be a part
-            for store, t in zip((self.keys, self.values), kept):
+            for store, t in zip(self.stores, kept):
                 store[..., :length, :] = t.clone() if slots is None else t
-        self._length = length
+        self._show(length)
 
     def _slots(self, T: int, length: int, device: torch.device) -> Tensor | None:
         """Return which of T slots to keep, [length] or [B length]; None: the last ones."""
@@ -155,7 +169,7 @@ class SinkWindowLayer(DynamicLayer, KeyValueMemory):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return how many keys the next ``update`` gives, and how many columns it lacks."""
-        return self._length + query_length, self.columns - self._length
+        return self.held + query_length, self.columns - self.held
 
     def get_seq_length(self) -> int:
         """Return how many tokens were seen, kept or not."""
@@ -184,23 +198,27 @@ class SinkWindowLayer(DynamicLayer, KeyValueMemory):
             raise ValueError(f"`tokens_to_remove`: expected at most 0, got {tokens_to_remove}")
         if not self.is_initialized:
             return
-        length = self._length + tokens_to_remove
-        has_dropped = self.columns > self._length
+        length = self.held + tokens_to_remove
+        has_dropped = self.columns > self.held
         if length < 0 or (tokens_to_remove and has_dropped and length < self.kept):
             raise RuntimeError(
                 f"`tokens_to_remove`: {-tokens_to_remove} of the latest tokens cannot be taken "
                 "back, older ones were dropped; call `activate_past_recording` before"
             )
         self.columns += tokens_to_remove
-        self._length = length
+        if self._is_stored():
+            self._show(length)
+        else:
+            self.keys, self.values = self.keys[..., :length, :], self.values[..., :length, :]
         if self.record_past and length > self.kept + self.slack:
-            self._store(*self._held(), everything=False)
+            self._store(self.keys, self.values, everything=False)
 
     def reset(self) -> None:
         """Forget everything."""
-        self.keys = self.values = self.leftpad = None
+        self.keys = self.values = self.leftpad = self.key_store = self.value_store = None
+        self._views = None, None
         self.is_initialized = False
-        self.columns = self._length = 0
+        self.columns = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the rows ``beam_idx`` [B], for beam search."""
@@ -215,7 +233,11 @@ class SinkWindowLayer(DynamicLayer, KeyValueMemory):
         self._change_rows(lambda t: t.index_select(0, indices.to(t.device)))
 
     def _change_rows(self, change: Any) -> None:
-        if self.is_initialized:
+        if self._is_stored():
+            length = self.held
+            self.key_store, self.value_store = (change(store) for store in self.stores)
+            self._show(length)
+        elif self.is_initialized:
             self.keys, self.values = change(self.keys), change(self.values)
         if self.leftpad is not None:
             self.leftpad = change(self.leftpad)

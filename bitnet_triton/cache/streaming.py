@@ -51,15 +51,15 @@ class StreamingLayer(SinkWindowLayer):
         self.columns_at_rebase = self.columns
         if not self.is_initialized:
             return
-        keys, values = self._held()
+        keys, values = self.keys, self.values
         B, device = keys.shape[0], keys.device
         shift = (
             torch.zeros(B, dtype=torch.long, device=device) if self.shift is None else self.shift
         )
         left = 0 if self.leftpad is None else self.leftpad.to(device)
         excess = (self.columns - left - shift - position).clamp_min(0)  # [B]
-        padding = 0 if self.leftpad is None else self._held_padding(self._length)[:, None]
-        slot = torch.arange(self._length, device=device) - padding
+        padding = 0 if self.leftpad is None else self._held_padding(self.held)[:, None]
+        slot = torch.arange(self.held, device=device) - padding
         steps = torch.where(slot < self.sinks, 0, excess[:, None])
         self.keys, self.values = turn_back(keys, steps, frequencies), values
         self.shift = shift + excess

@@ -160,3 +160,23 @@ def test_plain_layers_of_a_cache_are_turned_and_keep_what_they_hold():
     assert [type(layer) for layer in cache.layers] == [GrowingLayer, DynamicSlidingWindowLayer]
     append((cache.layers[0], other), 2)
     same(cache.layers[0], other)
+
+
+@pytest.mark.parametrize("first", [3, 300])
+def test_tokens_of_inference_mode_can_be_continued_outside_of_it(first):
+    layers = both()
+    with torch.inference_mode():
+        append(layers, first)
+        append(layers, 1)
+    for change in (None, "crop", "reorder", "reserve"):
+        for layer in layers:
+            if change == "crop":
+                layer.crop(-2)
+            elif change == "reorder":
+                layer.reorder_cache(torch.tensor([1, 0]))
+            elif change == "reserve" and layer is layers[0]:
+                layer.reserve(1)
+                assert not any(store.is_inference() for store in layer.stores)
+        append(layers, 1)
+        same(*layers)
+    assert not layers[0].keys.is_inference()

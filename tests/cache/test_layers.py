@@ -1,5 +1,7 @@
 """Layers that hold a window and the first tokens: against a cache that holds everything."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -50,6 +52,8 @@ def test_a_step_finds_the_first_and_the_latest_tokens(sizes, slack, recent, sink
         start += size
         assert layer.get_seq_length() == start
         assert layer.keys.shape[2] <= recent + sinks + slack
+        # what others see in the layer is what is held, and nothing else
+        check(layer, (layer.keys, layer.values), start, start, lefts or (0, 0))
 
 
 @pytest.mark.parametrize("lefts", [None, (0, 3), (5, 9)], ids=str)
@@ -67,8 +71,7 @@ def test_tokens_that_others_write_into_the_stores_are_held_alike(slack, recent, 
         keys[:, :, slot : slot + 1], values[:, :, slot : slot + 1] = tokens([column])
         layer.advance(1)
         assert layer.get_seq_length() == column + 1
-        held = tuple(t[:, :, : layer.held] for t in layer.stores)
-        check(layer, held, column, column + 1, lefts or (0, 0))
+        check(layer, (layer.keys, layer.values), column, column + 1, lefts or (0, 0))
         places.append(layer.keys.data_ptr())
     # once it is full, memory stays where it is
     assert len(set(places[-40:])) == 1
@@ -91,8 +94,8 @@ def test_memory_stays_flat_over_a_hundred_thousand_tokens():
 def test_a_long_prompt_is_not_kept_alive():
     layer = SinkWindowLayer(recent=4, sinks=1)
     layer.update(*tokens(range(1000)))
-    assert layer.keys.untyped_storage().nbytes() == layer.keys.numel() * 4
-    assert layer.keys.shape[2] == 5 + layer.slack
+    assert layer.keys.shape[2] == 5
+    assert layer.keys.untyped_storage().nbytes() == (5 + layer.slack) * 2 * 8 * 4
 
 
 def test_gradients_flow_into_the_tokens_of_the_call():
@@ -103,12 +106,57 @@ def test_gradients_flow_into_the_tokens_of_the_call():
     assert all(t.grad.abs().sum() > 0 for pair in inputs for t in pair)
 
 
-def test_tokens_of_inference_mode_can_be_continued_outside_of_it():
-    layer = SinkWindowLayer(recent=3)
+@pytest.mark.parametrize("first", [2, 12])
+@pytest.mark.parametrize("kind", [SinkWindowLayer, StreamingLayer])
+def test_tokens_of_inference_mode_can_be_continued_outside_of_it(kind, first):
+    layer = kind(3, 1)
     with torch.inference_mode():
-        layer.update(*tokens(range(2)))
-    held = layer.update(*tokens([2]))
-    check(layer, held, 2, 3, (0, 0))
+        layer.update(*tokens(range(first)))
+        layer.update(*tokens([first]))
+    for column in range(first + 1, first + 40):
+        held = layer.update(*tokens([column]))
+        check(layer, held, column, column + 1, (0, 0))
+        assert not layer.keys.is_inference()
+
+
+def test_stores_of_inference_mode_are_not_given_to_writers_outside_of_it():
+    layer = SinkWindowLayer(recent=3, sinks=1)
+    with torch.inference_mode():
+        layer.update(*tokens(range(3)))
+    layer.reserve(1)
+    for store, t in zip(layer.stores, tokens([3])):
+        store[:, :, 3:4] = t
+    layer.advance(1)
+    check(layer, (layer.keys, layer.values), 3, 4, (0, 0))
+
+
+def test_keys_that_somebody_moves_are_followed():
+    layer = SinkWindowLayer(recent=6, sinks=2)
+    layer.update(*tokens(range(12)))
+    for column in range(12, 20):
+        layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+        check(layer, layer.update(*tokens([column])), column, column + 1, (0, 0))
+
+
+def test_keys_that_somebody_drops_are_not_seen_again():
+    layer = SinkWindowLayer(recent=6, sinks=2)
+    layer.update(*tokens(range(12)))
+    layer.keys, layer.values = layer.keys[:, :, 3:], layer.values[:, :, 3:]
+    keys, _ = layer.update(*tokens([12]))
+    assert torch.equal(keys, tokens([7, 8, 9, 10, 11, 12])[0])
+    assert layer.get_mask_sizes(1) == (7, 7)
+
+
+def test_a_copy_goes_its_own_way():
+    layer = SinkWindowLayer(recent=6, sinks=2)
+    layer.update(*tokens(range(12)))
+    layer.update(*tokens([12]))
+    other = copy.deepcopy(layer)
+    for changed, columns in ((layer, range(13, 16)), (other, range(13, 20))):
+        for column in columns:
+            changed.update(*tokens([column]))
+    check(layer, (layer.keys, layer.values), 16, 16, (0, 0))
+    check(other, (other.keys, other.values), 20, 20, (0, 0))
 
 
 @given(
