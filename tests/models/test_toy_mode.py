@@ -191,3 +191,20 @@ def test_a_mode_without_a_step_says_so_once(folder, toy, replays, caplog, monkey
     assert not replays
     (line,) = [r.message for r in caplog.records if "decode step" in r.message]
     assert line.endswith("attention 'toy' of layer 0: it is shy")
+
+
+def test_its_memory_is_told_once_that_the_prompt_is_over(folder, toy, monkeypatch, replays):
+    told = []
+    monkeypatch.setattr(toy.Toy, "wants_prompt_len", True)
+    monkeypatch.setattr(
+        toy.RunningSums, "prompt_is_over", lambda memory: told.append(memory.tokens), raising=False
+    )
+    model = load(folder)
+    output = generate(model, return_dict_in_generate=True)
+    assert replays
+    assert told == [7, 7]  # once a layer, with the prompt in it
+    # a second turn: its tokens are a prompt again
+    turn = torch.cat([output.sequences, PADDED[1:].expand(2, -1)], 1)
+    mask = torch.cat([MASK, torch.ones(2, turn.shape[1] - 7, dtype=MASK.dtype)], 1)
+    generate(model, turn, mask, past_key_values=output.past_key_values)
+    assert told == [7, 7, 38, 38]

@@ -85,7 +85,7 @@ class DecodeSteps:
             modes = self._modes(model, plan, indices, memories, prompt_len)
             if modes is None:
                 return None
-            call = _describe(model, plan, attention_mask, position_ids, B, memories)
+            call = _describe(model, plan, attention_mask, position_ids, B, memories, prompt_len)
             if call is None:
                 return None
             return self._run(model, input_ids, call, memories, modes)
@@ -218,6 +218,7 @@ def _describe(
     position_ids: Tensor | None,
     B: int,
     memories: list[Memory],
+    prompt_len: int | Tensor | None,
 ) -> Call | None:
     """Describe a step to the memories; None where padding to the left and positions are not all."""
     columns = memories[0].get_seq_length()
@@ -235,7 +236,7 @@ def _describe(
             return None
         position = position_ids[:, 0]
     leftpad = None if padding is None else padding.int()
-    call = Call(columns, leftpad, position, model.rotary_emb.inv_freq)
+    call = Call(columns, leftpad, position, model.rotary_emb.inv_freq, prompt_len)
     shift = begin_call(memories, call)
     if plan is None or not plan.counts_positions:
         return call
