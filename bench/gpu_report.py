@@ -6,20 +6,19 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from bench.case import Settings
 from bench.gpu_targets import TARGETS
 from bench.machine import describe_machine, describe_software
 from bench.measure import Row
+from bench.peaks import Peaks
 from bench.report import count, duration, point_name, times
 from bench.table import PLAIN, remarks
-
-if TYPE_CHECKING:
-    from bench.gpu_suite import Run
 
 FORMAT = 2
 _COLOURS = {"met": "green", "missed": "red", "not measured": "yellow"}
@@ -53,6 +52,52 @@ class Outcome:
         """Return plain data for the JSON."""
         rows = [row.to_dict() | {"flops": flops} for row, flops in zip(self.rows, self.flops)]
         return {k: v for k, v in self.__dict__.items() if k != "flops"} | {"rows": rows}
+
+
+def is_ours(provider: str) -> bool:
+    """Tell whether a provider runs kernels of this package: if it fails, the run fails."""
+    return provider.startswith("bitnet_triton")
+
+
+@dataclass
+class Run:
+    """How a run goes, and what it has given so far.
+
+    Attributes:
+        settings: of the timings; its device is where everything runs.
+        quick: only what is essential.
+        budget_s: for everything.
+        jobs: tests at a time.
+        command: how it was started.
+        outcomes: of the sections that have run.
+        tests: what ``run_tests`` gave; None: they have not run.
+        peaks: what the device can do, once it has been measured.
+        broken: why nothing else can run.
+    """
+
+    settings: Settings
+    quick: bool
+    budget_s: float
+    jobs: int = 1
+    command: str = ""
+    outcomes: list[Outcome] = field(default_factory=list)
+    tests: dict[str, Any] | None = None
+    peaks: Peaks | None = None
+    broken: str = ""
+
+    @property
+    def small(self) -> bool:
+        """Whether sizes are those for a CPU: to see that it runs, not to measure."""
+        return self.settings.device.type == "cpu"
+
+    @property
+    def failed(self) -> bool:
+        """Whether a test failed, or a kernel of this package gave something wrong when timed."""
+        return bool(self.tests and self.tests["failed"]) or any(
+            row.status == "failed" and is_ours(row.provider)
+            for outcome in self.outcomes
+            for row in outcome.rows
+        )
 
 
 def result(run: Run) -> dict[str, Any]:

@@ -13,9 +13,9 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -23,12 +23,12 @@ from rich.console import Console
 from rich.markup import escape
 
 from bench.case import Case, Point, Settings
-from bench.gpu_report import Outcome, print_result, result
+from bench.gpu_report import Outcome, Run, print_result, result
 from bench.gpu_sections import SECTIONS, Section
 from bench.gpu_tests import FOLDERS, default_jobs, run_tests
 from bench.measure import Row, measure_point
 from bench.options import SCRATCH
-from bench.peaks import Peaks, measure_peaks
+from bench.peaks import measure_peaks
 from bench.report import RESULTS, point_name, write_json
 from bitnet_triton import use_backend
 
@@ -42,52 +42,6 @@ _QUICK_GUESS_S = 4.0
 Tell = Callable[[str], None]
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
-
-
-@dataclass
-class Run:
-    """How a run goes, and what it has given so far.
-
-    Attributes:
-        settings: of the timings; its device is where everything runs.
-        quick: only what is essential.
-        budget_s: for everything.
-        jobs: tests at a time.
-        command: how it was started.
-        outcomes: of the sections that have run.
-        tests: what ``run_tests`` gave; None: they have not run.
-        peaks: what the device can do, once it has been measured.
-        broken: why nothing else can run.
-    """
-
-    settings: Settings
-    quick: bool
-    budget_s: float
-    jobs: int = 1
-    command: str = ""
-    outcomes: list[Outcome] = field(default_factory=list)
-    tests: dict[str, Any] | None = None
-    peaks: Peaks | None = None
-    broken: str = ""
-
-    @property
-    def small(self) -> bool:
-        """Whether sizes are those for a CPU: to see that it runs, not to measure."""
-        return self.settings.device.type == "cpu"
-
-    @property
-    def failed(self) -> bool:
-        """Whether a test failed, or a kernel of this package gave something wrong when timed."""
-        return bool(self.tests and self.tests["failed"]) or any(
-            row.status == "failed" and is_ours(row.provider)
-            for outcome in self.outcomes
-            for row in outcome.rows
-        )
-
-
-def is_ours(provider: str) -> bool:
-    """Tell whether a provider runs kernels of this package: if it fails, the run fails."""
-    return provider.startswith("bitnet_triton")
 
 
 def read_settings(device: str, quick: bool, seed: int | None) -> Settings:
