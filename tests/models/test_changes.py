@@ -25,6 +25,14 @@ def move_class(model):
     model[0].__class__ = OtherSequential
 
 
+class OtherLinear(nn.Linear):
+    pass
+
+
+def move_class_of_leaf(model):
+    model[0][0].__class__ = OtherLinear
+
+
 def drop_module(model):
     del model[0][1]
 
@@ -37,6 +45,7 @@ CHANGES = {
     "another module": lambda model: setattr(model[0], "0", nn.Linear(4, 4)),
     "a module less": drop_module,
     "another class": move_class,
+    "another class of a leaf": move_class_of_leaf,
     "another parameter": lambda model: setattr(model[1], "weight", nn.Parameter(torch.ones(4, 4))),
     "other memory of a parameter": lambda model: setattr(model[1].weight, "data", torch.ones(4, 4)),
     "another buffer": lambda model: setattr(model[1], "scale", torch.ones(1)),
@@ -47,6 +56,7 @@ CHANGES = {
     "a hook of accelerate": lambda model: add_hook_to_module(model[0], ModelHook()),
     "another dtype": lambda model: model.double(),
     "another forward": lambda model: setattr(model[0], "forward", lambda x: x),
+    "another forward of a leaf": lambda model: setattr(model[0][0], "forward", lambda x: x),
     "another forward of a part": lambda model: setattr(model[1], "forward", lambda x: x),
 }
 

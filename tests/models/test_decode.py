@@ -12,6 +12,7 @@ import bitnet_triton as bt
 from bitnet_triton.models.fused import recording
 from bitnet_triton.models.fused.recording import Recording
 from bitnet_triton.models.fused.step import DecodeSteps
+from bitnet_triton.nn import PackedBitLinear
 
 IDS = [[1, 5, 23, 71, 8, 40]]
 
@@ -346,6 +347,49 @@ def other_memory(name):
             buffer.data = buffer.flip(0).clone() if buffer.ndim > 1 else 2 * buffer
 
     return change
+
+
+class Negated(PackedBitLinear):
+    def forward(self, input):
+        return -super().forward(input)
+
+
+def share_an_mlp(model):
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+
+
+def double_scales(model):
+    for layer in model.model.layers:
+        layer.self_attn.v_proj.weight_scale.mul_(2)
+        layer.mlp.down_proj.weight_scale.mul_(2)
+
+
+IN_BETWEEN = {
+    "scales": double_scales,
+    "a module of another layer": share_an_mlp,
+    "class of a linear": lambda model: setattr(
+        model.model.layers[1].self_attn.o_proj, "__class__", Negated
+    ),
+    "forward of a linear": lambda model: setattr(
+        model.model.layers[1].self_attn.o_proj, "forward", lambda x: -x
+    ),
+}
+
+
+@pytest.mark.parametrize("change", IN_BETWEEN)
+def test_what_a_step_sees_counts_from_the_next_one_on(change, model, token_ids, replays):
+    ids, models = token_ids(1, 5), {"plain": copy.deepcopy(model), "fused": bt.fuse(model)}
+    logits = {}
+    for name, one in models.items():
+        with torch.inference_mode():
+            cache, logits[name] = one(ids, use_cache=True).past_key_values, []
+            for i in range(8):
+                if i == 4:
+                    assert replays or one is not model
+                    IN_BETWEEN[change](one)
+                token = torch.full((1, 1), 3 + i)
+                logits[name].append(one(token, past_key_values=cache).logits)
+    assert close(torch.cat(logits["fused"]), torch.cat(logits["plain"]))
 
 
 ATTRIBUTES = {

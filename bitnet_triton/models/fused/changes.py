@@ -5,7 +5,8 @@ read of them once, they read again when this says so:
 
 - **before every step**: another module, parameter or buffer in a slot, another class, a hook, a
   forward on an instance (accelerate's too), training, parameters that have moved, and writes to
-  what is copied (scales, angles). That is one list compared without Python in between;
+  what is copied (scales, angles), if not through ``.data``. That is one list compared without
+  Python in between;
 - **before every prompt**, and before the first step of a text, all of that and every attribute of
   every module (``variance_epsilon``, ``scaling``, ``layer_idx``), and the memory of every tensor
   (``.data = new``).
@@ -17,7 +18,8 @@ reads everything again.
 
 from __future__ import annotations
 
-from operator import attrgetter, getitem, is_
+from itertools import repeat
+from operator import attrgetter, contains, getitem, is_
 from typing import Any
 
 from torch import Tensor, nn
@@ -54,9 +56,11 @@ class Changes:
             for watchers in (module._forward_pre_hooks, module._forward_hooks)
         ]
         top = set(root.children())
-        self._parents = [m for m in modules[1:] if m._modules or m in top]
-        self._parent_attributes = [module.__dict__ for module in self._parents]
+        # of the others nobody asks whether they are trained
+        parents = [m for m in modules[1:] if m._modules or m in top]
+        self._parent_attributes = [module.__dict__ for module in parents]
         self._below = modules[1:]
+        self._below_attributes = [module.__dict__ for module in self._below]
         self._attributes = [dict(module.__dict__) for module in self._below]
         # what moves is given other memory
         self._parameters = list(root.parameters())
@@ -82,11 +86,10 @@ class Changes:
         return thorough and self._found_in_attributes()
 
     def _look(self) -> tuple[list[Any], ...]:
-        attributes = self._parent_attributes
         return (
-            list(map(type, self._parents)),
-            [each["training"] for each in attributes],
-            ["forward" in each for each in attributes],  # accelerate's hooks too
+            list(map(type, self._below)),
+            [each["training"] for each in self._parent_attributes],
+            list(map(contains, self._below_attributes, repeat("forward"))),  # accelerate's too
             list(map(tuple, self._hooks)) if any(self._hooks) else [],  # a key is given only once
             list(map(_version, self._copied)),
             list(map(_address, self._parameters)),

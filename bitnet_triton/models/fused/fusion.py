@@ -137,7 +137,8 @@ def _objection_to_classes(layer: Any, architecture: Architecture) -> str | None:
 
 def _objection_to_linears(layer: nn.Module) -> str | None:
     for name, linear in _linears(layer):
-        if not isinstance(linear, PackedBitLinear):
+        is_packed = isinstance(linear, PackedBitLinear)
+        if not is_packed or type(linear).forward is not PackedBitLinear.forward:
             return f"{name}: expected packed ternary weights, got {type(linear).__name__}"
         if linear.bias is not None:
             return f"{name}: a linear with a bias cannot be fused yet"
@@ -315,6 +316,17 @@ class Fusion:
             linears = self.__dict__.get(name)  # a layer with an objection may have none
             if linears is not None:
                 linears.release()
+
+    def merge(self) -> None:
+        """Merge weights anew where a linear holds something else than before."""
+        for linears in (self.qkv, self.o, self.gate_up, self.down):
+            linears.weight()
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether ``merge`` has nothing to do."""
+        parts = (self.qkv, self.o, self.gate_up, self.down)
+        return all(linears.is_current() for linears in parts)
 
     @property
     def reads_hidden_states(self) -> bool:

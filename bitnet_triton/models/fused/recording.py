@@ -181,4 +181,11 @@ def launchers_of(model: Any) -> Launchers | None:
     if any(map(is_changed, (model.norm, model.rotary_emb, *model.layers))):
         return None
     found = [layer.fusion.launchers(layer, like_hidden, {}) for layer in fused_layers(model)]
-    return None if any(each is None for each in found) else found[0]
+    if any(each is None for each in found):
+        return None
+    # a merge is no launch: what has changed since the last step is merged before. Layers that share
+    # a linear would take it from each other in every step
+    for layer in fused_layers(model):
+        layer.fusion.merge()
+    is_merged = all(layer.fusion.is_merged for layer in fused_layers(model))
+    return found[0] if is_merged else None
