@@ -109,12 +109,14 @@ def read_config(found: str, name: str, argument: str) -> Any:
 
     import bitnet_triton.models  # noqa: F401 - registers our model types
     from bitnet_triton.models.checkpoint import open_checkpoint, weight_files
+    from bitnet_triton.models.onebit import config_objection
 
     with one_line(name, argument):
         config = AutoConfig.from_pretrained(found)
-    # `weight_bits` marks checkpoints of 1bitLLM, which have no quantization_config
-    marks = (getattr(config, key, None) for key in ("quantization_config", "weight_bits"))
-    if not any(marks):
+    objection = config_objection(config)
+    if objection is not None:
+        raise WrongArgumentError(f"`{argument}`: {name}: {objection}")
+    if not getattr(config, "quantization_config", None):
         kind = (config.architectures or [config.model_type])[0]
         raise WrongArgumentError(
             f"`{argument}`: expected a checkpoint with `quant_method: bitnet`, got {name}, "

@@ -38,6 +38,7 @@ from bitnet_triton.models.checkpoint import (
     read_headers,
     weight_files,
 )
+from bitnet_triton.models.onebit import config_objection
 from bitnet_triton.models.quantizer import in_memory, replace_linears
 from bitnet_triton.nn import BitLinear, PackedBitLinear
 
@@ -277,6 +278,9 @@ def _folder(source: str | os.PathLike) -> Path:
 def _empty_model(folder: Path) -> PreTrainedModel:
     """Build the model of ``folder`` without memory, with its ternary linears."""
     config = AutoConfig.from_pretrained(folder)
+    objection = config_objection(config)
+    if objection is not None:
+        raise CheckpointError(f"{folder}: {objection}")
     if getattr(config, "quantization_config", None) is None:
         raise CheckpointError(
             f"{folder}: expected a checkpoint with `quant_method: bitnet`; rounding a dense model "

@@ -11,6 +11,7 @@ from transformers.integrations.bitnet import BitLinear as HfBitLinear
 
 from bitnet_triton.kernels import TernaryWeight
 from bitnet_triton.models.fuse import fuse_after_loading
+from bitnet_triton.models.onebit import config_objection
 from bitnet_triton.nn import BitLinear, PackedBitLinear, use_output_head
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -41,6 +42,9 @@ def use_ternary_kernels(model: Model, *, fuse: bool = True) -> Model:
         has_ours = any(isinstance(m, (BitLinear, PackedBitLinear)) for m in model.modules())
         if has_ours:
             return fuse_after_loading(model) if fuse else model
+        objection = config_objection(getattr(model, "config", {}))
+        if objection is not None:
+            raise ValueError(f"`model`: {objection}")
         raise ValueError(
             "`model`: expected BitLinear layers of transformers (a checkpoint with "
             f"`quant_method: bitnet`), got {type(model).__name__} without any"

@@ -164,6 +164,14 @@ DAMAGED = {
         "expected 'bitnet', got 'gptq'",
     ),
     "no quantisation": ({"config__json": {"quantization_config": None}}, 2, "a dense BitNet"),
+    "1bitLLM": (
+        {
+            "config__json": {
+                "model_type": "llama", "quantization_config": None, "weight_bits": 1,
+            }
+        },
+        2, "a ternary checkpoint of 1bitLLM",
+    ),
     "odd quantisation": ({"config__json": {"quantization_config": "x"}}, 2, "got str"),
     "truncated weights": ({"model__safetensors": WEIGHTS[:100_000]}, 1, "damaged or truncated"),
     "empty weights": ({"model__safetensors": b""}, 1, "damaged or truncated"),

@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 from transformers.models.bitnet.configuration_bitnet import BitNetConfig as HfBitNetConfig
 
 from bitnet_triton.attention import AttentionPlan
+from bitnet_triton.models.onebit import config_objection
 from bitnet_triton.models.quantizer import in_memory, on_disk
 
 PLAIN_MODEL_TYPE = "bitnet"
@@ -100,6 +101,9 @@ class BitNetConfig(HfBitNetConfig):
 def _checked(config_dict: dict[str, Any]) -> dict[str, Any]:
     found = config_dict.get("model_type", PLAIN_MODEL_TYPE)
     if found not in (PLAIN_MODEL_TYPE, OWN_MODEL_TYPE):
+        objection = config_objection(config_dict)
+        if objection is not None:
+            raise ValueError(objection)
         raise ValueError(
             f"`model_type`: expected {PLAIN_MODEL_TYPE!r} or {OWN_MODEL_TYPE!r}, got "
             f"{found!r}; load another ternary model with transformers and pass it to "
