@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -58,6 +58,32 @@ class Tokens:
         """Whether no column stands before the first query."""
         return isinstance(self.offset, int) and self.offset == 0
 
+    def packed_by(self, position_ids: Tensor | None, q: Tensor, k: Tensor) -> Tokens:
+        """Return what is seen where texts start again in a row, as positions [B Tq] or [1 Tq] say.
+
+        Args:
+            position_ids: of queries q [B H Tq D], which are all there is if k is as long.
+            q: [B H Tq D].
+            k: [B Hk Tk D].
+
+        transformers tells its mask functions of packed texts only where there is no cache, and no
+        mask beside positions. All layers of a call have these tokens: values are looked at once.
+        """
+        (B, _, Tq, _), Tk = q.shape, k.shape[2]
+        if position_ids is None or position_ids.ndim != 2 or not 1 < Tq == Tk:
+            return self
+        others = (self.leftpad, self.used_q, self.cu_seqlens, self.matrix)
+        is_plain = self.starts_a_text and self.causal and all(other is None for other in others)
+        if not is_plain or torch.compiler.is_compiling():
+            return self
+        if "_packed" not in self.__dict__:
+            packed = self
+            if find_texts(position_ids)[0]:
+                step = position_ids.expand(B, Tq).diff(dim=-1)
+                packed = replace(self, cu_seqlens=starts_of(step != 1))
+            object.__setattr__(self, "_packed", packed)
+        return cast("Tokens", self.__dict__["_packed"])
+
     def contiguous(self) -> Tokens:
         """Return itself: transformers asks it of the masks that ``generate`` prepares."""
         return self
@@ -110,3 +136,35 @@ def padding_of(attention_mask: Tensor, Tq: int) -> tuple[Tensor | None, Tensor |
         left.int() if flags[1] else None,
         (Tq - right).int() if flags[2] else None,
     )
+
+
+def find_texts(position_ids: Tensor, is_token: Tensor | None = None) -> list[bool]:
+    """Tell whether texts start inside of rows, and whether padding stands in front of tokens.
+
+    Looks at the values: synchronises with the device once.
+
+    Args:
+        position_ids: [B T].
+        is_token: bool [B T], what is no padding; None: everything.
+    """
+    step = position_ids.diff(dim=-1)
+    starts = (position_ids[:, 1:] == 0) | (step < 0)
+    if is_token is None:
+        both, in_front = torch.ones_like(starts), torch.zeros_like(starts)
+    else:
+        is_token = is_token.to(position_ids.device)
+        both, in_front = is_token[:, 1:] & is_token[:, :-1], is_token[:, 1:] & ~is_token[:, :-1]
+    # positions that neither go on nor start again are no texts in a row, but somebody's own
+    is_packed = (starts & both).any() & ((step == 1) | starts | ~both).all()
+    return torch.stack([is_packed, in_front.any()]).tolist()
+
+
+def starts_of(is_other: Tensor) -> Tensor:
+    """Return where texts start in rows of T tokens, and how many tokens there are, int32 [S + 1].
+
+    Args:
+        is_other: bool [B T - 1], which tokens belong to another text than the one before.
+    """
+    is_first = torch.cat([torch.ones_like(is_other[:, :1]), is_other], dim=1)
+    starts = is_first.flatten().nonzero().flatten()
+    return torch.cat([starts, starts.new_tensor([is_first.numel()])]).int()

@@ -59,10 +59,13 @@ def attend(
     plan = getattr(module, "attention_plan", None)
     if plan is not None and s_aux is not None:
         raise ValueError("`s_aux`: a model with an attention plan has no learnable sinks")
+    tokens = _tokens(module, attention_mask, query, key, kwargs.get("is_causal"))
+    if plan is None:
+        tokens = tokens.packed_by(position_ids, query, key)
     context = AttentionContext(
         layer=getattr(module, "layer_idx", 0),
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        tokens=_tokens(module, attention_mask, query, key, kwargs.get("is_causal")),
+        tokens=tokens,
         dropout=dropout,
         softcap=softcap,
         positions=position_ids,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import masking_utils as hf
 
-from bitnet_triton.attention.tokens import Tokens, padding_of
+from bitnet_triton.attention.tokens import Tokens, padding_of, starts_of
 
 
 def describe_mask(
@@ -113,7 +113,7 @@ def _packed(function: Callable, window: int | None) -> tuple[dict[str, Any] | No
     for inner, expected in _packings(parts, ids):
         known = _known(inner, window)
         if known is not None and _same(function, expected):
-            return known, _starts(ids)
+            return known, starts_of(ids[:, 1:] != ids[:, :-1])
     return None, None
 
 
@@ -176,14 +176,6 @@ def _packings(parts: Sequence[Callable], ids: Tensor) -> Iterator[tuple[Callable
     if "mask_function" in inner and "position_ids" in inner:  # later: by positions
         moved = hf.remap_positions_for_packed_sequence(**inner)
         yield inner["mask_function"], hf.and_masks(is_member, moved)
-
-
-def _starts(ids: Tensor) -> Tensor:
-    """Return where sequences start in rows of sequence numbers [B T], and the number of tokens."""
-    is_first = torch.ones_like(ids, dtype=torch.bool)
-    is_first[:, 1:] = ids[:, 1:] != ids[:, :-1]
-    starts = is_first.flatten().nonzero().flatten()
-    return torch.cat([starts, starts.new_tensor([ids.numel()])]).int()
 
 
 def _captured(function: Callable) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from bitnet_triton.models.bitnet.planned import (
 from bitnet_triton.models.checkpoint import check_checkpoint, check_folder, check_suffixes
 from bitnet_triton.models.fuse import fuse_after_loading, introduce
 from bitnet_triton.models.fused.model import FUSED_MODELS, FusedModel
+from bitnet_triton.models.packing import follow_packing
 from bitnet_triton.models.planned_attention import give_plan
 from bitnet_triton.models.quantizer import as_argument, replace_linears
 from bitnet_triton.nn import RMSNorm, count_packed, resized_head, use_output_head
@@ -185,7 +186,8 @@ class BitNetModel(_TernaryModel, hf.BitNetModel):
         Args:
             input_ids: int64 [B T].
             attention_mask: [B T], columns in the cache included; 0 for padding.
-            position_ids: int64 [B T] or [1 T].
+            position_ids: int64 [B T] or [1 T]. Where they start again another text begins, which
+                sees nothing of those before; such calls have no cache.
             past_key_values: a cache. Default: with ``use_cache`` one that keeps what
                 ``config.attention`` can still see.
             inputs_embeds: [B T D], instead of ids.
@@ -199,9 +201,13 @@ class BitNetModel(_TernaryModel, hf.BitNetModel):
 
         Raises:
             ValueError: ``prompt_len`` or ``global_tokens`` without ``config.attention``, or of a
-                wrong shape; an argument that the attention mode cannot follow.
+                wrong shape; an argument that the attention mode cannot follow; positions that start
+                again beside a cache, or behind padding.
         """
         x = inputs_embeds if input_ids is None else input_ids
+        attention_mask, use_cache = follow_packing(
+            attention_mask, position_ids, past_key_values, use_cache
+        )
         past_key_values = prepared_cache(self, past_key_values, use_cache)
         if self.attention_plan is None:
             check_no_plan_arguments(prompt_len=prompt_len, global_tokens=global_tokens)
@@ -269,6 +275,9 @@ class BitNetForCausalLM(_TernaryModel, hf.BitNetForCausalLM):
         plan = self.attention_plan
         if plan is None:
             check_no_plan_arguments(prompt_len=prompt_len, global_tokens=global_tokens)
+            attention_mask, use_cache = follow_packing(
+                attention_mask, position_ids, past_key_values, use_cache
+            )
             past_key_values = prepared_cache(self, past_key_values, use_cache)
         else:
             if plan.has_phases and prompt_len is None and labels is not None:

@@ -15,6 +15,7 @@ from bitnet_triton.attention import hub
 from bitnet_triton.cache import grow_in_place
 from bitnet_triton.models.fused.fusion import DENSE_ATTENTION
 from bitnet_triton.models.fused.step import DecodeSteps
+from bitnet_triton.models.packing import follow_packing
 
 
 class FusedModel(nn.Module):
@@ -50,6 +51,9 @@ class FusedModel(nn.Module):
                     return BaseModelOutputWithPast(
                         last_hidden_state=hidden, past_key_values=past_key_values
                     )
+        attention_mask, use_cache = follow_packing(
+            attention_mask, position_ids, past_key_values, use_cache
+        )
         # of the class of the model
         return super().forward(
             input_ids=input_ids,
