@@ -18,6 +18,7 @@ _HOME = {
     "BitNetModel": "bitnet_triton.models",
     "CheckpointError": "bitnet_triton.errors",
     "Mask": "bitnet_triton.kernels",
+    "RECALL_MODEL": "bitnet_triton.assets",
     "TINY_MODEL": "bitnet_triton.assets",
     "add_global_projections": "bitnet_triton.models",
     "disable": "bitnet_triton.models",

@@ -35,11 +35,12 @@ def test_the_wheel_holds_nothing_but_the_package(wheel):
     assert tops == {"bitnet_triton", f"bitnet_triton-{bitnet_triton.__version__}.dist-info"}
 
 
-def test_the_wheel_holds_types_and_the_embedded_model(wheel):
-    tiny = {name: size for name, size in wheel.items() if "/assets/tiny/" in name}
-    names = {Path(name).name for name in tiny}
+@pytest.mark.parametrize(("model", "megabytes"), [("tiny", 8), ("recall", 2)])
+def test_the_wheel_holds_types_and_the_embedded_models(wheel, model, megabytes):
+    files = {name: size for name, size in wheel.items() if f"/assets/{model}/" in name}
+    names = {Path(name).name for name in files}
     assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= names
-    assert sum(tiny.values()) <= 8 * 2**20
+    assert sum(files.values()) <= megabytes * 2**20
     assert "bitnet_triton/py.typed" in wheel
 
 

@@ -1,0 +1,99 @@
+"""A setting: how one and the same model attends, remembers and counts positions."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers.cache_utils import DynamicCache, StaticCache
+
+from bitnet_triton.attention.registry import MODES
+from bitnet_triton.attention.swaa import PRESETS
+
+# Name -> what makes an empty cache for so many tokens; None: what the attention asks for
+CACHES: dict[str, Callable[[Any, int], Any]] = {
+    "own": lambda model, length: None,
+    "dynamic": lambda model, length: DynamicCache(),
+    "static": lambda model, length: StaticCache(config=model.config, max_cache_len=length),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is changed in a model before it is measured.
+
+    Attributes:
+        name: how tables and plots call it.
+        attention: ``config.attention``; None: as the checkpoint says.
+        cache: ``own`` is the one that the attention asks for; ``dynamic`` and ``static`` are those
+            of transformers, which keep everything.
+        rope: fields of ``config.rope_parameters`` to change; empty: none.
+    """
+
+    name: str
+    attention: dict[str, Any] | None = None
+    cache: str = "own"
+    rope: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.cache not in CACHES:
+            raise ValueError(f"`cache`: expected one of {', '.join(CACHES)}, got {self.cache!r}")
+
+    def to_data(self) -> dict[str, Any]:
+        """Return plain data."""
+        return {
+            "name": self.name, "attention": self.attention, "cache": self.cache, "rope": self.rope,
+        }  # fmt: skip
+
+
+def parse_setting(text: str, cache: str = "own", rope: str | None = None) -> Setting:
+    """Read a setting as the command line has it.
+
+    Args:
+        text: ``checkpoint`` for the attention that the model was saved with; a mode or a preset,
+            alone or with its settings, ``sliding:window=256,sinks=4``; or JSON as in
+            ``config.attention``.
+        cache: see ``Setting``.
+        rope: JSON, or a type with its fields, ``yarn:factor=4``.
+
+    Raises:
+        ValueError: the JSON is broken, a field has no value, or the cache is unknown. Whether a
+            model can be set like that is found out when it is loaded.
+    """
+    attention = None if text == "checkpoint" else _parse(text, "attention")
+    changed = {} if rope is None else _parse(rope, "rope")
+    if rope is not None and "mode" in changed:
+        changed["rope_type"] = changed.pop("mode")
+    parts = [text, *([] if cache == "own" else [cache]), *([] if rope is None else [rope])]
+    return Setting(" ".join(parts), attention, cache, changed)
+
+
+def combine(
+    attention: Sequence[str], cache: Sequence[str] = (), rope: Sequence[str] = ()
+) -> list[Setting]:
+    """Return every combination of what is listed; the defaults where nothing is."""
+    ropes: Iterable[str | None] = rope or (None,)
+    combined = itertools.product(attention or ["checkpoint"], cache or ["own"], ropes)
+    return [parse_setting(*parts) for parts in combined]
+
+
+def _parse(text: str, option: str) -> dict[str, Any]:
+    if text.lstrip().startswith("{"):
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"`{option}`: expected JSON ({error})") from error
+    name, _, rest = text.partition(":")
+    found: dict[str, Any] = {"preset" if name in PRESETS and name not in MODES else "mode": name}
+    for part in filter(None, rest.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise ValueError(f"`{option}`: expected {key}=value in {text!r}")
+        try:
+            found[key] = json.loads(value)
+        except json.JSONDecodeError:
+            found[key] = value
+    return found
