@@ -23,6 +23,7 @@ _HOME = {
     "add_global_projections": "bitnet_triton.models",
     "disable": "bitnet_triton.models",
     "enable": "bitnet_triton.models",
+    "evaluate": "bitnet_triton.training",
     "fuse": "bitnet_triton.models",
     "Mode": "bitnet_triton.attention",
     "quantize_head": "bitnet_triton.nn",

@@ -1,0 +1,218 @@
+"""``evaluate``: what it finds, what it refuses before it begins, and how a killed run goes on."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import bitnet_triton as bt
+from bitnet_triton.training import Setting, combine, evaluation, parse_setting
+from bitnet_triton.training.answers import ask, make_prompts
+from bitnet_triton.training.evaluation import load
+from bitnet_triton.training.perplexity import bits, windows
+from bitnet_triton.training.tasks import TASKS, TextTokens
+
+QUICK = {"lengths": [256], "samples": 6, "text": False, "batch_size": 2}
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return TextTokens(AutoTokenizer.from_pretrained(bt.RECALL_MODEL))
+
+
+def means(report, setting):
+    return {
+        (task, length): score.mean
+        for task, by_length in report.scores[setting].items()
+        for length, score in by_length.items()
+    }
+
+
+def test_far_facts_are_lost_by_windows_and_kept_by_selection():
+    settings = ["full", "sliding:window=64", "streaming:window=64", "top_k:keys=51"]
+    report = bt.evaluate(
+        bt.RECALL_MODEL, ["passkey", "needles", "recall"], [512], [0.1, 0.5], settings, samples=8,
+        text=False,
+    )  # fmt: skip
+    full, *windowed, selected = (means(report, setting) for setting in settings)
+    assert min(full.values()) > 0.8
+    assert min(selected.values()) > 0.7
+    for found in windowed:
+        assert max(found.values()) < 0.4
+    rows = [report.footprints[setting][512]["rows_decode"] for setting in settings]
+    assert rows == [512, 64, 68, 51]
+    held = [report.footprints[setting][512]["cache_bytes"] for setting in settings]
+    assert held[1] < held[2] < held[0] / 4
+    assert held[3] == held[0]
+
+
+def test_near_facts_are_kept_by_windows():
+    report = bt.evaluate(
+        bt.RECALL_MODEL, ["needles"], [512], [0.99], ["sliding:window=64"], samples=8, text=False
+    )
+    assert report.scores["sliding:window=64"]["needles"][512].mean > 0.8
+
+
+def test_questions_can_be_read_by_the_mode_of_decoding():
+    """A plan that is blind only when it decodes answers questions of the prompt."""
+    window = {"mode": "sliding", "window": 32}
+    setting = Setting("blind", {"prefill": {"mode": "full"}, "decode": window})
+    scores = [
+        bt.evaluate(
+            bt.RECALL_MODEL, ["needles"], [256], [0.3], [setting], question=question, samples=8,
+            text=False,
+        ).scores["blind"]["needles"][256].mean
+        for question in ("prompt", "decode")
+    ]  # fmt: skip
+    assert scores[0] > 0.8 > 0.3 > scores[1]
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_caches_of_transformers_give_the_same_answers(cache, tokens):
+    model = load(str(bt.RECALL_MODEL), parse_setting("full"), fuse=True)
+    prompts = list(make_prompts("recall", TASKS["recall"], tokens, 256, 2, [], 0))
+    own, other = (
+        ask(model, tokens, TASKS["recall"], prompts, cache=kind) for kind in ("own", cache)
+    )
+    assert own == other
+    assert sum(answer.score for answers in own for answer in answers) > 8
+
+
+def test_answers_are_what_one_call_predicts(tokens):
+    """``ask`` goes turn by turn through a cache; a model without one says the same."""
+    model = load(str(bt.RECALL_MODEL), parse_setting("full"))
+    (prompt,) = make_prompts("recall", TASKS["recall"], tokens, 256, 1, [], 0)
+    (answers,) = ask(model, tokens, TASKS["recall"], [prompt])
+    ids = list(prompt.context)
+    for turn, answer in zip(prompt.turns, answers):
+        ids += turn.question
+        with torch.no_grad():
+            ids.append(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax().item())
+        assert "".join(tokens.words(ids[-1:])) == answer.said
+
+
+def test_bits_are_those_of_the_models_own_loss(tokens):
+    model = load(str(bt.RECALL_MODEL), parse_setting("checkpoint"))
+    (text,) = windows(tokens, 200, 1)
+    pieces = bits(model, tokens, [text])
+    assert len(text) == 200
+    ids = torch.tensor([text])
+    loss = model(ids, labels=ids).loss.item() / torch.log(torch.tensor(2.0)).item()
+    assert sum(p["tokens"] for p in pieces) == 199
+    assert sum(p["bits"] for p in pieces) / 199 == pytest.approx(loss, rel=1e-4)
+    whole = tokens.tokenizer.decode(text[1:]).encode()
+    assert sum(p["bytes"] for p in pieces) == len(whole)
+
+
+def test_rope_parameters_reach_the_model():
+    setting = parse_setting("full", rope="linear:factor=4")
+    assert setting.name == "full linear:factor=4"
+    model = load(str(bt.RECALL_MODEL), setting)
+    plain = load(str(bt.RECALL_MODEL), parse_setting("full"))
+    assert torch.allclose(model.model.rotary_emb.inv_freq * 4, plain.model.rotary_emb.inv_freq)
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
+    tasks, settings = ["passkey", "recall"], ["full", "sliding:window=32"]
+    whole = bt.evaluate(bt.RECALL_MODEL, tasks, settings=settings, **QUICK)
+
+    calls = []
+
+    def dies(*args):
+        calls.append(args)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bt.evaluate(
+            bt.RECALL_MODEL, tasks, settings=settings, output=tmp_path, progress=dies, **QUICK
+        )
+    again = []
+    resumed = bt.evaluate(
+        bt.RECALL_MODEL, tasks, settings=settings, output=tmp_path,
+        progress=lambda *args: again.append(args), **QUICK,
+    )  # fmt: skip
+    # 2 settings x 2 tasks x 3 batches, 5 of them before; the table is that of a run in one go
+    assert len(again) == 12 - 5
+    assert resumed.scores == whole.scores
+    assert resumed.footprints == whole.footprints
+
+    def never(*args, **kwargs):
+        raise AssertionError("a run that is finished measures nothing")
+
+    monkeypatch.setattr(evaluation, "ask", never)
+    done = bt.evaluate(bt.RECALL_MODEL, tasks, settings=settings, output=tmp_path, **QUICK)
+    assert done.scores == whole.scores
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tasks": ["needels"]}, "unknown task 'needels'; did you mean 'needle"),
+        ({"lengths": [4097]}, "`lengths`: 'checkpoint': expected at most 4096 tokens, got 4097"),
+        ({"lengths": [16]}, "`length`: expected room for"),
+        ({"depths": [2]}, "`depths`: expected 0 to 1, got 2"),
+        ({"settings": ["slidng:window=4"]}, "'slidng:window=4'.*did you mean 'sliding'"),
+        ({"settings": ["sliding"]}, "'sliding'.*'window' is missing"),
+        (
+            {"settings": [Setting("odd", {"mode": "longformer", "window": [4, 5, 6]})]},
+            "'window': expected one number or",
+        ),
+        ({"settings": ["full", "full"]}, "`settings`: expected different names"),
+        ({"settings": [{"full": 1}]}, "`settings`: expected"),
+        ({"question": "both"}, "`question`: expected prompt or decode, got 'both'"),
+        ({"samples": 0}, "`samples`: expected at least 1"),
+        ({"model": "nowhere"}, "`model`: expected a folder with a model, got nowhere"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_runs(tmp_path, arguments, message):
+    arguments = {"model": bt.RECALL_MODEL, "output": tmp_path / "new", **arguments}
+    with pytest.raises((ValueError, TypeError), match=message):
+        bt.evaluate(**arguments)
+    assert not (tmp_path / "new").exists()
+
+
+def test_rope_may_take_a_model_beyond_its_length():
+    far = [parse_setting("full", rope="linear:factor=2")]
+    job = evaluation.Job(
+        str(bt.RECALL_MODEL), ["passkey"], [8192], [0.5], far, 1, 0, "prompt", False
+    )  # fmt: skip
+    evaluation._check(job)
+    with pytest.raises(ValueError, match="expected at most 4096 tokens, got 8192"):
+        evaluation._check(dataclasses.replace(job, settings=[parse_setting("full")]))
+
+
+@pytest.mark.parametrize(
+    ("text", "attention"),
+    [
+        ("checkpoint", None),
+        ("full", {"mode": "full"}),
+        ("sliding:window=256,sinks=4", {"mode": "sliding", "window": 256, "sinks": 4}),
+        ("swaa-trained:window=64,full_layers=odd",
+         {"preset": "swaa-trained", "window": 64, "full_layers": "odd"}),
+        ('{"mode": "local", "block": 8}', {"mode": "local", "block": 8}),
+    ],
+)  # fmt: skip
+def test_settings_are_read_as_the_command_line_has_them(text, attention):
+    assert parse_setting(text).attention == attention
+
+
+def test_settings_combine():
+    names = [s.name for s in combine(["full", "checkpoint"], ["own", "static"], ["yarn:factor=2"])]
+    assert names == [
+        "full yarn:factor=2", "full static yarn:factor=2", "checkpoint yarn:factor=2",
+        "checkpoint static yarn:factor=2",
+    ]  # fmt: skip
+    assert combine([])[0] == Setting("checkpoint")
+
+
+@pytest.mark.parametrize("text", ["{", "sliding:window"])
+def test_a_broken_setting_is_refused(text):
+    with pytest.raises(ValueError, match="`attention`: expected"):
+        parse_setting(text)
+
+
+def test_an_unknown_cache_is_refused():
+    with pytest.raises(ValueError, match="`cache`: expected one of own, dynamic, static, got 'x'"):
+        parse_setting("full", "x")
