@@ -100,7 +100,7 @@ def test_a_quick_run_tests_times_and_writes_everything(tmp_path):
     chosen = [x for s in SECTIONS for x in ("--section", s.name)]
     tests = folder_of(tmp_path / "tests", WRONG.replace("n != 1", "n < 3"))
     arguments = [*chosen, "--section", "tests", "--test", str(tests), "--seed", "5"]
-    code, output, data = run(tmp_path, "--quick", "--budget", "600", *arguments)
+    code, output, data = run(tmp_path, "--quick", "--budget", "6000", *arguments)
     assert code == 0, output
     assert [s["name"] for s in data["sections"]] == [s.name for s in SECTIONS]
     for found, expected in zip(data["sections"], SECTIONS, strict=True):
