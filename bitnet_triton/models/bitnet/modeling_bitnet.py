@@ -26,6 +26,7 @@ from bitnet_triton.models.bitnet.planned import (
 from bitnet_triton.models.checkpoint import check_checkpoint, check_folder, check_suffixes
 from bitnet_triton.models.fuse import fuse_after_loading, introduce
 from bitnet_triton.models.fused.model import FUSED_MODELS, FusedModel
+from bitnet_triton.models.overflow import tell_overflow
 from bitnet_triton.models.packing import follow_packing
 from bitnet_triton.models.planned_attention import give_plan
 from bitnet_triton.models.quantizer import as_argument, replace_linears
@@ -283,7 +284,7 @@ class BitNetForCausalLM(_TernaryModel, hf.BitNetForCausalLM):
             if plan.has_phases and prompt_len is None and labels is not None:
                 kwargs["is_answer"] = labels != -100
             kwargs |= {"prompt_len": prompt_len, "global_tokens": global_tokens}
-        return super().forward(
+        outputs = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -294,6 +295,9 @@ class BitNetForCausalLM(_TernaryModel, hf.BitNetForCausalLM):
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
+        logits = outputs[0] if labels is None else outputs[1]
+        tell_overflow(logits, inputs_embeds if input_ids is None else input_ids)
+        return outputs
 
     def prepare_inputs_for_generation(
         self, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any

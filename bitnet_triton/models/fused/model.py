@@ -15,6 +15,7 @@ from bitnet_triton.attention import hub
 from bitnet_triton.cache import grow_in_place
 from bitnet_triton.models.fused.fusion import DENSE_ATTENTION
 from bitnet_triton.models.fused.step import DecodeSteps
+from bitnet_triton.models.overflow import tell_overflow
 from bitnet_triton.models.packing import follow_packing
 
 
@@ -55,7 +56,7 @@ class FusedModel(nn.Module):
             attention_mask, position_ids, past_key_values, use_cache
         )
         # of the class of the model
-        return super().forward(
+        outputs = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -64,6 +65,8 @@ class FusedModel(nn.Module):
             use_cache=use_cache,
             **kwargs,
         )
+        tell_overflow(outputs[0], inputs_embeds if input_ids is None else input_ids)
+        return outputs
 
 
 class FusedBitNetModel(FusedModel, HfBitNetModel):
