@@ -146,9 +146,10 @@ class Mode:
         """Return the parameters that the mode brings to each attention layer; None: none.
 
         The module hangs at the attention layer under the name of the mode, is trained and saved
-        with the model, and comes back as ``context.module``. Two things it may say of itself:
-        ``ternary = True``, that its linears become ternary with those of the model, and
-        ``init_from(attention)``, how it starts beside an attention layer that has weights already.
+        with the model, and comes back as ``context.module``. Its buffers have to be persistent.
+        Two things it may say of itself: ``ternary = True``, that its linears become ternary with
+        those of the model, and ``init_from(attention)``, how it starts beside an attention layer
+        that has weights already.
 
         Args:
             config: of the model.

@@ -17,6 +17,7 @@ from bitnet_triton.attention.modes.streaming import Streaming
 from bitnet_triton.attention.modes.strided import Strided
 from bitnet_triton.attention.modes.threshold import Threshold
 from bitnet_triton.attention.modes.top_k import TopK
+from bitnet_triton.attention.swaa import PRESETS
 
 MODES: dict[str, type[Mode]] = {}
 
@@ -35,7 +36,8 @@ def register_mode(name: str, kind: type[Mode]) -> None:
 
     Raises:
         TypeError: ``kind`` is no frozen dataclass that derives from ``Mode``.
-        ValueError: ``name`` is no Python name, or another mode has it.
+        ValueError: ``name`` is no Python name, or another mode or a preset has it; or ``kind`` has
+            another name already.
     """
     frozen = isinstance(kind, type) and getattr(kind, "__dataclass_params__", None)
     if not frozen or not frozen.frozen or not issubclass(kind, Mode):
@@ -45,6 +47,11 @@ def register_mode(name: str, kind: type[Mode]) -> None:
         raise TypeError(f"`kind`: a setting cannot be called {taken_words.pop()!r}")
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"`name`: expected a Python name, got {name!r}")
+    if name in PRESETS:
+        raise ValueError(f"`name`: {name!r} is a preset")
+    former = vars(kind).get("name", name)
+    if former != name:
+        raise ValueError(f"`name`: {kind.__name__} is {former!r} already; derive a class from it")
     taken = MODES.get(name)
     # a notebook runs a cell again: the same class by another object
     if taken is not None and (taken.__module__, taken.__qualname__) != (
@@ -91,6 +98,19 @@ def parse_mode(value: str | Mapping[str, Any]) -> Mode:
     for key in settings:
         check_known(f"setting of mode {name!r}", key, [field.name for field in fields])
     for field in fields:
-        if field.default is dataclasses.MISSING and field.name not in settings:
+        defaults = field.default, field.default_factory
+        if all(d is dataclasses.MISSING for d in defaults) and field.name not in settings:
             raise TypeError(f"`attention`: mode {name!r}: the setting {field.name!r} is missing")
-    return MODES[name](**settings)
+    mode = MODES[name](**{key: _as_tuple(setting) for key, setting in settings.items()})
+    try:
+        hash(mode)
+    except TypeError as error:
+        raise TypeError(
+            f"`attention`: mode {name!r}: expected settings of numbers, words and lists ({error})"
+        ) from error
+    return mode
+
+
+def _as_tuple(setting: Any) -> Any:
+    """JSON has lists, no tuples; the settings of a mode do not change."""
+    return tuple(map(_as_tuple, setting)) if isinstance(setting, list) else setting

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, cast
 
 import transformers.models.bitnet.modeling_bitnet as hf
@@ -10,7 +11,11 @@ from transformers.cache_utils import Cache
 
 from bitnet_triton.attention import AttentionPlan, hub
 from bitnet_triton.attention.context import LayerInputs
+from bitnet_triton.attention.mode import Mode
 from bitnet_triton.cache import Memory
+
+# what ``give_plan`` hangs at an attention layer
+_OWN = ("attention_plan", "brought")
 
 
 class PlannedAttention(hf.BitNetAttention):
@@ -52,17 +57,19 @@ def give_plan(decoder: nn.Module, plan: AttentionPlan) -> None:
     """Let the attention layers of ``decoder`` follow ``plan``, with what its modes bring to them.
 
     Raises:
-        ValueError: two modes of a layer have one name and different parameters.
+        ValueError: two modes of a layer have one name and different parameters; a mode is called
+            like something that attention layers have, or brings buffers that are not saved. Nothing
+            was changed then.
     """
+    model = cast("Any", decoder)
+    every = [
+        _brought(layer.self_attn, plan.modes(index), model.config)
+        for index, layer in enumerate(model.layers)
+    ]
     hub.set_plan(decoder, plan)
-    for index, layer in enumerate(cast("Any", decoder).layers):
+    for layer, brought in zip(model.layers, every):
         attention = layer.self_attn
-        brought: dict[str, nn.Module] = {}
         attention.__class__ = PlannedAttention
-        for mode in dict.fromkeys(plan.modes(index)):
-            module = mode.module(cast("Any", decoder).config)
-            if module is not None:
-                _check_same(mode.name, brought.setdefault(mode.name, module), module)
         for name in set(getattr(attention, "brought", ())) - set(brought):
             delattr(attention, name)
         attention.brought = tuple(brought)
@@ -70,11 +77,34 @@ def give_plan(decoder: nn.Module, plan: AttentionPlan) -> None:
             _attach(attention, name, module, layer.input_layernorm.weight)
 
 
+def _brought(attention: nn.Module, modes: Iterable[Mode], config: Any) -> dict[str, nn.Module]:
+    """Return what the modes of a layer bring, by name."""
+    former = getattr(attention, "brought", ())
+    brought: dict[str, nn.Module] = {}
+    for mode in dict.fromkeys(modes):
+        name = mode.name
+        if name in _OWN or (hasattr(attention, name) and name not in former):
+            raise ValueError(
+                f"`attention`: no mode can be called {name!r}, attention layers have one"
+            )
+        module = mode.module(config)
+        unsaved = [] if module is None else sorted(_unsaved(module))
+        if unsaved:
+            raise ValueError(
+                f"`attention`: mode {name!r}: loading would leave the buffer {unsaved[0]!r} empty, "
+                "which is not saved; register it with persistent=True"
+            )
+        if module is not None and not _is_alike(brought.setdefault(name, module), module):
+            raise ValueError(
+                f"`attention`: two modes {name!r} of one layer bring parameters that differ"
+            )
+    return brought
+
+
 def _attach(attention: Any, name: str, module: nn.Module, like: Tensor) -> None:
     """Hang the parameters of a mode at an attention layer, unless they are there."""
     there = getattr(attention, name, None)
-    if isinstance(there, nn.Module):
-        _check_same(name, there, module)
+    if there is not None and _is_alike(there, module):
         return
     module.to(device=like.device, dtype=like.dtype)
     init_from = getattr(module, "init_from", None)
@@ -85,10 +115,11 @@ def _attach(attention: Any, name: str, module: nn.Module, like: Tensor) -> None:
     attention.add_module(name, module)
 
 
-def _check_same(name: str, there: nn.Module, module: nn.Module) -> None:
+def _unsaved(module: nn.Module) -> set[str]:
+    return {name for name, _ in module.named_buffers()} - set(module.state_dict())
+
+
+def _is_alike(there: nn.Module, module: nn.Module) -> bool:
     sizes = [sorted((n, t.numel()) for n, t in m.state_dict().items()) for m in (there, module)]
     is_packed = len(sizes[0]) != len(sizes[1])  # ternary by now
-    if type(there) is not type(module) or (sizes[0] != sizes[1] and not is_packed):
-        raise ValueError(
-            f"`attention`: two modes {name!r} of one layer bring parameters that differ"
-        )
+    return type(there) is type(module) and (sizes[0] == sizes[1] or is_packed)

@@ -44,8 +44,12 @@ def set_attention(model: Model, attention: str | Mapping[str, Any]) -> Model:
     plan.check_layers(config.num_hidden_layers)
     was_fused = any(isinstance(module, FusedDecoderLayer) for module in model.modules())
     unfuse(model)
-    cast("Any", model).use_plan(plan)
-    return fuse_after_loading(model) if was_fused else model
+    try:
+        cast("Any", model).use_plan(plan)
+    finally:
+        if was_fused:
+            fuse_after_loading(model)
+    return model
 
 
 def add_global_projections(model: Model) -> Model:

@@ -66,14 +66,14 @@ class _TernaryModel(hf.BitNetPreTrainedModel):
 
     def use_plan(self, plan: AttentionPlan) -> None:
         """Follow ``plan`` from now on, with the parameters that its modes bring."""
+        decoder = cast("Any", self.base_model)
+        give_plan(decoder, plan)  # refuses before anything has changed
         config = self.config
         config.attention, config._attn_implementation = plan.to_config(), hub.NAME
-        decoder = cast("Any", self.base_model)
         if type(decoder) is hf.BitNetModel:
             # transformers has built its own decoder: ours is the same with another forward
             introduce(BitNetModel)
             decoder.__class__ = BitNetModel
-        give_plan(decoder, plan)
         self.attention_plan = decoder.attention_plan = plan
 
     @classmethod
