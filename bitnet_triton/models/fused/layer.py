@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bitnet.modeling_bitnet import BitNetDecoderLayer, eager_attention_forward
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from bitnet_triton.cache import GrowingLayer
 from bitnet_triton.models.fused.fusion import (
     BITNET,
     LLAMA,
@@ -89,7 +91,9 @@ class FusedDecoderLayer(nn.Module):
         query, key = rotated[:, :H], rotated[:, H:]
         value = heads[:, :, H + Hk :].transpose(1, 2)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, attention.layer_idx)
+            is_traced = torch.compiler.is_compiling() and _grows_in_place(past_key_values)
+            update = _update_untraced if is_traced else _update
+            key, value = update(past_key_values, attention, key, value)
         implementation = attention.config._attn_implementation
         if run.attention and attention_mask is None and implementation == "sdpa":
             seen = _seen_without_mask(attention, query.shape[2], key.shape[2], kwargs)
@@ -101,6 +105,23 @@ class FusedDecoderLayer(nn.Module):
             attention, query, key, value, attention_mask,
             dropout=0.0, scaling=attention.scaling, **kwargs,
         )[0]  # fmt: skip
+
+
+def _grows_in_place(cache: Any) -> bool:
+    """Tell by the first layer of a cache, which is the same for every layer that asks."""
+    layers = getattr(cache, "layers", ())
+    return len(layers) > 0 and type(layers[0]) is GrowingLayer
+
+
+def _update(cache: Any, attention: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Append to the layer of ``cache`` that belongs to ``attention``."""
+    return cache.update(key, value, attention.layer_idx)
+
+
+# A layer that grows in place writes into memory that it finds by its address: no graph holds that.
+# Broken off here, what is around does not depend on the number of the layer, and one graph serves
+# all of them; traced, each layer would want its own, and dynamo makes eight.
+_update_untraced = torch.compiler.disable(_update)
 
 
 def _seen_without_mask(attention: Any, Tq: int, Tk: int, kwargs: dict[str, Any]) -> int | None:
