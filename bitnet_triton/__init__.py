@@ -26,6 +26,7 @@ _HOME = {
     "evaluate": "bitnet_triton.training",
     "fuse": "bitnet_triton.models",
     "Mode": "bitnet_triton.attention",
+    "merge_adapters": "bitnet_triton.models",
     "quantize_head": "bitnet_triton.nn",
     "register_mode": "bitnet_triton.attention",
     "set_attention": "bitnet_triton.models",

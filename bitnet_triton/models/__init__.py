@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from bitnet_triton.models.adapters import AdapterMerge, merge_adapters
 from bitnet_triton.models.bitnet import (
     BitNetConfig,
     BitNetForCausalLM,
@@ -21,6 +22,7 @@ AutoModel.register(BitNetConfig, BitNetModel, exist_ok=True)
 AutoModelForCausalLM.register(BitNetConfig, BitNetForCausalLM, exist_ok=True)
 
 __all__ = [
+    "AdapterMerge",
     "BitNetConfig",
     "BitNetForCausalLM",
     "BitNetModel",
@@ -28,6 +30,7 @@ __all__ = [
     "disable",
     "enable",
     "fuse",
+    "merge_adapters",
     "set_attention",
     "unfuse",
     "use_ternary_kernels",
