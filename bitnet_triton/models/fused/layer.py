@@ -109,7 +109,7 @@ class FusedDecoderLayer(nn.Module):
 
 def _grows_in_place(cache: Any) -> bool:
     """Tell by the first layer of a cache, which is the same for every layer that asks."""
-    layers = getattr(cache, "layers", ())
+    layers: Any = getattr(cache, "layers", ())
     return len(layers) > 0 and type(layers[0]) is GrowingLayer
 
 
