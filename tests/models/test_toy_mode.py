@@ -208,3 +208,20 @@ def test_its_memory_is_told_once_that_the_prompt_is_over(folder, toy, monkeypatc
     mask = torch.cat([MASK, torch.ones(2, turn.shape[1] - 7, dtype=MASK.dtype)], 1)
     generate(model, turn, mask, past_key_values=output.past_key_values)
     assert told == [7, 7, 38, 38]
+
+
+def test_its_places_are_its_own_where_a_cache_of_keys_has_an_equal_key(
+    toy, folder, monkeypatch, replays
+):
+    monkeypatch.setattr(toy.RunningSums, "places_key", lambda memory: memory.tokens)
+    logits, ids = [], torch.randint(3, 96, (2, 20))
+    for fuse in (False, True):
+        model = bt.set_attention(load(folder, fuse=fuse), {"prefill": ["full", "toy"]} | {
+            "decode": ["full", "toy"]
+        })  # fmt: skip
+        with torch.no_grad():
+            cache = model(ids[:, :8], use_cache=True).past_key_values
+            step = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(8, 20)]
+        logits.append(torch.cat(step, 1))
+    assert len(replays) >= 10
+    torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-4)

@@ -55,7 +55,8 @@ class RecordedStep:
         pinned: bool,
     ) -> RecordedStep:
         """Ask the memories for their places, once where several would tell the same."""
-        keys = [memory.places_key() for memory in memories]
+        # numbers of one memory say nothing about another that tells other places
+        keys = [(type(memory).places, memory.places_key()) for memory in memories]
         parts: dict[Any, Tensor] = {}
         for key, memory in zip(keys, memories):
             if key not in parts:
