@@ -34,7 +34,7 @@ class MaskMode(Mode):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
         """Map q [B Tq H D] and k, v [B Tk Hk D] to [B Tq H D]."""
         check_served(self, context)
-        return masked_attention(q, k, v, self.mask, context)[0]
+        return attend_and_tell(q, k, v, self.mask, context)
 
     def step(self, memory: Memory, layer: StepLayer) -> Step | str:
         """Write the new token into the memory, and read what the mask shows of it."""
@@ -48,6 +48,16 @@ class MaskMode(Mode):
             return memory.decode(q, step.places, mask=mask, scale=layer.scale)[0]
 
         return run
+
+
+def attend_and_tell(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, context: AttentionContext
+) -> Tensor:
+    """Attend by ``mask``, and tell the memory of the layer that attention has run."""
+    out, lse = masked_attention(q, k, v, mask, context)
+    if context.memory is not None:
+        context.memory.after(q, k, lse)
+    return out
 
 
 def check_served(mode: Mode, context: AttentionContext) -> None:

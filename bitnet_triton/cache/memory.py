@@ -87,10 +87,15 @@ class Memory(CacheLayerMixin):
     # --- events
 
     def begin(self, call: Call) -> None:
-        """Take note that a call begins: of its padding, and of whether positions start again."""
+        """Take note that a call begins: of its padding, and of whether positions start again.
+
+        A call may be told twice, where a step turns out not to be one that is recorded.
+        """
 
     def after(self, q: Tensor, k: Tensor, lse: Tensor) -> None:
-        """Take note that attention has run.
+        """Take note that attention has run, in a mode that is a mask.
+
+        In a recorded step nobody calls it: there the memory's own ``decode`` has all of this.
 
         Args:
             q: [B Tq H D], rotated.

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitnet_triton.attention.context import AttentionContext
-from bitnet_triton.attention.masked import MaskMode, masked_attention
+from bitnet_triton.attention.masked import MaskMode, attend_and_tell
 from bitnet_triton.attention.tokens import CAUSAL
 from bitnet_triton.kernels import Mask
 
@@ -40,7 +40,7 @@ class Full(MaskMode):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
         """Map q [B Tq H D] and k, v [B Tk Hk D] to [B Tq H D]."""
         if context.tokens.matrix is None and not context.dropout:
-            return masked_attention(q, k, v, context.tokens.mask, context)[0]
+            return attend_and_tell(q, k, v, context.tokens.mask, context)
         if not torch.compiler.is_compiling():  # logging would break the graph
             _tell("dropout" if context.tokens.matrix is None else "a matrix for a mask")
         q, k, v, matrix = *(t.transpose(1, 2) for t in (q, k, v)), _matrix(q, k, context)
