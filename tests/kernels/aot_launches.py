@@ -21,7 +21,9 @@ from bitnet_triton.kernels.exact_attention import launch as exact_launch
 from bitnet_triton.kernels.exact_attention.arguments import ExactCall
 from bitnet_triton.kernels.flash_attention.arguments import Call
 from bitnet_triton.kernels.flash_attention.decode import launch_decode
+from bitnet_triton.kernels.flash_attention.decode_pattern import launch_decode_pattern
 from bitnet_triton.kernels.flash_attention.launch import launch_backward, launch_forward
+from bitnet_triton.kernels.flash_attention.operands import SinkQuery
 from bitnet_triton.kernels.int8_linear.forward import (
     launch_int8_linear,
     launch_int8_linear_topk,
@@ -136,6 +138,19 @@ def launch_attention(D, dtype, mask, softcap=None):
     out, lse = launch_forward(q, k, k, call)
     launch_backward(out, None, q, k, k, out, lse, call)
     launch_decode(q[:, :1], k, k, mask=Mask(window=1024, sinks=4), scale=D**-0.5)
+    launch_decode_patterns(q[:, :1], k, meta(4096, D, dtype=dtype))
+
+
+def launch_decode_patterns(q, k, table):
+    """Start one step of decoding as "fixed", "longformer" and "streaming" have it."""
+    first = SinkQuery(q, table, table, last=1027)
+    for mask, query in (
+        (Mask(pattern="fixed", block=128, summary=4), None),
+        (Mask(window=512, dilation=2, global_tokens=(8,)), None),
+        (Mask(window=1024, sinks=4), first),
+    ):
+        positions = None if query is None else meta(1, dtype=torch.int32)
+        launch_decode_pattern(q, k, k, mask=mask, scale=0.1, sink_query=query, positions=positions)
 
 
 def launch_exact_attention(D, dtype, mask):

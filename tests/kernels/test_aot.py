@@ -53,13 +53,14 @@ OVERLAPPED = (
     "rms_norm_fwd", "rms_norm_quantize_fwd", "relu2_mul_norm_quantize_fwd", "silu_mul_quantize_fwd",
     "quantize_activations_fwd", "ternary_linear_fwd", "ternary_linear_fwd_one",
     "ternary_linear_fwd_few", "rotary_and_store", "flash_attention_decode",
-    "flash_attention_decode_merge", "split_activations_fwd", "int8_linear_fwd",
-    "int8_linear_topk_fwd", "merge_best",
+    "flash_attention_decode_pattern", "flash_attention_decode_merge", "split_activations_fwd",
+    "int8_linear_fwd", "int8_linear_topk_fwd", "merge_best",
 )  # fmt: skip
 MANY_TOKENS = ("ternary_linear_fwd", "bit_linear_fwd", "bit_linear_fwd_from_codes")
 FLOAT_PRODUCTS = (
     "ternary_linear_bwd", "bit_linear_bwd_dx", "bit_linear_bwd_dweight", "flash_attention_fwd",
     "flash_attention_bwd_dq", "flash_attention_bwd_dkdv", "flash_attention_decode",
+    "flash_attention_decode_pattern",
     "exact_attention_fwd", "exact_attention_bwd_dq",
     "exact_attention_bwd_dkdv", "exact_attention_select",
 )  # fmt: skip

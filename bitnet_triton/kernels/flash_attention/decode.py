@@ -232,11 +232,17 @@ def launch_decode(
         **dependent(q.device),
     )  # fmt: skip
     if splits > 1:
-        launch(_flash_attention_decode_merge_kernel, (Tq * H, B))(
-            parts, part_lse, out, lse, Tq, H, DV=DV, SPLITS=splits,
-            **tiles("flash_attention_decode_merge", DV, q.device), **dependent(q.device),
-        )  # fmt: skip
+        launch_merge(parts, part_lse, out, lse)
     return out, lse
+
+
+def launch_merge(parts: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Merge parts [B Tq H S DV] and part_lse [B Tq H S], base 2, into out and lse."""
+    B, Tq, H, splits, DV = parts.shape
+    launch(_flash_attention_decode_merge_kernel, (Tq * H, B))(
+        parts, part_lse, out, lse, Tq, H, DV=DV, SPLITS=splits,
+        **tiles("flash_attention_decode_merge", DV, out.device), **dependent(out.device),
+    )  # fmt: skip
 
 
 def _num_splits(Tk: int, mask: Mask, device: torch.device) -> int:
@@ -244,5 +250,10 @@ def _num_splits(Tk: int, mask: Mask, device: torch.device) -> int:
     keys = Tk
     if mask.window is not None and mask.causal and mask.dense_from is None:
         keys = min(keys, mask.window)
+    return num_splits(keys, device)
+
+
+def num_splits(keys: int, device: torch.device) -> int:
+    """Return among how many programs to divide the keys that a query sees at most."""
     keys_of_split = _KEYS_OF_SPLIT if smallest_dot(device) == 1 else _KEYS_OF_SPLIT_ON_GPU
     return min(cdiv(keys, keys_of_split), _MOST_SPLITS)

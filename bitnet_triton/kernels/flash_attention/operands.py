@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -11,6 +11,22 @@ from bitnet_triton.kernels.flash_attention.arguments import Call
 from bitnet_triton.kernels.flash_attention.bands import Band
 from bitnet_triton.kernels.flash_attention.prepare import Prepared, TokenList
 from bitnet_triton.runtime import cdiv
+
+
+class SinkQuery(NamedTuple):
+    """A query as the first tokens meet it once they have left its window: at another position.
+
+    Attributes:
+        heads: [B 1 H or more D], the heads of the query first, not rotated.
+        cos: [P D], the rotary embedding of all positions.
+        sin: likewise.
+        last: the position that the query has for them, or its own where that is smaller.
+    """
+
+    heads: Tensor
+    cos: Tensor
+    sin: Tensor
+    last: int
 
 
 def strides(t: Tensor) -> tuple[int, int, int]:

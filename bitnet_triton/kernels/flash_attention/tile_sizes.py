@@ -23,6 +23,9 @@ CPU: Table = {
     "flash_attention_decode": {
         ANY: {"BLOCK_N": 32},
     },
+    "flash_attention_decode_pattern": {
+        ANY: {"BLOCK_N": 32},
+    },
     "flash_attention_decode_merge": {
         ANY: {},
     },
@@ -61,6 +64,12 @@ GPU: Table = {
         # with fewer warps, float32 heads of 128 values spill on sm_90
         ANY: {"BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
     },
+    "flash_attention_decode_pattern": {
+        128: {"BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
+        256: {"BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
+        FLOAT32 + 64: {"BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
+        ANY: {"BLOCK_N": 16, "num_warps": 8, "num_stages": 1},
+    },
     "flash_attention_decode_merge": {
         ANY: {"num_warps": 4},
     },
@@ -98,6 +107,9 @@ HIP: Table = {
     "flash_attention_bwd_dq": {
         **GPU["flash_attention_bwd_dq"],
         128: {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
+    },
+    "flash_attention_decode_pattern": {
+        ANY: {"BLOCK_N": 16, "num_warps": 8, "num_stages": 1},
     },
     "flash_attention_bwd_dkdv": {**_DKDV, **_DKDV_HIP},
     "flash_attention_bwd_dkdv_listed": {**_DKDV, **_DKDV_HIP},
