@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bitnet_triton.cache.memory import Call, Memory
 from bitnet_triton.kernels import Mask
+from bitnet_triton.kernels.flash_attention.operands import SinkQuery
 from bitnet_triton.kernels.rotary.op import ROTARY_AND_STORE
 from bitnet_triton.runtime import select
 
@@ -68,24 +69,47 @@ class KeyValueMemory(Memory):
         return run(heads, cos, sin, keys, values, places[SLOT], places[POSITION])
 
     def decode(
-        self, q: Tensor, places: Tensor, *, mask: Mask, scale: float
+        self,
+        q: Tensor,
+        places: Tensor,
+        *,
+        mask: Mask,
+        scale: float,
+        sink_query: SinkQuery | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Attend to what ``mask`` shows of the stores."""
         # Triton is imported on first use
         from bitnet_triton.kernels.flash_attention.decode import launch_decode
+        from bitnet_triton.kernels.flash_attention.decode_pattern import launch_decode_pattern
 
         keys, values = (store.transpose(1, 2) for store in self.stores)
-        return launch_decode(
-            q, keys, values, mask=mask, scale=scale,
-            leftpad_k=places[LEFTPAD], seqused_k=places[USED],
+        left, used = places[LEFTPAD], places[USED]
+        if sink_query is None and _plain_objection(mask) is None:
+            return launch_decode(
+                q, keys, values, mask=mask, scale=scale, leftpad_k=left, seqused_k=used
+            )
+        return launch_decode_pattern(
+            q, keys, values, mask=mask, scale=scale, leftpad_k=left, seqused_k=used,
+            sink_query=sink_query, positions=None if sink_query is None else places[POSITION],
         )  # fmt: skip
 
-    def decode_objection(self, mask: Mask) -> str | None:
+    def decode_objection(self, mask: Mask, sink_query: bool = False) -> str | None:
         """Say what no mask of a decode step says; None when there is nothing."""
-        from bitnet_triton.kernels.flash_attention.decode import decode_objection
+        from bitnet_triton.kernels.flash_attention.decode_pattern import decode_pattern_objection
 
-        one = torch.empty(1, 1, 1, 1, device="meta")
-        return decode_objection(one, one, mask)
+        if not sink_query and _plain_objection(mask) is None:
+            return None
+        return decode_pattern_objection(_ONE, _ONE, mask)
+
+
+_ONE = torch.empty(1, 1, 1, 1, device="meta")  # a query, and a key
+
+
+def _plain_objection(mask: Mask) -> str | None:
+    """Say why the kernel for windows and first tokens does not do; None where it does."""
+    from bitnet_triton.kernels.flash_attention.decode import decode_objection
+
+    return decode_objection(_ONE, _ONE, mask)
 
 
 def may_write(store: Tensor) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from bitnet_triton.kernels import Mask
+from bitnet_triton.kernels.flash_attention.operands import SinkQuery
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,17 +148,35 @@ class Memory(CacheLayerMixin):
         raise NotImplementedError
 
     def decode(
-        self, q: Tensor, places: Tensor, *, mask: Mask, scale: float
+        self,
+        q: Tensor,
+        places: Tensor,
+        *,
+        mask: Mask,
+        scale: float,
+        sink_query: SinkQuery | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Attend to what ``mask`` shows of the held tokens, by launches alone.
+
+        Args:
+            q: [B 1 H D], rotated.
+            places: int32 [k B] on the device.
+            mask: which tokens are seen.
+            scale: multiplies the scores.
+            sink_query: what the sinks of the mask meet once they have left its window; None: ``q``.
 
         Returns:
             out [B 1 H D] and lse [B H 1].
         """
         raise NotImplementedError
 
-    def decode_objection(self, mask: Mask) -> str | None:
-        """Say why ``decode`` cannot follow ``mask``; None when it can."""
+    def decode_objection(self, mask: Mask, sink_query: bool = False) -> str | None:
+        """Say why ``decode`` cannot follow ``mask``; None when it can.
+
+        Args:
+            mask: which tokens are seen.
+            sink_query: whether ``decode`` gets its argument of that name.
+        """
         return "its cache has no recorded step"
 
     # --- taking back

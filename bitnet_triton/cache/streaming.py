@@ -61,7 +61,11 @@ class StreamingLayer(SinkWindowLayer):
         padding = 0 if self.leftpad is None else self._held_padding(self.held)[:, None]
         slot = torch.arange(self.held, device=device) - padding
         steps = torch.where(slot < self.sinks, 0, excess[:, None])
-        self.keys, self.values = turn_back(keys, steps, frequencies), values
+        turned = turn_back(keys, steps, frequencies)
+        if self._is_stored() and self._may_write(turned):
+            keys.copy_(turned)  # in place: a recorded step finds it where it was
+        else:
+            self.keys, self.values = turned, values
         self.shift = shift + excess
 
     def reset(self) -> None:

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 import bitnet_triton as bt
+from bitnet_triton.cache import streaming
 from bitnet_triton.models.fused.recording import Recording
 
 SLIDING = {"mode": "sliding", "window": 5, "sinks": 2}
+LOCAL = {"mode": "local", "block": 8}
 RECORDED = {
     "full": "full",
     "sliding": SLIDING,
@@ -18,12 +20,28 @@ RECORDED = {
     "full prefill": {"prefill": "full", "decode": SLIDING},
     "swaa": {"preset": "swaa-untrained", "window": 6, "sinks": 2},
     "wide": {"mode": "sliding", "window": 40, "sinks": 1},
+    "streaming": {"mode": "streaming", "window": 4, "sinks": 1},
+    "streaming phases": {
+        "prefill": {"mode": "streaming", "window": 9, "sinks": 2},
+        "decode": {"mode": "streaming", "window": 5, "sinks": 3},
+    },
+    "local": {"mode": "local", "block": 4},
+    "strided": {"mode": "strided", "block": 5},
+    "fixed": {"mode": "fixed", "block": 6, "summary": 2},
+    "longformer": {"mode": "longformer", "window": 4, "dilation": 2},
+    "global": {"mode": "longformer", "window": 4, "global_tokens": [0, 3, 20, 35]},
+    "two patterns": {
+        "prefill": [LOCAL, {"mode": "strided", "block": 4}],
+        "decode": [LOCAL, {"mode": "strided", "block": 4}],
+    },
 }
 LAUNCHED = {
-    "streaming": {"mode": "streaming", "window": 4, "sinks": 1},
-    "local": {"mode": "local", "block": 4},
     "top_k": {"mode": "top_k", "keys": 3},
+    "head windows": {"mode": "longformer", "window": [4, 4, 6, 6]},
+    "head dilations": {"mode": "longformer", "window": 4, "dilation": [1, 1, 2, 2]},
+    "global mask": {"mode": "longformer", "window": 4, "global_mask": True},
 }
+PATTERNS = ["streaming", "streaming phases", "local", "strided", "fixed", "longformer", "global"]
 PADDED = torch.tensor([[0, 0, 0, 1, 9, 30, 7], [1, 5, 23, 71, 8, 40, 6]])
 MASK = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1] * 7])
 
@@ -89,7 +107,24 @@ def test_a_windows_memory_is_written_anew_in_place(load, token_ids, replays):
     assert len(set(replays)) == 1  # though it was full three times
 
 
-@pytest.mark.parametrize("name", ["sliding", "mixed", "swaa"])
+def test_a_stream_starts_again_in_place(load, token_ids, replays, monkeypatch):
+    model, ids = load(RECORDED["streaming"]), token_ids(2, 62)
+    expected = steps(model, ids, 8, 54)
+    monkeypatch.setattr(streaming, "REBASE_EVERY", 12)
+    rebased = []
+    rebase = streaming.StreamingLayer.rebase
+    monkeypatch.setattr(
+        streaming.StreamingLayer,
+        "rebase",
+        lambda layer, *args: (rebased.append(layer), rebase(layer, *args)),
+    )
+    assert close(steps(bt.fuse(model), ids, 8, 54), expected)
+    assert len(rebased) >= 4
+    assert len(replays) == 53
+    assert len(set(replays)) == 1
+
+
+@pytest.mark.parametrize("name", ["sliding", "mixed", "swaa", *PATTERNS])
 def test_padding_on_the_left_changes_no_row(name, load, token_ids, replays):
     model = load(RECORDED[name])
     ids = torch.cat([PADDED, token_ids(2, 30)], 1)
@@ -102,7 +137,7 @@ def test_padding_on_the_left_changes_no_row(name, load, token_ids, replays):
     assert replays
 
 
-@pytest.mark.parametrize("name", ["sliding", "mixed", "full decode", "swaa"])
+@pytest.mark.parametrize("name", ["sliding", "mixed", "full decode", "swaa", *PATTERNS])
 def test_generate_writes_the_same_tokens(name, load, replays):
     model = load(RECORDED[name])
 

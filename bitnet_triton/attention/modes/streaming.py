@@ -11,9 +11,10 @@ from torch import Tensor
 from bitnet_triton.attention.checks import check_number
 from bitnet_triton.attention.context import AttentionContext
 from bitnet_triton.attention.masked import check_served, masked_attention
-from bitnet_triton.attention.mode import Kept, Mode
+from bitnet_triton.attention.mode import Kept, Mode, Step, StepLayer, StepTensors
 from bitnet_triton.cache import Memory, StreamingLayer
 from bitnet_triton.kernels import Mask, merge_attention
+from bitnet_triton.kernels.flash_attention.operands import SinkQuery
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,21 @@ class Streaming(Mode):
         near = masked_attention(q, k, v, Mask(window=self.window), context)
         far = self._sinks(q, k, v, context)
         return merge_attention(*zip(near, far))[0]
+
+    def step(self, memory: Memory, layer: StepLayer) -> Step | str:
+        """Write the new token into the memory; read the window, and the sinks from their place."""
+        mask = Mask(window=self.window, sinks=self.sinks)
+        objection = memory.decode_objection(mask, sink_query=True)
+        if objection is not None:
+            return objection
+        last = self.sinks + self.window - 1
+
+        def run(step: StepTensors) -> Tensor:
+            q = memory.write(step.heads, step.cos, step.sin, step.places)
+            turned = SinkQuery(step.heads, step.cos, step.sin, last)
+            return memory.decode(q, step.places, mask=mask, scale=layer.scale, sink_query=turned)[0]
+
+        return run
 
     def _check(self, context: AttentionContext) -> None:
         if context.positions is None or context.frequencies is None:
