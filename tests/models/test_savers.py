@@ -142,14 +142,16 @@ def test_new_data_computes_from_the_next_prompt_on(
         out = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None, **wanted)
         return out.sequences, torch.stack(out.logits, 1)
 
+    # so that branches count for more: a scale of `bitlinear` divides
+    factor = 0.2 if format == "bitlinear" else 5.0
     for _ in range(2):
         _, before = write()
         for layer in model.model.layers:
             for linear in (layer.self_attn.v_proj, layer.self_attn.o_proj, layer.mlp.up_proj):
                 buffer = getattr(linear, name)
                 # every code of the other sign: 2 - (w + 1), without a borrow between codes
-                buffer.data = 0b10101010 - buffer if name == "weight" else buffer * 1.7
+                buffer.data = 0b10101010 - buffer if name == "weight" else buffer * factor
         written, after = write()
-        assert error(before, after) > 0.2
+        assert error(before, after) > 0.1
         unfused = logits(bt.unfuse(copy.deepcopy(model)), written)[:, 5:-1]
         assert error(after, unfused) < 0.05  # an activation near a tie may round otherwise
