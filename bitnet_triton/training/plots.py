@@ -61,26 +61,36 @@ def _cell(score: Any, depth: int) -> float:
 
 
 def _costs(make: Any, report: Report) -> Any:
-    """Draw mean accuracy against keys read by a generated token, and against memory held."""
+    """Draw mean accuracy against keys read by a generated token, and against memory held.
+
+    Points are numbered, because many lie upon each other; a list on the right says which is which.
+    """
     length = max(report.run["lengths"])
-    figure = make(figsize=(11, 4.2))
+    figure = make(figsize=(12, 5))
     left, right = figure.subplots(1, 2, sharey=True)
-    for setting in report.scores:
+    places: list[dict[tuple[float, float], list[str]]] = [{}, {}]
+    names = []
+    for number, setting in enumerate(report.scores, 1):
         plain = mean_score(report, setting, length, hard=False)
         cost = report.footprints.get(setting, {}).get(length)
         if plain is None or cost is None:
             continue
-        for axis, value in ((left, cost["rows_decode"]), (right, cost["cache_bytes"] / 1e6)):
-            axis.plot([value], [plain], "o")
+        names.append(f"{number}  {setting}")
+        for at, value in zip(places, (cost["rows_decode"], cost["cache_bytes"] / 1e6)):
+            at.setdefault((round(value, 1), round(plain, 2)), []).append(str(number))
+    for axis, points in zip((left, right), places):
+        for point, numbers in points.items():
+            axis.plot(*[[value] for value in point], "o", color="tab:blue", alpha=0.7)
             axis.annotate(
-                setting, (value, plain), fontsize=6, rotation=20, xytext=(3, 3),
+                " ".join(numbers), point, fontsize=7, rotation=60, xytext=(2, 4),
                 textcoords="offset points",
             )  # fmt: skip
-    left.set_xscale("log")
+    left.set_xscale("log", base=2)
     left.set_xlabel("keys that a generated token reads (mean over layers and heads)")
     right.set_xlabel("cache of one sequence, MB")
     left.set_ylabel("mean accuracy, tasks that are not hard")
-    left.set_ylim(-0.03, 1.12)
+    left.set_ylim(-0.03, 1.3)
+    figure.text(0.92, 0.9, "\n".join(names), fontsize=7, va="top")
     figure.suptitle(f"{length} tokens", fontsize=10)
     return figure
 
