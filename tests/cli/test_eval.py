@@ -35,7 +35,7 @@ def test_writes_json_and_plots(tmp_path):
     score = report["scores"]["checkpoint"]["needles"]["256"]
     assert score["low"] <= score["mean"] <= score["high"]
     assert report["run"]["seed"] == 0
-    assert report["command"].startswith("bitnet-triton ")
+    assert report["command"].startswith("bitnet-triton")
     for name in ("depth.png", "cost.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 

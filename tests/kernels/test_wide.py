@@ -202,5 +202,5 @@ def test_steps_behind_a_long_padded_cache(tokens, dtype, device):
         exact, _ = attention_reference(*(t.double() for t in (q, k, v)), **settings)
         eager, _ = attention_reference(q, k, v, **settings)
     # averages of many values, added share by share where the reference adds pairwise
-    worst = {"worst": 1e-6} if dtype == torch.float32 else {}
+    worst = {"worst": 3e-6} if dtype == torch.float32 else {}
     assert_close("out", out, exact, eager=eager, **worst)

@@ -69,7 +69,7 @@ def test_padding_does_not_change_other_rows(checkpoint, logits):
     # two thirds of the row are padding: unmasked, its keys would change every logit
     alone = logits(model, padded[:, 3:])
     masked = logits(model, padded, attention_mask=(padded != 0).long())[:, 3:]
-    unmasked = logits(model, padded, position_ids=torch.tensor([[0, 0, 0, 0, 1, 2]]))[:, 3:]
+    unmasked = logits(model, padded)[:, 3:]  # distances are all that rotary embeddings tell
     assert (masked - alone).norm() < 0.1 * (unmasked - alone).norm()
 
 

@@ -179,7 +179,7 @@ def test_what_it_cannot_do_is_refused_by_name(toy, folder, caplog):
     with pytest.raises(TypeError, match="`kind`: expected a frozen dataclass"):
         bt.register_mode("other", dict)
     with pytest.raises(ValueError, match="`name`: 'full' is"):
-        bt.register_mode("full", toy.Toy)
+        bt.register_mode("full", type("Other", (toy.Toy,), {}))
     with pytest.raises(bt.CheckpointError, match="toy"):
         bt.BitNetForCausalLM.from_pretrained(bt.TINY_MODEL, attention="toy")
 
