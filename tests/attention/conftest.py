@@ -6,23 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitnet_triton.runtime import use_backend
-
-
-@pytest.fixture(autouse=True)
-def _reference_backend(request):
-    """Modes are the point here, not kernels, unless a test asks for ``default_backend``."""
-    if "default_backend" in request.fixturenames:
-        yield
-        return
-    with use_backend("reference"):
-        yield
-
-
-@pytest.fixture
-def default_backend():
-    """Let the test run on the backend that a user gets."""
-
 
 def pairs(T: int, sees, left: int = 0) -> Tensor:
     """Return bool [T T]: causal pairs of positions for which ``sees(i, j)``, padding left out."""

@@ -1,7 +1,8 @@
 """Tiny checkpoints in every format, written with transformers' own code, and their oracle.
 
-Tests in this folder run on the reference backend, because the models are the point and not the
-kernels, unless they ask for the fixture ``default_backend``.
+Tests in this folder run on the backend that a user gets, with one thread: in models this small a
+second one only waits for the first. Those that ask for ``default_backend`` have all threads; those
+that ask for ``reference_backend`` run on that one, for what no kernel has a part in.
 """
 
 from __future__ import annotations
@@ -170,18 +171,23 @@ def save_checkpoint():
 
 @pytest.fixture
 def default_backend():
-    """Let the test run on the backend that a user gets."""
+    """Let the test run on the backend that a user gets, with as many threads."""
+
+
+@pytest.fixture
+def reference_backend(monkeypatch):
+    """Let the test run on the reference backend: what it looks at no kernel has a part in."""
+    # by the environment: threads, as streaming starts them, begin with an empty context
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "reference")
 
 
 @pytest.fixture(autouse=True)
-def _reference_backend(request, monkeypatch):
+def _one_thread(request):
     if "default_backend" in request.fixturenames:
         yield
         return
-    # by the environment: threads, as streaming starts them, begin with an empty context
-    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "reference")
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # in models this small a second thread only waits for the first
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 

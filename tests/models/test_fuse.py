@@ -11,6 +11,8 @@ import bitnet_triton as bt
 from bitnet_triton.models.fuse import FusedDecoderLayer
 from bitnet_triton.nn import PackedBitLinear
 
+# to float32 rounding, on tokens whose activations stay away from ties
+CLOSE = 2e-5
 IDS = [[1, 5, 23, 71, 8, 40]]
 SIZES = {
     "vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2,
@@ -63,22 +65,22 @@ def memory(model):
 
 
 @pytest.mark.parametrize("format", ["bitlinear", "packed", "codes"])
-def test_logits_stay(format, checkpoint, token_ids, logits, counted):
+def test_logits_stay(format, checkpoint, steady_ids, logits, error, counted):
     model = unfused(checkpoint(format))
-    ids = token_ids(4, 7)
+    ids = steady_ids(model, B=4, T=7)
     expected = logits(model, ids)
     assert bt.fuse(model) is model
-    assert torch.equal(logits(model, ids), expected)
+    assert error(logits(model, ids), expected) < CLOSE
     assert len(counted) == 2
 
 
 def test_a_model_of_transformers_is_fused_after_its_linears_are_ours(
-    checkpoint, load_theirs, token_ids, logits, counted
+    checkpoint, load_theirs, steady_ids, logits, error, counted
 ):
     model = bt.use_ternary_kernels(load_theirs(checkpoint("bitlinear")), fuse=False)
-    ids = token_ids(4, 7)
+    ids = steady_ids(model, B=4, T=7)
     expected = logits(model, ids)
-    assert torch.equal(logits(bt.fuse(model), ids), expected)
+    assert error(logits(bt.fuse(model), ids), expected) < CLOSE
     assert counted
 
 
@@ -156,7 +158,7 @@ def test_weights_that_are_loaded_afterwards_are_used(model, checkpoint, logits, 
         if isinstance(module, PackedBitLinear):
             module.weight_scale.mul_(1.5)
             module.weight = module.weight.flip(1).contiguous()
-    expected = logits(other, ids)
+    expected = logits(bt.fuse(copy.deepcopy(other)), ids)
     bt.fuse(model)
     model.load_state_dict(other.state_dict())
     assert torch.equal(logits(model, ids), expected)
@@ -165,7 +167,8 @@ def test_weights_that_are_loaded_afterwards_are_used(model, checkpoint, logits, 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_cast_holds_for_the_fused_layers(dtype, model, logits, token_ids, counted):
     ids = token_ids(2, 5)
-    expected = logits(copy.deepcopy(model).to(dtype), ids)
+    expected = logits(bt.fuse(copy.deepcopy(model).to(dtype)), ids)
+    counted.clear()
     bt.fuse(model).to(dtype)
     assert torch.equal(logits(model, ids), expected)
     assert counted
@@ -173,23 +176,23 @@ def test_a_cast_holds_for_the_fused_layers(dtype, model, logits, token_ids, coun
 
 def test_a_copy_is_independent(model, logits, token_ids):
     ids = token_ids(2, 5)
-    expected = logits(model, ids)
-    twin = copy.deepcopy(bt.fuse(model))
+    expected = logits(bt.fuse(model), ids)
+    twin = copy.deepcopy(model)
     for parameter in model.parameters():
         parameter.data.zero_()
     assert len(layers(twin)) == 2
     assert torch.equal(logits(twin, ids), expected)
 
 
-def test_unfusing_gives_the_layers_back(model, logits, token_ids, counted):
-    ids = token_ids(2, 5)
+def test_unfusing_gives_the_layers_back(model, logits, steady_ids, error, counted):
+    ids = steady_ids(model, B=2, T=5)
     expected = logits(model, ids)
     kinds = [type(module) for module in model.modules()]
     assert bt.unfuse(bt.fuse(bt.fuse(model))) is model
     assert [type(module) for module in model.modules()] == kinds
     assert torch.equal(logits(model, ids), expected)
     assert not counted
-    assert torch.equal(logits(bt.fuse(model), ids), expected)
+    assert error(logits(bt.fuse(model), ids), expected) < CLOSE
     assert counted
 
 
@@ -228,30 +231,35 @@ def test_hidden_states_and_attentions_are_those_of_the_unfused_model(
     assert len(counted) == 4
 
 
-def test_what_a_user_hangs_into_a_layer_is_respected(model, logits, token_ids, counted):
+class Adapter(nn.Module):
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    def forward(self, x):
+        return 2 * self.base(x)
+
+
+def test_what_a_user_hangs_into_a_layer_is_respected(model, logits, steady_ids, error, counted):
+    adapted = copy.deepcopy(model)
+    mlp = adapted.model.layers[0].mlp
+    mlp.gate_proj = Adapter(mlp.gate_proj)
+    ids = steady_ids(model, adapted, B=2, T=5)
     bt.fuse(model)
-    ids = token_ids(2, 5)
     expected = logits(model, ids)
     layer = model.model.layers[0]
     seen = []
     handle = layer.mlp.gate_proj.register_forward_hook(lambda *args: seen.append(args))
     counted.clear()
-    assert torch.equal(logits(model, ids), expected)
+    assert error(logits(model, ids), expected) < CLOSE
     assert len(seen) == len(counted) == 1
     handle.remove()
 
-    class Adapter(nn.Module):
-        def __init__(self, base):
-            super().__init__()
-            self.base = base
-
-        def forward(self, x):
-            return 2 * self.base(x)
-
     layer.mlp.gate_proj = Adapter(layer.mlp.gate_proj)
     changed = logits(model, ids)
-    assert not torch.equal(changed, expected)
-    assert torch.equal(logits(bt.unfuse(model), ids), changed)
+    assert error(changed, expected) > 1e-3
+    assert error(logits(adapted, ids), changed) < CLOSE
+    assert error(logits(bt.unfuse(model), ids), changed) < CLOSE
 
 
 def test_autocast_and_the_compiled_backend_take_the_layers_own_forward(model, token_ids, counted):
@@ -265,8 +273,8 @@ def test_autocast_and_the_compiled_backend_take_the_layers_own_forward(model, to
     assert not counted
 
 
-def test_a_compiled_model_is_fused_without_a_graph_break(model, token_ids, logits):
-    ids = token_ids(2, 5)
+def test_a_compiled_model_is_fused_without_a_graph_break(model, steady_ids, logits, error):
+    ids = steady_ids(model, B=2, T=5)
     expected = logits(model, ids, use_cache=False)
     bt.fuse(model)
     graphs = []
@@ -277,7 +285,7 @@ def test_a_compiled_model_is_fused_without_a_graph_break(model, token_ids, logit
 
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     with torch.no_grad():
-        assert torch.equal(compiled(ids, use_cache=False)[0], expected)
+        assert error(compiled(ids, use_cache=False)[0], expected) < CLOSE
     torch.compiler.reset()
     (code,) = graphs
     assert code.count("ops.bitnet_triton.ternary_linear_quantized_fwd") == 8

@@ -29,12 +29,12 @@ def enabled():
 
 @pytest.mark.parametrize("format", ["bitlinear", "packed", "codes"])
 def test_a_packed_checkpoint_is_fused_unless_told_otherwise(
-    format, checkpoint, token_ids, logits, log
+    format, checkpoint, steady_ids, logits, error, log
 ):
     model, plain = load(checkpoint(format)), load(checkpoint(format), fuse=False)
     assert (fused(model), fused(plain)) == (2, 0)
-    ids = token_ids(4, 7)
-    assert torch.equal(logits(model, ids), logits(plain, ids))
+    ids = steady_ids(plain, B=4, T=7)
+    assert error(logits(model, ids), logits(plain, ids)) < 2e-5
     assert log() == []
 
 
@@ -100,12 +100,15 @@ def test_a_model_that_has_run_can_be_pickled_and_copied(checkpoint, token_ids, l
         assert torch.equal(logits(twin, ids), expected)
 
 
-def test_a_model_that_was_cast_compiles_without_a_graph_break(checkpoint, token_ids, logits):
-    model, ids = load(checkpoint()).to(torch.float64).to(torch.float32), token_ids(2, 5)
+def test_a_model_that_was_cast_compiles_without_a_graph_break(
+    checkpoint, steady_ids, logits, error
+):
+    model = load(checkpoint()).to(torch.float64).to(torch.float32)
+    ids = steady_ids(model, B=2, T=5)
     expected = logits(model, ids, use_cache=False)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
-        assert torch.equal(compiled(ids, use_cache=False)[0], expected)
+        assert error(compiled(ids, use_cache=False)[0], expected) < 2e-5
     torch.compiler.reset()
 
 

@@ -70,15 +70,27 @@ def replays(monkeypatch, default_backend):
     return seen
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("format", ["bitlinear", "packed", "codes"])
-def test_logits_stay(format, dtype, load, token_ids, logits, counted):
-    model = load(format, dtype=dtype)
-    ids = token_ids(4, 7)
+def test_logits_stay(format, load, steady_ids, logits, error, counted):
+    model = load(format)
+    ids = steady_ids(model, B=4, T=7)
     expected = logits(model, ids)
     assert bt.fuse(model) is model
     assert len(fused(model)) == 2
-    assert torch.equal(logits(model, ids), expected)
+    assert error(logits(model, ids), expected) < 2e-5
+    assert len(counted) == 2
+    assert torch.equal(logits(bt.unfuse(model), ids), expected)
+
+
+# the norms of an unfused Llama are PyTorch's: in the same order only the reference sums
+@pytest.mark.usefixtures("reference_backend")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("format", ["bitlinear", "packed", "codes"])
+def test_rounded_alike_no_bit_changes(format, dtype, load, token_ids, logits, counted):
+    model = load(format, dtype=dtype)
+    ids = token_ids(4, 7)
+    expected = logits(model, ids)
+    assert torch.equal(logits(bt.fuse(model), ids), expected)
     assert len(counted) == 2
     assert torch.equal(logits(bt.unfuse(model), ids), expected)
     assert not fused(model)
@@ -169,18 +181,20 @@ def test_the_checkpoint_and_copies_stay(load, logits, token_ids, load_theirs, tm
     assert torch.equal(logits(bt.use_ternary_kernels(again), ids), expected)
 
 
-def test_hidden_states_come_from_fused_layers(load, token_ids, counted):
-    model, ids = load(), token_ids(2, 5)
+def test_hidden_states_come_from_fused_layers(load, steady_ids, error, counted):
+    model = load()
+    ids = steady_ids(model, B=2, T=5)
     with torch.no_grad():
         expected = model(ids, output_hidden_states=True).hidden_states
         found = bt.fuse(model)(ids, output_hidden_states=True).hidden_states
     assert len(counted) == 2
     assert len(found) == len(expected) == 3
-    assert all(map(torch.equal, found, expected))
+    assert max(map(error, found, expected)) < 2e-5
 
 
-def test_a_compiled_model_is_one_graph_of_fused_ops(load, token_ids, logits):
-    model, ids = load(fuse=True), token_ids(2, 5)
+def test_a_compiled_model_is_one_graph_of_fused_ops(load, steady_ids, logits, error):
+    model = load(fuse=True)
+    ids = steady_ids(model, B=2, T=5)
     expected = logits(model, ids, use_cache=False)
     graphs = []
 
@@ -190,7 +204,7 @@ def test_a_compiled_model_is_one_graph_of_fused_ops(load, token_ids, logits):
 
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     with torch.no_grad():
-        assert torch.equal(compiled(ids, use_cache=False)[0], expected)
+        assert error(compiled(ids, use_cache=False)[0], expected) < 2e-5
     torch.compiler.reset()
     (code,) = graphs
     for op, times in (("ternary_linear_quantized_fwd", 8), ("silu_mul_quantize_fwd", 2)):
