@@ -11,7 +11,7 @@ from transformers.masking_utils import create_causal_mask
 
 from bitnet_triton.attention import AttentionPlan, hub
 from bitnet_triton.attention.tokens import Tokens
-from bitnet_triton.cache import Call, GrowingLayer, begin_call
+from bitnet_triton.cache import Call, GrowingLayer, Memory, begin_call
 
 
 def describe_call(
@@ -40,6 +40,8 @@ def describe_call(
     """
     plan, (B, T) = model.attention_plan, x.shape[:2]
     check_attention_implementation(model.config._attn_implementation)
+    if cache is not None:
+        check_windows(cache, plan)
     mask = create_causal_mask(
         config=model.config,
         inputs_embeds=torch.empty(B, T, 0, dtype=model.dtype, device=x.device),
@@ -99,6 +101,27 @@ def check_attention_implementation(name: Any) -> None:
         raise ValueError(
             f"`attn_implementation`: expected none beside `config.attention`, got {name!r}"
         )
+
+
+def check_windows(cache: Cache, plan: AttentionPlan) -> None:
+    """Raise where a cache of transformers drops what a mode may still read.
+
+    The caches that ``config.layer_types`` or ``config.sliding_window`` lead to have such layers.
+    """
+    layers: list[Any] = cache.layers
+    for i, layer in enumerate(layers):
+        if isinstance(layer, Memory) or not getattr(layer, "is_sliding", False):
+            continue
+        held = layer.get_max_length() - 1  # beside the query's own
+        prefill, decode = (mode.kept for mode in plan.modes(i))
+        needed = None if prefill is None or decode is None else prefill | decode
+        if needed is None or needed.sinks or needed.recent > held:
+            wanted = "everything" if needed is None else f"{needed.recent} of the latest"
+            wanted += f" and {needed.sinks} of the first tokens" if needed and needed.sinks else ""
+            raise ValueError(
+                f"`past_key_values`: layer {i} keeps {held} of the latest tokens, its attention "
+                f"reads {wanted}; leave the cache out, or use one without sliding layers"
+            )
 
 
 def build_cache(plan: AttentionPlan | None, layers: int, offloading: bool = False) -> Cache:
