@@ -37,6 +37,8 @@ from bitnet_triton.kernels.ternary_linear.launchers import (
     TERNARY_BWD,
     TERNARY_FWD,
 )
+from bitnet_triton.kernels.top_blocks import Units, pool_keys, top_blocks
+from bitnet_triton.kernels.top_blocks.op import POOL_KEYS, TOP_BLOCKS
 
 # op -> backend -> implementation: what `bitnet-triton doctor` reports on
 IMPLEMENTATIONS = {
@@ -64,6 +66,8 @@ IMPLEMENTATIONS = {
     "flash_attention_bwd": ATTENTION_BWD,
     "exact_attention": EXACT_FWD,
     "exact_attention_bwd": EXACT_BWD,
+    "top_blocks": TOP_BLOCKS,
+    "pool_keys": POOL_KEYS,
 }
 
 __all__ = [
@@ -72,6 +76,7 @@ __all__ = [
     "Mask",
     "MergedTernaryWeight",
     "TernaryWeight",
+    "Units",
     "apply_rotary",
     "bit_linear",
     "dense_linear",
@@ -81,6 +86,7 @@ __all__ = [
     "int8_linear",
     "int8_linear_topk",
     "merge_attention",
+    "pool_keys",
     "quantize_activations",
     "quantize_weight",
     "relu2_mul_norm_quantize",
@@ -90,4 +96,5 @@ __all__ = [
     "silu_mul_quantize",
     "ternary_linear",
     "ternary_linear_quantized",
+    "top_blocks",
 ]

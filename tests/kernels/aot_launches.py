@@ -45,6 +45,9 @@ from bitnet_triton.kernels.rotary.decode import launch_rotary_and_store
 from bitnet_triton.kernels.rotary.forward import launch_rotary
 from bitnet_triton.kernels.ternary_linear.backward import launch_ternary_linear_bwd
 from bitnet_triton.kernels.ternary_linear.launchers import packed_launcher
+from bitnet_triton.kernels.top_blocks import Units
+from bitnet_triton.kernels.top_blocks.forward import launch_top_blocks
+from bitnet_triton.kernels.top_blocks.pool import launch_pool_keys
 from bitnet_triton.runtime.aot import record_launches
 from bitnet_triton.runtime.autotune import largest_size, tiles_for
 
@@ -161,6 +164,24 @@ def launch_exact_attention(D, dtype, mask):
     exact_launch.launch_backward(out, None, q, k, k, out, lse, call)
 
 
+def launch_choice_of_blocks(D, dtype):
+    """Start the kernels that choose blocks, of a prompt and of one token, by units of each kind."""
+    q, codes = meta(1, 4096, 8, D, dtype=dtype), meta(1, 4096, 1, D, dtype=I8)
+    scale, settings = meta(1, 4096, 1), {"initial": 1, "local": 1, "tokens": 4096}
+    for queries in (q, q[:, :1]):
+        index, chosen = queries[:, :, :2], {"block": 128, "selected": 16, "sets": 2, **settings}
+        launch_top_blocks(index, meta(1, 4096, 1, D, dtype=dtype), units=Units(), **chosen)
+        launch_top_blocks(index, codes, units=Units(), scale=scale, **chosen)
+        for units, block in (
+            (Units("mean", 64, 64), 64), (Units("mean", 16, 32), 64), (Units("bounds", 16, 16), 16)
+        ):  # fmt: skip
+            k = meta(1, 4096, 2, D, dtype=dtype)
+            rows = meta(1, units.rows(4096), 2, units.width(D), dtype=dtype)
+            launch_pool_keys(k, rows, units=units, last=1)
+            chosen = {"block": block, "selected": 16, "sets": 2, **settings}
+            launch_top_blocks(queries, rows, units=units, **chosen)
+
+
 def record_all():
     """Return each launch that differs in kernel, dtypes or tiles from the others."""
     with record_launches() as launches:
@@ -189,6 +210,7 @@ def record_all():
         for D, dtype in ((64, BF16), (128, BF16), (256, BF16), (64, F32), (128, F32)):
             launch_attention(D, dtype, Mask())
             launch_exact_attention(D, dtype, Mask(sinks=4))
+            launch_choice_of_blocks(D, dtype)
         launch_attention(128, BF16, Mask(window=1024, sinks=4))
         launch_packed(2048, BF16, None)
         launch_trained(2048, BF16, F32, binary=False)  # autocast

@@ -1,0 +1,320 @@
+"""Triton choice of blocks. One program scores the units of one key head for a tile of queries.
+
+Scores of a tile of units become scores of blocks at once, and of these the best are kept as ranks
+(``common/best``) in registers: the matrix of scores is never written. Few queries and many units
+are divided among programs, each with its share of the blocks, and a second kernel merges what they
+kept. Lengths are read from memory and the grid depends on shapes alone, so that a launch recorded
+once serves every decode step.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bitnet_triton.kernels.common.attention import load_rows, load_run
+from bitnet_triton.kernels.common.best.forward import ranks
+from bitnet_triton.kernels.common.dependent import dependent, wait_for_inputs
+from bitnet_triton.kernels.top_blocks.units import Units
+from bitnet_triton.runtime import cdiv, launch
+from bitnet_triton.runtime.autotune import head_size, tiles
+from bitnet_triton.runtime.device import smallest_dot
+
+# Up to so many rows of queries, units are divided among programs
+_FEW_ROWS = 16
+# Bytes of units that a program reads at full length, and the most programs for one key head
+_BYTES_OF_SPLIT, _BYTES_OF_SPLIT_ON_GPU = 1 << 18, 1 << 15
+_MOST_SPLITS = 64
+
+_NONE = tl.constexpr(-(2**63))
+_FORCED = tl.constexpr(0x7FFFFFFF)
+_NO_BLOCK = tl.constexpr(0x7FFFFFFF)
+
+
+@triton.jit
+def _empty(ROWS: tl.constexpr, BEST: tl.constexpr, SELECTED: tl.constexpr) -> tl.tensor:
+    """Return places for ranks [ROWS, BEST]: below every rank, no two alike; unused ones on top."""
+    slot = tl.arange(0, BEST)
+    lowest = tl.where(slot < SELECTED, slot.to(tl.int64) + (_NONE + 1), 2**63 - 1)
+    return tl.zeros((ROWS, BEST), tl.int64) + lowest[None, :]
+
+
+@triton.jit
+def _keep(best, rank) -> tl.tensor:
+    """Put ranks [M] in the place of the lowest of best [M, BEST], where they are higher."""
+    worst = tl.min(best, axis=1)
+    is_taken = (best == worst[:, None]) & (rank > worst)[:, None]
+    return tl.where(is_taken, rank[:, None], best)
+
+
+@triton.jit
+def _store_blocks(best, out_ptrs, is_row, BEST: tl.constexpr, SELECTED: tl.constexpr) -> None:
+    """Store the blocks of ranks [M, BEST] in order, -1 behind them, at ``out_ptrs`` [M]."""
+    slot = tl.arange(0, BEST)
+    is_block = (best > _NONE + BEST) & (slot < SELECTED)[None, :]
+    index = 0x7FFFFFFF - (best & 0x7FFFFFFF).to(tl.int32)
+    index = tl.where(is_block, index, _NO_BLOCK)
+    last = tl.min(index, axis=1) * 0 - 1
+    for i in range(SELECTED):
+        last = tl.min(tl.where(index > last[:, None], index, _NO_BLOCK), axis=1)
+        tl.store(out_ptrs + i, tl.where(last == _NO_BLOCK, -1, last), mask=is_row)
+
+
+@triton.jit
+def _load_heads(
+    ptr, at, stride_h, is_row, GROUP: tl.constexpr, SIGN: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Return the sum of GROUP heads of each row, or of what is positive or negative in them."""
+    total = tl.zeros((at.shape[0], BLOCK_D), tl.float32)
+    for g in range(GROUP):
+        q = load_rows(ptr, at + g * stride_h, 1, is_row, D, BLOCK_D).to(tl.float32)
+        if SIGN > 0:
+            q = tl.maximum(q, 0.0)
+        elif SIGN < 0:
+            q = tl.minimum(q, 0.0)
+        total += q
+    return total
+
+
+@triton.jit
+def _load_units(
+    ptr, unit, first, stride_u, is_unit, PLAIN: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    if PLAIN:
+        lanes = tl.arange(0, unit.shape[0])
+        return load_run(ptr, first, lanes, stride_u, is_unit, D, BLOCK_D)
+    else:
+        return load_rows(ptr, unit, stride_u, is_unit, D, BLOCK_D)
+
+
+@triton.jit
+def _sequence(leftpad_ptr, used_ptr, starts_ptr, b, Tq, Tk) -> tuple:
+    """Return the queries and the keys of a sequence, its first column, and its first query."""
+    n, first = Tk, b * 0
+    if starts_ptr is not None:
+        first = tl.load(starts_ptr + b)
+        n = tl.load(starts_ptr + b + 1) - first
+        return n, n, first, first
+    else:
+        if used_ptr is not None:
+            n = tl.minimum(tl.load(used_ptr + b), Tk)
+        if leftpad_ptr is not None:
+            first = tl.minimum(tl.load(leftpad_ptr + b), n)
+        return Tq, n - first, first, b * 0
+
+
+@triton.jit
+def _top_blocks_fwd_kernel(
+    # tensors: q [B Tq H D]; keys [B U Hu D], of bounds [B U Hu 2 D]; scale [B U Hu] or None;
+    # out int32 [B Tq Hu SETS SELECTED], of several splits ranks int64 [B Tq Hu SETS SPLITS BEST]
+    q_ptr, keys_ptr, scale_ptr, out_ptr,
+    # int32 [B] or None: the first valid column, one past the last one; int32 [B + 1] or None
+    leftpad_ptr, used_ptr, starts_ptr,
+    # strides, in elements
+    q_stride_b, q_stride_t, q_stride_h, keys_stride_b, keys_stride_u, keys_stride_h,
+    scale_stride_b, scale_stride_u, scale_stride_h,
+    # sizes
+    Tq, Tk, initial, local,
+    # compile-time; a block has UNITS that start in it, and BEFORE that reach into it
+    DEPENDENT: tl.constexpr, GROUP: tl.constexpr, SETS: tl.constexpr, D: tl.constexpr,
+    BOUNDS: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr, UNITS: tl.constexpr,
+    SELECTED: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    wait_for_inputs(DEPENDENT)
+    BLOCK_D: tl.constexpr = triton.next_power_of_2(D)
+    BEST: tl.constexpr = triton.next_power_of_2(SELECTED)
+    BEFORE: tl.constexpr = WINDOW // STRIDE - 1
+    COLUMNS: tl.constexpr = triton.next_power_of_2(UNITS + BEFORE)
+    PLAIN: tl.constexpr = COLUMNS == UNITS
+    NB: tl.constexpr = 1 if COLUMNS >= BLOCK_N else BLOCK_N // COLUMNS
+    PARTS: tl.constexpr = COLUMNS // BLOCK_N if COLUMNS > BLOCK_N else 1
+
+    split = tl.program_id(0) % SPLITS
+    key_head = tl.program_id(1)
+    b = tl.program_id(2)
+    Tq_all = Tq
+    Tq, n, first, first_q = _sequence(leftpad_ptr, used_ptr, starts_ptr, b, Tq, Tk)
+    # the last rows see most: they start first
+    tile = tl.cdiv(Tq * SETS, BLOCK_M) - 1 - tl.program_id(0) // SPLITS
+    if tile < 0:
+        return
+    batch = b.to(tl.int64) if starts_ptr is None else b.to(tl.int64) * 0
+
+    # row m: set m % SETS of those of the key head, of query m // SETS
+    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    t = m // SETS
+    s = m % SETS
+    is_row = t < Tq
+    p = t + n - Tq
+    own = tl.where(is_row & (p >= 0), p // (UNITS * STRIDE), -1)
+    whole = tl.where(p + 1 >= WINDOW, (p + 1 - WINDOW) // STRIDE + 1, 0)
+    blocks = tl.max(own, axis=0) + 1
+    end_u = tl.max(tl.where(is_row, whole, 0), axis=0)
+
+    row = first_q + t.to(tl.int64)
+    at = row * q_stride_t + (key_head * SETS + s) * GROUP * q_stride_h
+    q_ptr += batch * q_stride_b
+    if BOUNDS:
+        q = _load_heads(q_ptr, at, q_stride_h, is_row, GROUP, 1, D, BLOCK_D)
+        q_least = _load_heads(q_ptr, at, q_stride_h, is_row, GROUP, -1, D, BLOCK_D)
+        q_least = q_least.to(keys_ptr.dtype.element_ty)
+    else:
+        q = _load_heads(q_ptr, at, q_stride_h, is_row, GROUP, 0, D, BLOCK_D)
+    # codes are exact in the dtype of the queries
+    dtype: tl.constexpr = keys_ptr.dtype.element_ty if scale_ptr is None else q_ptr.dtype.element_ty
+    q = q.to(dtype)
+
+    first_u = (first // STRIDE).to(tl.int64)
+    keys_ptr += batch * keys_stride_b + first_u * keys_stride_u + key_head * keys_stride_h
+    if scale_ptr is not None:
+        scale_ptr += batch * scale_stride_b + first_u * scale_stride_u + key_head * scale_stride_h
+
+    best = _empty(BLOCK_M, BEST, SELECTED)
+    length = tl.cdiv(tl.cdiv(blocks, NB), SPLITS) * NB
+    begin = split * length
+    for j0 in range(begin, tl.minimum(begin + length, blocks), NB):
+        j = j0 + tl.arange(0, NB)
+        value = tl.full((BLOCK_M, NB), float("-inf"), tl.float32)
+        for part in tl.static_range(PARTS):
+            c = part * BLOCK_N + tl.arange(0, BLOCK_N)
+            if PLAIN:
+                unit = j0 * UNITS + c
+                is_unit = unit < end_u
+            else:
+                unit = (j0 + c // COLUMNS) * UNITS - BEFORE + c % COLUMNS
+                is_unit = (c % COLUMNS < UNITS + BEFORE) & (unit >= 0) & (unit < end_u)
+            start = j0 * UNITS + part * BLOCK_N
+            k = _load_units(keys_ptr, unit, start, keys_stride_u, is_unit, PLAIN, D, BLOCK_D)
+            scores = tl.dot(q, tl.trans(k.to(dtype)), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+            if BOUNDS:
+                k = _load_units(
+                    keys_ptr + D, unit, start, keys_stride_u, is_unit, PLAIN, D, BLOCK_D
+                )
+                scores = tl.dot(q_least, tl.trans(k), scores, input_precision="ieee")
+            if scale_ptr is not None:
+                at_scale = scale_ptr + unit.to(tl.int64) * scale_stride_u
+                scores *= tl.load(at_scale, mask=is_unit, other=0.0)[None, :]
+            is_seen = is_unit[None, :] & (unit[None, :] < whole[:, None])
+            scores = tl.where(is_seen, scores, float("-inf"))
+            if COLUMNS == 1:
+                value = scores
+            elif NB == 1:
+                value = tl.maximum(value, tl.max(scores, axis=1)[:, None])
+            else:
+                value = tl.max(tl.reshape(scores, (BLOCK_M, NB, COLUMNS)), axis=2)
+        rank = ranks(value, j[None, :])
+        rank = tl.where(value > float("-inf"), rank, _NONE)
+        forced = (j[None, :] < initial) | (j[None, :] > own[:, None] - local)
+        highest = (tl.full((NB,), _FORCED, tl.int64) << 32) | (0x7FFFFFFF - j).to(tl.int64)
+        rank = tl.where(forced, highest[None, :], rank)
+        rank = tl.where(j[None, :] <= own[:, None], rank, _NONE)
+        if NB == 1:
+            best = _keep(best, tl.max(rank, axis=1))
+        else:
+            for i in range(NB):
+                column = (tl.arange(0, NB) == i)[None, :]
+                best = _keep(best, tl.max(tl.where(column, rank, _NONE), axis=1))
+
+    Hu = tl.num_programs(1)
+    set_row = ((batch * Tq_all + row) * Hu + key_head) * SETS + s
+    if SPLITS == 1:
+        _store_blocks(best, out_ptr + set_row * SELECTED, is_row, BEST, SELECTED)
+    else:
+        slot = tl.arange(0, BEST)
+        out_ptrs = out_ptr + (set_row * SPLITS + split)[:, None] * BEST + slot[None, :]
+        # unused places count as empty from now on
+        best = tl.where((slot < SELECTED)[None, :], best, _NONE)
+        tl.store(out_ptrs, best, mask=is_row[:, None] & (slot < BEST)[None, :])
+
+
+@triton.jit
+def _top_blocks_merge_kernel(
+    # tensors: ranks [M, C] int64; out [M, SELECTED] int32
+    ranks_ptr, out_ptr,
+    # sizes
+    C,
+    # compile-time
+    DEPENDENT: tl.constexpr, SELECTED: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    wait_for_inputs(DEPENDENT)
+    BEST: tl.constexpr = triton.next_power_of_2(SELECTED)
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK_C)
+    slot = tl.arange(0, BEST)
+    rank = tl.load(ranks_ptr + row * C + cols, mask=cols < C, other=_NONE)  # [BLOCK_C]
+    best = tl.full((BEST,), _NONE, tl.int64)
+    last = tl.full((), 2**63 - 1, tl.int64)
+    for i in range(SELECTED):
+        # no two ranks are equal: the next one is the highest below the last
+        last = tl.max(tl.where(rank < last, rank, _NONE), axis=0)
+        best = tl.where(slot == i, last, best)
+    out_ptrs = out_ptr + row * SELECTED + tl.zeros((1,), tl.int32)
+    _store_blocks(best[None, :], out_ptrs, tl.full((1,), 1, tl.int1), BEST, SELECTED)
+
+
+def launch_top_blocks(
+    q: Tensor,
+    keys: Tensor,
+    *,
+    units: Units,
+    block: int,
+    selected: int,
+    initial: int,
+    local: int,
+    sets: int,
+    tokens: int,
+    scale: Tensor | None = None,
+    leftpad: Tensor | None = None,
+    used: Tensor | None = None,
+    starts: Tensor | None = None,
+) -> Tensor:
+    """Choose blocks, without checks and only by launches: it can be captured.
+
+    Arguments are those of ``top_blocks``; ``starts`` is its ``cu_seqlens``, with q [1 T H D] then
+    and keys [1 U Hu D].
+
+    Returns:
+        int32 [B Tq sets selected].
+    """
+    (B, Tq, H, D), Hu = q.shape, keys.shape[2]
+    rows, sets_of_head = Tq * (sets // Hu), sets // Hu
+    config = tiles("top_blocks_fwd", head_size(D, q.dtype), q.device)
+    splits = _num_splits(rows, units.rows(tokens), keys, block // units.stride, config["BLOCK_N"])
+    block_m = config["BLOCK_M"]
+    if rows <= _FEW_ROWS:
+        block_m = max(triton.next_power_of_2(rows), smallest_dot(q.device))
+    best = triton.next_power_of_2(selected)
+    out = torch.empty((B, Tq, sets, selected), dtype=torch.int32, device=q.device)
+    found = out
+    if splits > 1:
+        found = torch.empty((B, Tq, sets, splits * best), dtype=torch.int64, device=q.device)
+    sequences = B if starts is None else starts.shape[0] - 1
+    launch(_top_blocks_fwd_kernel, (cdiv(rows, block_m) * splits, Hu, sequences))(
+        q, keys, scale, found, leftpad, used, starts,
+        *q.stride()[:3], *keys.stride()[:3], *((0, 0, 0) if scale is None else scale.stride()),
+        Tq, tokens, initial, local,
+        GROUP=H // sets, SETS=sets_of_head, D=D, BOUNDS=units.kind == "bounds",
+        STRIDE=units.stride, WINDOW=units.window, UNITS=block // units.stride,
+        SELECTED=selected, SPLITS=splits, **(config | {"BLOCK_M": block_m}), **dependent(q.device),
+    )  # fmt: skip
+    if splits > 1:
+        launch(_top_blocks_merge_kernel, (B * Tq * sets,))(
+            found, out, splits * best,
+            SELECTED=selected, BLOCK_C=triton.next_power_of_2(splits * best),
+            **tiles("top_blocks_merge", splits * best, q.device), **dependent(q.device),
+        )  # fmt: skip
+    return out
+
+
+def _num_splits(rows: int, units: int, keys: Tensor, per_block: int, block_n: int) -> int:
+    """Return among how many programs to divide the units; by shapes alone."""
+    if rows > _FEW_ROWS:
+        return 1
+    on_cpu = smallest_dot(keys.device) == 1
+    of_split = _BYTES_OF_SPLIT if on_cpu else _BYTES_OF_SPLIT_ON_GPU
+    wanted = cdiv(units * keys.shape[-1] * keys.element_size(), of_split)
+    return max(min(wanted, cdiv(units, max(per_block, block_n)), _MOST_SPLITS), 1)

@@ -1,0 +1,33 @@
+"""Tiles of the kernels of top_blocks, by shape class (``runtime/autotune.py`` chooses)."""
+
+from __future__ import annotations
+
+from bitnet_triton.runtime.autotune import ANY, FLOAT32, Table, register_tiles
+
+CPU: Table = {
+    "top_blocks_fwd": {  # the size of a head
+        ANY: {"BLOCK_M": 64, "BLOCK_N": 128},
+    },
+    "top_blocks_merge": {
+        ANY: {},
+    },
+    "pool_keys": {
+        ANY: {},
+    },
+}
+
+GPU: Table = {
+    "top_blocks_fwd": {  # the size of a head, and FLOAT32 more of float32
+        128: {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+        256: {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
+        FLOAT32 + 128: {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
+    },
+    "top_blocks_merge": {  # the number of candidates
+        ANY: {"num_warps": 4},
+    },
+    "pool_keys": {
+        ANY: {"num_warps": 4},
+    },
+}
+
+register_tiles(cpu=CPU, gpu=GPU)
