@@ -112,7 +112,7 @@ def crowding(threads: int, cores: int, load: float) -> str | None:
         return None
     return (
         f"busy: {threads} threads on {cores} cores, of which {free:.1f} are free (load average "
-        f"{load:.1f}); OMP_WAIT_POLICY=passive or fewer threads will be faster"
+        f"{load:.1f}); fewer threads, or OMP_WAIT_POLICY=passive, will be faster"
     )
 
 
