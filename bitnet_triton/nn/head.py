@@ -38,6 +38,9 @@ class OutputHead(nn.Linear):
             head = cls(linear.in_features, linear.out_features, bias=False)
         head.weight = linear.weight
         head.bias = linear.bias
+        # transformers marks what it must not fill with random numbers any more
+        if getattr(linear, "_is_hf_initialized", False):
+            cast("Any", head)._is_hf_initialized = True
         return head
 
     def forward(self, input: Tensor) -> Tensor:

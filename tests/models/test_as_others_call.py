@@ -131,3 +131,11 @@ def test_a_resized_vocabulary_keeps_the_head(
     bt.unquantize_head(model)
     assert type(model.lm_head) is OutputHead
     assert error(after, logits(model, ids)) < 3e-2
+
+
+def test_a_resized_head_is_not_filled_with_random_numbers_again(checkpoint):
+    model = bt.BitNetForCausalLM.from_pretrained(checkpoint(tied=False))
+    model.resize_token_embeddings(104)
+    before = model.lm_head.weight.detach().clone()
+    model.post_init()
+    assert torch.equal(model.lm_head.weight, before)
