@@ -27,6 +27,8 @@ from bitnet_triton.kernels.rms_norm.op import NORM_BWD, NORM_FWD
 from bitnet_triton.kernels.rms_norm.quantized import NORM_QUANTIZE_FWD, RELU2_FWD, SILU_FWD
 from bitnet_triton.kernels.rotary import apply_rotary, rotary_and_store
 from bitnet_triton.kernels.rotary.op import ROTARY, ROTARY_AND_STORE
+from bitnet_triton.kernels.selected_blocks import selected_block_attention
+from bitnet_triton.kernels.selected_blocks.launchers import SELECTED_BWD, SELECTED_FWD
 from bitnet_triton.kernels.ternary_linear import (
     MergedTernaryWeight,
     ternary_linear,
@@ -66,6 +68,8 @@ IMPLEMENTATIONS = {
     "flash_attention_bwd": ATTENTION_BWD,
     "exact_attention": EXACT_FWD,
     "exact_attention_bwd": EXACT_BWD,
+    "selected_block_attention": SELECTED_FWD,
+    "selected_block_attention_bwd": SELECTED_BWD,
     "top_blocks": TOP_BLOCKS,
     "pool_keys": POOL_KEYS,
 }
@@ -93,6 +97,7 @@ __all__ = [
     "rms_norm",
     "rms_norm_quantize",
     "rotary_and_store",
+    "selected_block_attention",
     "silu_mul_quantize",
     "ternary_linear",
     "ternary_linear_quantized",

@@ -25,7 +25,7 @@ def checked_call(
 ) -> Call:  # fmt: skip
     """Return the arguments of ``flash_attention`` as a call; raise what is wrong with them."""
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
-    _check_tensors(q, k, v, packed)
+    check_heads(q, k, v, packed)
     B = _check_packed(q, cu_seqlens_q, cu_seqlens_k, leftpad_k)
     if not (leftpad_k is seqused_q is seqused_k is None):
         _check_lengths(B, q.device, leftpad_k=leftpad_k, seqused_q=seqused_q, seqused_k=seqused_k)
@@ -50,7 +50,8 @@ def apart(k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Call]:
     return v, call
 
 
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
+def check_heads(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
+    """Raise what is wrong with the dtypes, devices and shapes of q, k and v, by name."""
     if not _fit(q, k, v, packed):
         _explain_tensors(q, k, v, packed)
 

@@ -1,0 +1,3 @@
+from bitnet_triton.kernels.selected_blocks.op import selected_block_attention
+
+__all__ = ["selected_block_attention"]
