@@ -81,6 +81,9 @@ def _trained(rows: Sequence[int], K: int, N: int) -> list[Point]:
     return [{"passes": "forward+backward", "M": M, "K": K, "N": N} for M in rows]
 
 
+# cold caches take copies of the weights, and smaller ones take a hundred thousand of them
+_SMALL = [(1024, 768), (768, 512)]
+
 _PRODUCTS = ("bitnet_triton", "bitnet_triton_quantized", "torch_bf16", "torch_int8")
 _TRAINED = ("bitnet_triton_recorded", "torch_bf16_recorded", "bitnet_triton", "torch_bf16")
 _ATTENTION = ("bitnet_triton", "sdpa_flash", "sdpa_cudnn", "flex")
@@ -88,7 +91,7 @@ _ATTENTION = ("bitnet_triton", "sdpa_flash", "sdpa_cudnn", "flex")
 SECTIONS = (
     Section(
         "prefill", lambda _: ternary_linear.case(),
-        _linears([4096], [_LARGE[0], *_SHAPES, _LARGE[1]]), _linears([24], [(64, 32), (96, 64)]),
+        _linears([4096], [_LARGE[0], *_SHAPES, _LARGE[1]]), _linears([24], _SMALL),
         _PRODUCTS, quick=2, weight=6,
     ),
     Section(
@@ -97,7 +100,7 @@ SECTIONS = (
             *_linears([1, 16], _LARGE[:1]), *_linears([1, 16], [_LARGE[1], _LARGER]),
             *_linears([2, 4, 8], [*_LARGE, _LARGER]), *_linears([1, 4, 16], _SHAPES),
         ],
-        _linears([1, 2, 4, 8, 16], [(64, 32)]), _PRODUCTS, quick=2, weight=6,
+        _linears([1, 2, 4, 8, 16], _SMALL[:1]), _PRODUCTS, quick=2, weight=6,
     ),
     Section(
         "head", lambda _: int8_linear.case(),
