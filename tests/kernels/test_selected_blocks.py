@@ -16,6 +16,7 @@ from bitnet_triton.kernels.selected_blocks.reference import (
     selected_attention_reference,
     selected_keys,
 )
+from bitnet_triton.runtime.launch import capture
 from bitnet_triton.testing import RMS_LIMITS, assert_close
 
 pytestmark = [
@@ -380,3 +381,39 @@ def test_what_is_wrong_with_packed_sequences_is_named(name):
     tensors = [given.pop(name) for name in ("q", "k", "v", "indices")]
     with pytest.raises(ValueError, match=message):
         selected_block_attention(*tensors, block=4, **given)
+
+
+@pytest.mark.backends("triton")
+@pytest.mark.parametrize(("S", "groups"), [(3, 4), (20, 5)])
+def test_a_recorded_step_reads_lengths_and_choice_from_memory(S, groups, device, backend):
+    from bitnet_triton.kernels.selected_blocks.decode import launch_selected_decode
+
+    q, indices = torch.randn(2, 1, 2 * groups, 32), torch.zeros(2, 1, 2, S, dtype=torch.int32)
+    # as the stores of a memory lie
+    k, v = torch.randn(2, 2, 2, 1000, 32).transpose(2, 3)
+    leftpad, used = int32(0, 0), int32(1, 1)
+    q, k, v, indices, leftpad, used = (t.to(device) for t in (q, k, v, indices, leftpad, used))
+
+    def step():
+        return launch_selected_decode(
+            q, k, v, indices, block=64, scale=0.2, leftpad=leftpad, seqused=used
+        )
+
+    step()  # a kernel is loaded before it is captured
+    with capture(torch.device(device)) as graph:
+        out, lse = step()
+    for pads, ends in (((0, 0), (1000, 64)), ((7, 901), (800, 1000))):
+        leftpad.copy_(int32(*pads))
+        used.copy_(int32(*ends))
+        indices.copy_(random_choice(2, 1, 2, S, 16))
+        graph.replay()
+        for row, (pad, end) in enumerate(zip(pads, ends)):
+            settings = dense_settings(indices[row : row + 1].cpu(), 64, groups)
+            one = [q[row], k[row, pad:end], v[row, pad:end]]
+            exact, exact_lse = attention_reference(
+                *(t[None].cpu().double() for t in one), scale=0.2, **settings
+            )
+            assert_close("out", out[row].cpu(), exact[0])
+            seen = exact_lse[0].isfinite()
+            assert torch.equal(lse[row].isfinite().cpu(), seen)
+            torch.testing.assert_close(lse[row].cpu().double()[seen], exact_lse[0][seen])
