@@ -147,14 +147,25 @@ class Mode:
 
         The module hangs at the attention layer under the name of the mode, is trained and saved
         with the model, and comes back as ``context.module``. Its buffers have to be persistent.
-        Two things it may say of itself: ``ternary = True``, that its linears become ternary with
-        those of the model, and ``init_from(attention)``, how it starts beside an attention layer
-        that has weights already.
+        What it may say of itself: ``ternary = True``, that its linears become ternary with those of
+        the model; ``init_from(attention)``, how it starts beside an attention layer that has
+        weights already; and ``loss``, a scalar that a forward pass in training leaves there, or
+        None: the model adds it to its own loss.
 
         Args:
             config: of the model.
         """
         return None
+
+    def remember(self, k: Tensor, context: AttentionContext) -> None:
+        """Put into the memory what the mode will want of tokens that another mode answers.
+
+        Called where the modes of a layer differ by phase, for the one that does not run.
+
+        Args:
+            k: [B Tk Hk D], what the memory has given.
+            context: of the call.
+        """
 
     def step(self, memory: Memory, layer: StepLayer) -> Step | str:
         """Return what one decode step launches, or why it cannot be recorded.

@@ -37,12 +37,19 @@ def run_plan(
     prefill, decode = plan.modes(context.layer)
     phase = context.phase(q.shape[1])
 
-    def run(mode: Mode, **more: Any) -> Tensor:
+    def given(mode: Mode, **more: Any) -> AttentionContext:
         # the parameters of a mode hang at the layer under its name
-        return mode(q, k, v, replace(context, module=getattr(layer, mode.name, None), **more))
+        return replace(context, module=getattr(layer, mode.name, None), **more)
 
-    if prefill == decode or phase is not None:
-        return run(decode if phase == "decode" else prefill)
+    def run(mode: Mode, **more: Any) -> Tensor:
+        return mode(q, k, v, given(mode, **more))
+
+    if prefill == decode:
+        return run(prefill)
+    if phase is not None:
+        mode, other = (decode, prefill) if phase == "decode" else (prefill, decode)
+        other.remember(k, given(other))
+        return run(mode)
     if decode.sees_everything and prefill.takes_dense_rows:
         return run(prefill, dense_from=context.first_generated())
     if context.tokens.cu_seqlens is not None:

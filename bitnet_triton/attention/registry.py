@@ -10,8 +10,11 @@ from bitnet_triton.attention.checks import check_known
 from bitnet_triton.attention.mode import Mode
 from bitnet_triton.attention.modes.fixed import Fixed
 from bitnet_triton.attention.modes.full import Full
+from bitnet_triton.attention.modes.indexed_blocks import IndexedBlocks
 from bitnet_triton.attention.modes.local import Local
 from bitnet_triton.attention.modes.longformer import Longformer
+from bitnet_triton.attention.modes.pooled_blocks import PooledBlocks
+from bitnet_triton.attention.modes.quest import Quest
 from bitnet_triton.attention.modes.sliding import Sliding
 from bitnet_triton.attention.modes.streaming import Streaming
 from bitnet_triton.attention.modes.strided import Strided
@@ -72,6 +75,9 @@ for _name, _kind in {
     "fixed": Fixed,
     "top_k": TopK,
     "threshold": Threshold,
+    "pooled_blocks": PooledBlocks,
+    "indexed_blocks": IndexedBlocks,
+    "quest": Quest,
 }.items():
     register_mode(_name, _kind)
 

@@ -10,15 +10,6 @@ from bitnet_triton.kernels.flash_attention import Mask, flash_attention, merge_a
 from bitnet_triton.kernels.flash_attention.launchers import ATTENTION_BWD, ATTENTION_FWD
 from bitnet_triton.kernels.int8_linear import Int8Weight, int8_linear, int8_linear_topk
 from bitnet_triton.kernels.int8_linear.op import INT8_FWD, INT8_TOPK
-from bitnet_triton.kernels.native_sparse import (
-    SparseBlocks,
-    compress_blocks,
-    native_sparse_attention,
-    select_blocks,
-)
-from bitnet_triton.kernels.native_sparse.attend import GATED_SUM_BWD, GATED_SUM_FWD
-from bitnet_triton.kernels.native_sparse.compress import POOL_BWD, POOL_FWD
-from bitnet_triton.kernels.native_sparse.launchers import COMPRESSED_BWD, COMPRESSED_FWD
 from bitnet_triton.kernels.packing import TernaryWeight
 from bitnet_triton.kernels.quantize import quantize_activations, quantize_weight
 from bitnet_triton.kernels.quantize.op import (
@@ -48,8 +39,8 @@ from bitnet_triton.kernels.ternary_linear.launchers import (
     TERNARY_BWD,
     TERNARY_FWD,
 )
-from bitnet_triton.kernels.top_blocks import Units, pool_keys, top_blocks
-from bitnet_triton.kernels.top_blocks.op import POOL_KEYS, TOP_BLOCKS
+from bitnet_triton.kernels.top_blocks import Units, pool_keys, pool_last_keys, top_blocks
+from bitnet_triton.kernels.top_blocks.op import POOL_KEYS, POOL_LAST_KEYS, TOP_BLOCKS
 
 # op -> backend -> implementation: what `bitnet-triton doctor` reports on
 IMPLEMENTATIONS = {
@@ -81,12 +72,7 @@ IMPLEMENTATIONS = {
     "selected_block_attention_bwd": SELECTED_BWD,
     "top_blocks": TOP_BLOCKS,
     "pool_keys": POOL_KEYS,
-    "compress_blocks": POOL_FWD,
-    "compress_blocks_bwd": POOL_BWD,
-    "compressed_attention": COMPRESSED_FWD,
-    "compressed_attention_bwd": COMPRESSED_BWD,
-    "gated_sum": GATED_SUM_FWD,
-    "gated_sum_bwd": GATED_SUM_BWD,
+    "pool_last_keys": POOL_LAST_KEYS,
 }
 
 __all__ = [
@@ -94,12 +80,10 @@ __all__ = [
     "Int8Weight",
     "Mask",
     "MergedTernaryWeight",
-    "SparseBlocks",
     "TernaryWeight",
     "Units",
     "apply_rotary",
     "bit_linear",
-    "compress_blocks",
     "dense_linear",
     "dense_linear_topk",
     "exact_attention",
@@ -107,15 +91,14 @@ __all__ = [
     "int8_linear",
     "int8_linear_topk",
     "merge_attention",
-    "native_sparse_attention",
     "pool_keys",
+    "pool_last_keys",
     "quantize_activations",
     "quantize_weight",
     "relu2_mul_norm_quantize",
     "rms_norm",
     "rms_norm_quantize",
     "rotary_and_store",
-    "select_blocks",
     "selected_block_attention",
     "silu_mul_quantize",
     "ternary_linear",

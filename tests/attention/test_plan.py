@@ -8,8 +8,11 @@ from bitnet_triton.attention import MODES, AttentionPlan
 from bitnet_triton.attention.mode import Kept
 from bitnet_triton.attention.modes.fixed import Fixed
 from bitnet_triton.attention.modes.full import Full
+from bitnet_triton.attention.modes.indexed_blocks import IndexedBlocks
 from bitnet_triton.attention.modes.local import Local
 from bitnet_triton.attention.modes.longformer import Longformer
+from bitnet_triton.attention.modes.pooled_blocks import PooledBlocks
+from bitnet_triton.attention.modes.quest import Quest
 from bitnet_triton.attention.modes.sliding import Sliding
 from bitnet_triton.attention.modes.streaming import Streaming
 from bitnet_triton.attention.modes.strided import Strided
@@ -32,6 +35,9 @@ WINDOW_4 = {"mode": "sliding", "window": 4, "sinks": 1}
         ({"mode": "fixed", "block": 4, "summary": 2}, [Fixed(4, 2)], [Fixed(4, 2)]),
         ({"mode": "top_k", "keys": 4}, [TopK(4)], [TopK(4)]),
         ({"mode": "threshold", "share": 0.5}, [Threshold(0.5)], [Threshold(0.5)]),
+        ({"mode": "pooled_blocks", "block": 8}, [PooledBlocks(8)], [PooledBlocks(8)]),
+        ({"mode": "indexed_blocks", "block": 8}, [IndexedBlocks(8)], [IndexedBlocks(8)]),
+        ({"mode": "quest", "page": 8, "budget": 64}, [Quest(8, 64)], [Quest(8, 64)]),
         (
             {"mode": "longformer", "window": [2, 3], "global_tokens": [0], "global_mask": True},
             [Longformer((2, 3), global_tokens=(0,), global_mask=True)],

@@ -47,11 +47,13 @@ from bitnet_triton.kernels.ternary_linear.backward import launch_ternary_linear_
 from bitnet_triton.kernels.ternary_linear.launchers import packed_launcher
 from bitnet_triton.kernels.top_blocks import Units
 from bitnet_triton.kernels.top_blocks.forward import launch_top_blocks
+from bitnet_triton.kernels.top_blocks.index_step import launch_block_index_step
 from bitnet_triton.kernels.top_blocks.pool import launch_pool_keys
 from bitnet_triton.runtime.aot import record_launches
 from bitnet_triton.runtime.autotune import largest_size, tiles_for
 
 BF16, F32, I8, U8 = torch.bfloat16, torch.float32, torch.int8, torch.uint8
+I32 = torch.int32
 N, K = 6912, 2560  # the wide layer of the published 2B model
 # target -> whose tiles it takes; they are not the same on all
 FAMILY = {
@@ -172,14 +174,19 @@ def launch_choice_of_blocks(D, dtype):
         index, chosen = queries[:, :, :2], {"block": 128, "selected": 16, "sets": 2, **settings}
         launch_top_blocks(index, meta(1, 4096, 1, D, dtype=dtype), units=Units(), **chosen)
         launch_top_blocks(index, codes, units=Units(), scale=scale, **chosen)
-        for units, block in (
-            (Units("mean", 64, 64), 64), (Units("mean", 16, 32), 64), (Units("bounds", 16, 16), 16)
-        ):  # fmt: skip
+        for units, block in ((Units("mean", 16, 32), 64), (Units("bounds", 16, 16), 16)):
             k = meta(1, 4096, 2, D, dtype=dtype)
             rows = meta(1, units.rows(4096), 2, units.width(D), dtype=dtype)
             launch_pool_keys(k, rows, units=units, last=1)
             chosen = {"block": block, "selected": 16, "sets": 2, **settings}
             launch_top_blocks(queries, rows, units=units, **chosen)
+    table, weight, slots = meta(9, D, dtype=dtype), meta(D, K, dtype=dtype), meta(1, dtype=I32)
+    for keys, scales in ((meta(1, 9, 1, D, dtype=dtype), None), (codes, scale)):
+        launch_block_index_step(
+            meta(1, K, dtype=dtype), meta(2 * D, K, dtype=dtype), weight, weight[:, 0],
+            weight[:, 0],
+            table, table, keys, scales, slots, slots, 1e-5,
+        )  # fmt: skip
 
 
 def record_all():

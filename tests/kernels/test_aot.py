@@ -55,7 +55,7 @@ OVERLAPPED = (
     "ternary_linear_fwd_few", "rotary_and_store", "flash_attention_decode",
     "flash_attention_decode_pattern", "flash_attention_decode_merge", "split_activations_fwd",
     "int8_linear_fwd", "int8_linear_topk_fwd", "merge_best", "top_blocks_fwd", "top_blocks_merge",
-    "pool_keys",
+    "pool_keys", "block_index_step",
 )  # fmt: skip
 MANY_TOKENS = ("ternary_linear_fwd", "bit_linear_fwd", "bit_linear_fwd_from_codes")
 FLOAT_PRODUCTS = (

@@ -11,6 +11,9 @@ from bitnet_triton.models.fused.recording import Recording
 
 SLIDING = {"mode": "sliding", "window": 5, "sinks": 2}
 LOCAL = {"mode": "local", "block": 8}
+POOLED = {"mode": "pooled_blocks", "block": 4, "selected": 3}
+INDEXED = {"mode": "indexed_blocks", "block": 4, "selected": 3, "index_keys": "float"}
+QUEST = {"mode": "quest", "page": 4, "budget": 12}
 RECORDED = {
     "full": "full",
     "sliding": SLIDING,
@@ -34,14 +37,22 @@ RECORDED = {
         "prefill": [LOCAL, {"mode": "strided", "block": 4}],
         "decode": [LOCAL, {"mode": "strided", "block": 4}],
     },
+    "pooled_blocks": POOLED,
+    "pooled windows": {**POOLED, "window": 4, "stride": 2, "dense_below": 16},
+    "indexed_blocks": INDEXED,
+    "indexed codes": {**INDEXED, "index_keys": "int8", "dense_below": 12},
+    "quest": QUEST,
+    "blocks mixed": {"prefill": "full", "decode": [INDEXED, {**QUEST, "dense_below": 20}]},
 }
 LAUNCHED = {
+    "quest by head": {**QUEST, "per_head": True},
     "top_k": {"mode": "top_k", "keys": 3},
     "head windows": {"mode": "longformer", "window": [4, 4, 6, 6]},
     "head dilations": {"mode": "longformer", "window": 4, "dilation": [1, 1, 2, 2]},
     "global mask": {"mode": "longformer", "window": 4, "global_mask": True},
 }
 PATTERNS = ["streaming", "streaming phases", "local", "strided", "fixed", "longformer", "global"]
+BLOCKS = ["pooled_blocks", "pooled windows", "indexed_blocks", "quest", "blocks mixed"]
 PADDED = torch.tensor([[0, 0, 0, 1, 9, 30, 7], [1, 5, 23, 71, 8, 40, 6]])
 MASK = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1] * 7])
 
@@ -64,21 +75,28 @@ def replays(monkeypatch):
 
 @pytest.fixture
 def load(checkpoint):
-    return lambda attention: bt.BitNetForCausalLM.from_pretrained(
-        checkpoint(), attention=attention, fuse=False
-    )
+    def load(attention):
+        model = bt.BitNetForCausalLM.from_pretrained(checkpoint(), fuse=False)
+        return bt.set_attention(model, attention)  # some modes bring parameters
+
+    return load
 
 
 def steps(model, ids, start, n, mask=None, **kwargs):
     """Return the logits of ``n`` steps after ``start`` tokens."""
+    # bounds of pages depend on the angles of keys: as in generate, they go by the text
+    by_text = mask is not None and any(mode.name == "quest" for mode in model.attention_plan)
 
-    def seen(t):
-        return {} if mask is None else {"attention_mask": mask[:, :t]}
+    def seen(first, end):
+        given = {} if mask is None else {"attention_mask": mask[:, :end]}
+        if by_text:
+            given["position_ids"] = (mask[:, :end].cumsum(1) - 1).clamp_min(0)[:, first:]
+        return given
 
     with torch.inference_mode():
-        cache = model(ids[:, :start], use_cache=True, **seen(start), **kwargs).past_key_values
+        cache = model(ids[:, :start], use_cache=True, **seen(0, start), **kwargs).past_key_values
         found = [
-            model(ids[:, t : t + 1], past_key_values=cache, **seen(t + 1), **kwargs).logits
+            model(ids[:, t : t + 1], past_key_values=cache, **seen(t, t + 1), **kwargs).logits
             for t in range(start, start + n)
         ]
     return torch.cat(found, 1)
@@ -124,7 +142,7 @@ def test_a_stream_starts_again_in_place(load, token_ids, replays, monkeypatch):
     assert len(set(replays)) == 1
 
 
-@pytest.mark.parametrize("name", ["sliding", "mixed", "swaa", *PATTERNS])
+@pytest.mark.parametrize("name", ["sliding", "mixed", "swaa", *PATTERNS, *BLOCKS])
 def test_padding_on_the_left_changes_no_row(name, load, token_ids, replays):
     model = load(RECORDED[name])
     ids = torch.cat([PADDED, token_ids(2, 30)], 1)
@@ -137,7 +155,7 @@ def test_padding_on_the_left_changes_no_row(name, load, token_ids, replays):
     assert replays
 
 
-@pytest.mark.parametrize("name", ["sliding", "mixed", "full decode", "swaa", *PATTERNS])
+@pytest.mark.parametrize("name", ["sliding", "mixed", "full decode", "swaa", *PATTERNS, *BLOCKS])
 def test_generate_writes_the_same_tokens(name, load, replays):
     model = load(RECORDED[name])
 

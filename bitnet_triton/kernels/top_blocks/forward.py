@@ -179,7 +179,7 @@ def _top_blocks_fwd_kernel(
     for j0 in range(begin, tl.minimum(begin + length, blocks), NB):
         j = j0 + tl.arange(0, NB)
         value = tl.full((BLOCK_M, NB), float("-inf"), tl.float32)
-        for part in tl.static_range(PARTS):
+        for part in range(PARTS):
             c = part * BLOCK_N + tl.arange(0, BLOCK_N)
             if PLAIN:
                 unit = j0 * UNITS + c

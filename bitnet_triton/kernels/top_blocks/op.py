@@ -283,6 +283,50 @@ POOL_KEYS = {
 _pool_keys = register_op("pool_keys", _launch_pool, _fake_pool)
 
 
+def _triton_pool_last(
+    k: Tensor, out: Tensor, kind: str, stride: int, window: int, last: int, leftpad: Tensor | None
+) -> None:
+    from bitnet_triton.kernels.top_blocks.pool import launch_pool_keys
+
+    units = Units(kind, stride, window)  # type: ignore[arg-type]
+    launch_pool_keys(k, out, units=units, last=last, leftpad=leftpad)
+
+
+def _reference_pool_last(
+    k: Tensor, out: Tensor, kind: str, stride: int, window: int, last: int, leftpad: Tensor | None
+) -> None:
+    units = Units(kind, stride, window)  # type: ignore[arg-type]
+    left = [0] * k.shape[0] if leftpad is None else leftpad.tolist()
+    for row, to, n in zip(k, out, left):
+        whole = (row.shape[0] - n - window) // stride + 1  # units
+        if whole > 0:
+            pooled = pool_keys_reference(row, units=units, leftpad=n)
+            end = n // stride + whole
+            to[end - min(last, whole) : end] = pooled[end - min(last, whole) : end]
+
+
+def _launch_pool_last(
+    k: Tensor, out: Tensor, kind: str, stride: int, window: int, last: int, leftpad: Tensor | None
+) -> None:
+    run = select("pool_last_keys", POOL_LAST_KEYS, k.device)
+    run(k, out, kind, stride, window, last, leftpad)
+
+
+def _fake_pool_last(
+    k: Tensor, out: Tensor, kind: str, stride: int, window: int, last: int, leftpad: Tensor | None
+) -> None:
+    pass
+
+
+POOL_LAST_KEYS = {
+    "triton": Implementation(_triton_pool_last),
+    "reference": Implementation(_reference_pool_last),
+}
+_pool_last_keys = register_op(
+    "pool_last_keys", _launch_pool_last, _fake_pool_last, mutates_args=("out",)
+)
+
+
 def pool_keys(
     k: Tensor,
     *,
@@ -323,3 +367,35 @@ def pool_keys(
     kind: Kind = units.kind
     pooled = _pool_keys(k, kind, units.stride, units.window, leftpad, cu_seqlens)
     return pooled if cu_seqlens is None else pooled[0]
+
+
+def pool_last_keys(
+    k: Tensor, out: Tensor, *, units: Units, last: int, leftpad: Tensor | None = None
+) -> None:
+    """Write the last units of each row of keys into the store of all of them, in place.
+
+    Args:
+        k: [B T Hk D] float16, bfloat16 or float32, last dimension contiguous.
+        out: [B U Hk D], of bounds [B U Hk 2 D], in the dtype of ``k``, as ``pool_keys`` returns
+            them with U at least T // stride. Other rows stay as they are.
+        units: of kind "mean" or "bounds".
+        last: how many units of each row; those that do not exist are not written.
+        leftpad: int32 [B], columns of padding in front.
+
+    Raises:
+        TypeError: a tensor has a wrong dtype.
+        ValueError: shapes do not fit, or the units are tokens.
+        BackendUnavailableError: the forced backend cannot run.
+    """
+    if units.kind == "token":
+        raise ValueError("`units`: expected those of windows, the tokens' own are their keys")
+    check_dtype("k", k, *FLOATS)
+    check_shape("k", k, "B T Hk D")
+    (B, T, Hk, D), U = k.shape, out.shape[1] if out.ndim > 1 else 0
+    check_dtype("out", out, k.dtype)
+    check_shape("out", out, "B U Hk width", B=B, Hk=Hk, width=units.width(D))
+    if units.rows(T) > U:
+        raise ValueError(f"`out`: expected at least {units.rows(T)} rows, got {U}")
+    if k.stride(-1) != 1 or out.stride(-1) != 1:
+        raise ValueError("`k`, `out`: expected their last dimension contiguous")
+    _pool_last_keys(k.detach(), out, units.kind, units.stride, units.window, last, leftpad)

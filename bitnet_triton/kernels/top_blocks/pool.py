@@ -95,7 +95,7 @@ def launch_pool_keys(
         k, out, leftpad, used, columns, *k.stride()[:3], *out.stride()[:3], T, U,
         D=D, BOUNDS=units.kind == "bounds", STRIDE=units.stride, WINDOW=units.window,
         BLOCK_W=triton.next_power_of_2(units.window),
-        **tiles("pool_keys", units.window, k.device), **dependent(k.device),
+        **tiles("pool_keys", D, k.device), **dependent(k.device),
     )  # fmt: skip
 
 

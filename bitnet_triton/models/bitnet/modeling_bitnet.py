@@ -26,6 +26,7 @@ from bitnet_triton.models.bitnet.planned import (
 from bitnet_triton.models.checkpoint import check_checkpoint, check_folder, check_suffixes
 from bitnet_triton.models.fuse import fuse_after_loading, introduce
 from bitnet_triton.models.fused.model import FUSED_MODELS, FusedModel
+from bitnet_triton.models.mode_loss import add_mode_loss
 from bitnet_triton.models.overflow import tell_overflow
 from bitnet_triton.models.packing import follow_packing
 from bitnet_triton.models.planned_attention import give_plan
@@ -240,7 +241,14 @@ FUSED_MODELS[BitNetModel] = FusedPlannedModel
 
 
 class BitNetForCausalLM(_TernaryModel, hf.BitNetForCausalLM):
-    """BitNet with a language-model head: ``from_pretrained``, ``generate``, ``Trainer``."""
+    """BitNet with a language-model head: ``from_pretrained``, ``generate``, ``Trainer``.
+
+    Attributes:
+        mode_loss: what the modes of the attention layers added to the loss of the last call in
+            training, without its gradient; None: nothing.
+    """
+
+    mode_loss: Tensor | None = None
 
     def forward(
         self,
@@ -295,6 +303,9 @@ class BitNetForCausalLM(_TernaryModel, hf.BitNetForCausalLM):
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
+        if labels is not None and plan is not None and self.training:
+            items = kwargs.get("num_items_in_batch")
+            self.mode_loss = add_mode_loss(self.base_model, outputs, labels, items)
         logits = outputs[0] if labels is None else outputs[1]
         tell_overflow(logits, inputs_embeds if input_ids is None else input_ids)
         return outputs
