@@ -10,6 +10,15 @@ from bitnet_triton.kernels.flash_attention import Mask, flash_attention, merge_a
 from bitnet_triton.kernels.flash_attention.launchers import ATTENTION_BWD, ATTENTION_FWD
 from bitnet_triton.kernels.int8_linear import Int8Weight, int8_linear, int8_linear_topk
 from bitnet_triton.kernels.int8_linear.op import INT8_FWD, INT8_TOPK
+from bitnet_triton.kernels.native_sparse import (
+    SparseBlocks,
+    compress_blocks,
+    native_sparse_attention,
+    select_blocks,
+)
+from bitnet_triton.kernels.native_sparse.attend import GATED_SUM_BWD, GATED_SUM_FWD
+from bitnet_triton.kernels.native_sparse.compress import POOL_BWD, POOL_FWD
+from bitnet_triton.kernels.native_sparse.launchers import COMPRESSED_BWD, COMPRESSED_FWD
 from bitnet_triton.kernels.packing import TernaryWeight
 from bitnet_triton.kernels.quantize import quantize_activations, quantize_weight
 from bitnet_triton.kernels.quantize.op import (
@@ -73,6 +82,12 @@ IMPLEMENTATIONS = {
     "top_blocks": TOP_BLOCKS,
     "pool_keys": POOL_KEYS,
     "pool_last_keys": POOL_LAST_KEYS,
+    "compress_blocks": POOL_FWD,
+    "compress_blocks_bwd": POOL_BWD,
+    "compressed_attention": COMPRESSED_FWD,
+    "compressed_attention_bwd": COMPRESSED_BWD,
+    "gated_sum": GATED_SUM_FWD,
+    "gated_sum_bwd": GATED_SUM_BWD,
 }
 
 __all__ = [
@@ -80,10 +95,12 @@ __all__ = [
     "Int8Weight",
     "Mask",
     "MergedTernaryWeight",
+    "SparseBlocks",
     "TernaryWeight",
     "Units",
     "apply_rotary",
     "bit_linear",
+    "compress_blocks",
     "dense_linear",
     "dense_linear_topk",
     "exact_attention",
@@ -91,6 +108,7 @@ __all__ = [
     "int8_linear",
     "int8_linear_topk",
     "merge_attention",
+    "native_sparse_attention",
     "pool_keys",
     "pool_last_keys",
     "quantize_activations",
@@ -99,6 +117,7 @@ __all__ = [
     "rms_norm",
     "rms_norm_quantize",
     "rotary_and_store",
+    "select_blocks",
     "selected_block_attention",
     "silu_mul_quantize",
     "ternary_linear",
