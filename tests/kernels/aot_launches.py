@@ -43,6 +43,9 @@ from bitnet_triton.kernels.rms_norm.forward import (
 )
 from bitnet_triton.kernels.rotary.decode import launch_rotary_and_store
 from bitnet_triton.kernels.rotary.forward import launch_rotary
+from bitnet_triton.kernels.selected_blocks import launch as selected_launch
+from bitnet_triton.kernels.selected_blocks.arguments import SelectedCall
+from bitnet_triton.kernels.selected_blocks.decode import launch_selected_decode
 from bitnet_triton.kernels.ternary_linear.backward import launch_ternary_linear_bwd
 from bitnet_triton.kernels.ternary_linear.launchers import packed_launcher
 from bitnet_triton.kernels.top_blocks import Units
@@ -189,6 +192,19 @@ def launch_choice_of_blocks(D, dtype):
         )  # fmt: skip
 
 
+def launch_chosen_blocks(D, dtype, group):
+    """Start the kernels of attention to chosen blocks, forward, backward and a step of decoding."""
+    q, k = meta(1, 4096, 2 * group, D, dtype=dtype), meta(1, 4096, 2, D, dtype=dtype)
+    indices = meta(1, 4096, 2, 16, dtype=torch.int32)
+    call = SelectedCall(indices, 64, True, D**-0.5)
+    out, lse = selected_launch.launch_forward(q, k, k, call)
+    selected_launch.launch_backward(out, None, q, k, k, out, lse, call)
+    length = meta(1, dtype=torch.int32)
+    launch_selected_decode(
+        q[:, :1], k, k, indices[:, :1], block=64, scale=0.1, leftpad=length, seqused=length
+    )
+
+
 def record_all():
     """Return each launch that differs in kernel, dtypes or tiles from the others."""
     with record_launches() as launches:
@@ -218,7 +234,9 @@ def record_all():
             launch_attention(D, dtype, Mask())
             launch_exact_attention(D, dtype, Mask(sinks=4))
             launch_choice_of_blocks(D, dtype)
+            launch_chosen_blocks(D, dtype, group=4)
         launch_attention(128, BF16, Mask(window=1024, sinks=4))
+        launch_chosen_blocks(128, BF16, group=16)
         launch_packed(2048, BF16, None)
         launch_trained(2048, BF16, F32, binary=False)  # autocast
         launch_trained(2048, BF16, BF16, binary=True)

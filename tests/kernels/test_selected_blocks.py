@@ -20,7 +20,7 @@ from bitnet_triton.runtime.launch import capture
 from bitnet_triton.testing import RMS_LIMITS, assert_close
 
 pytestmark = [
-    pytest.mark.backends("reference"),
+    pytest.mark.backends("triton", "reference"),
     pytest.mark.usefixtures("forced_backend"),
 ]
 
@@ -107,10 +107,11 @@ def compare(ours, exact, eager, dtype):
         if ours[name].dtype == eager[name].dtype:  # lse is float32 in every dtype
             limit["eager"] = eager[name]
         if name in ("dq", "dk", "dv") and dtype == torch.float32:
-            # differences of products that nearly cancel, in another order: as flash_attention has
+            # differences of products that nearly cancel, over all rows that chose a block, in
+            # another order: over 14 seeds the worst one reached 4.3 times that of the formula
             step = torch.finfo(dtype).eps * value.abs().max()
             error = (eager[name].double() - value).abs().max()
-            limit |= {"rms": 2 * RMS_LIMITS[dtype], "worst": 4 * max(error, 2 * step).item()}
+            limit |= {"rms": 2 * RMS_LIMITS[dtype], "worst": 7 * max(error, 2 * step).item()}
         assert_close(name, ours[name].cpu(), value, **limit)
 
 
@@ -122,7 +123,7 @@ GRID = [
     (16, 16, (1, 150, 150), (16, 1), (16, 16), torch.bfloat16, True),
     (64, 2, (2, 33, 33), (3, 3), (80, 24), torch.float32, True),
     (24, 3, (1, 90, 90), (2, 2), (128, 128), torch.float16, True),
-    (16, 1, (1, 1, 1), (4, 2), (96, 16), torch.float32, True),
+    (16, 1, (9, 1, 1), (4, 2), (96, 16), torch.float32, True),
     (128, 2, (1, 129, 300), (8, 2), (128, 64), torch.bfloat16, True),
     (16, 6, (1, 50, 77), (10, 2), (64, 128), torch.float32, False),
     (7, 3, (2, 40, 40), (4, 4), (256, 32), torch.bfloat16, False),
@@ -235,18 +236,20 @@ def test_packed_sequences_stay_apart(device, backend):
         )  # fmt: skip
 
     ours, _ = run(attend, *(t.to(device) for t in (q, k, v, dout, dlse)))
+    apart = [], []
     for start, end in itertools.pairwise(ends):
-        if start == end:
-            continue
         at = slice(start, end)
         settings = dense_settings(indices[None, at], 16, 2) | {"scale": 32**-0.5}
         single = [q[None, at], k[None, at], v[None, at], dout[None, at], dlse[None, :, at]]
-        exact, _ = run(
-            functools.partial(attention_reference, **settings), *(t.double() for t in single)
-        )
-        got = {name: ours[name][None, at] for name in ("out", "dq", "dk", "dv")}
-        got["lse"] = ours["lse"][None, :, at]
-        compare(got, exact, run_steps(*single, **settings), torch.float32)
+        if start < end:
+            attend_alone = functools.partial(attention_reference, **settings)
+            apart[0].append(run(attend_alone, *(t.double() for t in single))[0])
+            apart[1].append(run_steps(*single, **settings))
+    exact, eager = (
+        {name: torch.cat([p[name][0] for p in parts], 1 if name == "lse" else 0) for name in ours}
+        for parts in apart
+    )
+    compare(ours, exact, eager, torch.float32)
 
 
 @pytest.mark.backends("reference")
@@ -410,10 +413,13 @@ def test_a_recorded_step_reads_lengths_and_choice_from_memory(S, groups, device,
         for row, (pad, end) in enumerate(zip(pads, ends)):
             settings = dense_settings(indices[row : row + 1].cpu(), 64, groups)
             one = [q[row], k[row, pad:end], v[row, pad:end]]
+            one = [t[None].cpu() for t in one]
             exact, exact_lse = attention_reference(
-                *(t[None].cpu().double() for t in one), scale=0.2, **settings
+                *(t.double() for t in one), scale=0.2, **settings
             )
-            assert_close("out", out[row].cpu(), exact[0])
+            eager, _ = attention_reference(*one, scale=0.2, **settings)
+            assert_close("out", out[row].cpu(), exact[0], eager=eager[0])
             seen = exact_lse[0].isfinite()
             assert torch.equal(lse[row].isfinite().cpu(), seen)
-            torch.testing.assert_close(lse[row].cpu().double()[seen], exact_lse[0][seen])
+            near = {"atol": 4e-6, "rtol": 1e-6}
+            torch.testing.assert_close(lse[row].cpu().double()[seen], exact_lse[0][seen], **near)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from bitnet_triton.kernels.flash_attention.launchers import LARGEST_HEAD, inner_contiguous
 from bitnet_triton.kernels.selected_blocks.arguments import SelectedCall
 from bitnet_triton.kernels.selected_blocks.reference import (
     selected_attention_backward_reference,
@@ -16,6 +17,7 @@ from bitnet_triton.kernels.selected_blocks.reference import (
     selected_keys,
 )
 from bitnet_triton.runtime import Implementation
+from bitnet_triton.runtime.device import smallest_dot
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 
@@ -103,9 +105,42 @@ def _reference_bwd(
     return first, second, third
 
 
+def _triton_fwd(q: Tensor, k: Tensor, v: Tensor, call: SelectedCall) -> tuple[Tensor, Tensor]:
+    # Triton is imported on first use, here and below: that takes longer than this package
+    from bitnet_triton.kernels.selected_blocks.launch import launch_forward
+
+    q, k, v = inner_contiguous(q, k, v)
+    if call.scale <= 0:
+        # the softmax scales what it subtracts, by a positive factor
+        q, call = -q, replace(call, scale=-call.scale or torch.finfo(torch.float32).tiny)
+    return launch_forward(q, k, v, call)
+
+
+def _triton_bwd(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    call: SelectedCall,
+) -> Gradients:  # fmt: skip
+    from bitnet_triton.kernels.selected_blocks.launch import launch_backward
+
+    dlse = None if dlse is None else dlse.contiguous()
+    q, k, v = inner_contiguous(q, k, v)
+    out, lse = out.contiguous(), lse.contiguous()
+    return launch_backward(dout.contiguous(), dlse, q, k, v, out, lse, call)
+
+
+def _triton_objection(q: Tensor, v: Tensor, call: SelectedCall) -> str | None:
+    widest, largest = max(q.shape[-1], v.shape[-1]), LARGEST_HEAD
+    if q.dtype == torch.float32 and smallest_dot(q.device) > 1:
+        # products of float32 run in registers there, and larger heads do not fit into them
+        largest //= 2
+    return None if widest <= largest else f"heads have at most {largest} values"
+
+
 SELECTED_FWD = {
+    "triton": Implementation(_triton_fwd, _triton_objection),
     "reference": Implementation(_reference_fwd),
 }
 SELECTED_BWD = {
+    "triton": Implementation(_triton_bwd, _triton_objection),
     "reference": Implementation(_reference_bwd),
 }

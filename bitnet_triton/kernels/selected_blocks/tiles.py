@@ -41,3 +41,32 @@ def listed_keys(
         stop = tl.minimum(stop, p + 1)
     j = first + ahead + tl.arange(0, BLOCK_N)
     return j, (j < stop) & is_block
+
+
+@triton.jit
+def open_group(first, groups, Hk, Tq, chunk) -> tuple:
+    """Return which group of tokens a program has, its row and key head, and its tokens' range."""
+    number = tl.program_id(0).to(tl.int64) + first
+    row = number // groups
+    t0 = number % groups * chunk
+    return number, row // Hk, row % Hk, t0, tl.minimum(t0 + chunk, Tq)
+
+
+@triton.jit
+def open_block(offsets_ptr, spans_ptr, number, batch, n, blocks) -> tuple:
+    """Return where the list of a block stands, its first key and one past its last."""
+    at = offsets_ptr + number * blocks + n
+    span = spans_ptr + 2 * (batch * blocks + n)
+    return tl.load(at), tl.load(at + 1), tl.load(span), tl.load(span + 1)
+
+
+@triton.jit
+def row_tile(tokens_ptr, at, stop, GROUP: tl.constexpr, BLOCK_M: tl.constexpr) -> tuple:
+    """Return the tokens of a tile of rows, which of its heads each row is, and which rows exist.
+
+    All heads of a token stand behind one another; what remains of the tile is empty.
+    """
+    lanes = tl.arange(0, BLOCK_M)
+    i = lanes // GROUP
+    is_row = (i < BLOCK_M // GROUP) & (at + i < stop)
+    return tl.load(tokens_ptr + at + i, mask=is_row, other=0), lanes % GROUP, is_row
