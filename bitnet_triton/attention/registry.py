@@ -13,6 +13,7 @@ from bitnet_triton.attention.modes.full import Full
 from bitnet_triton.attention.modes.indexed_blocks import IndexedBlocks
 from bitnet_triton.attention.modes.local import Local
 from bitnet_triton.attention.modes.longformer import Longformer
+from bitnet_triton.attention.modes.native_sparse import NativeSparse
 from bitnet_triton.attention.modes.pooled_blocks import PooledBlocks
 from bitnet_triton.attention.modes.quest import Quest
 from bitnet_triton.attention.modes.sliding import Sliding
@@ -78,6 +79,7 @@ for _name, _kind in {
     "pooled_blocks": PooledBlocks,
     "indexed_blocks": IndexedBlocks,
     "quest": Quest,
+    "native_sparse": NativeSparse,
 }.items():
     register_mode(_name, _kind)
 

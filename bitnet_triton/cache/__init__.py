@@ -1,5 +1,6 @@
 """What is remembered between steps: keys and values that a mode can still see."""
 
+from bitnet_triton.cache.compressed import CompressedLayer
 from bitnet_triton.cache.growing import GrowingLayer, grow_in_place
 from bitnet_triton.cache.index_keys import IndexLayer
 from bitnet_triton.cache.memory import Call, Memory, begin_call
@@ -9,6 +10,7 @@ from bitnet_triton.cache.units import UnitsLayer
 
 __all__ = [
     "Call",
+    "CompressedLayer",
     "GrowingLayer",
     "IndexLayer",
     "Memory",

@@ -14,6 +14,7 @@ from bitnet_triton.attention.modes.full import Full
 from bitnet_triton.attention.modes.quest import Quest
 from bitnet_triton.cache import GrowingLayer, SinkWindowLayer, StreamingLayer, streaming
 from bitnet_triton.kernels.exact_attention import launchers
+from bitnet_triton.kernels.native_sparse import launchers as sparse
 from bitnet_triton.kernels.top_blocks import reference
 
 SIZES = {
@@ -26,6 +27,9 @@ STREAMING = {"mode": "streaming", "window": 5, "sinks": 2}
 POOLED = {"mode": "pooled_blocks", "block": 4, "selected": 2, "initial": 0}
 INDEXED = {"mode": "indexed_blocks", "block": 4, "selected": 2, "index_keys": "float"}
 QUEST = {"mode": "quest", "page": 2, "budget": 6}
+SPARSE = {
+    "mode": "native_sparse", "block": 4, "stride": 2, "selection": 4, "selected": 3, "window": 3,
+}  # fmt: skip
 MODES = {
     "full": "full",
     "sliding": SLIDING,
@@ -54,6 +58,14 @@ MODES = {
     "quest": QUEST,
     "quest, by head": {**QUEST, "per_head": True, "dense_below": 10},
     "quest in decoding only": {"prefill": "full", "decode": QUEST},
+    "native_sparse": SPARSE,
+    "native_sparse, own keys": {**SPARSE, "compression": "mlp", "shared_kv": False},
+    "native_sparse, linear": {**SPARSE, "compression": "linear", "stride": 4, "initial": 0},
+    "native_sparse in decoding only": {"prefill": "full", "decode": SPARSE},
+    "native_sparse in prefill only": {
+        "prefill": {**SPARSE, "compression": "mean"},
+        "decode": {"mode": "sliding", "window": 5},
+    },
     "blocks of two kinds": {"prefill": POOLED, "decode": ["full", INDEXED, QUEST]},
     "swaa-untrained": {"preset": "swaa-untrained", "window": 5, "sinks": 2},
     "swaa-untrained-fast": {"preset": "swaa-untrained-fast", "window": 5, "sinks": 2},
@@ -65,7 +77,11 @@ MODES = {
     },
 }
 # a cache of transformers does not hold what they choose by
-OWN_CACHE = [name for name, attention in MODES.items() if "indexed_blocks" in str(attention)]
+OWN_CACHE = [
+    name
+    for name, attention in MODES.items()
+    if "indexed_blocks" in str(attention) or "shared_kv" in str(attention)
+]
 # modes that see everything in 20 tokens, by what they are or by how large they are
 DEGENERATE = {
     "sliding": {"mode": "sliding", "window": 20},
@@ -176,10 +192,16 @@ def key_distance(model, ids, mask=None):
         distances.append(block_distance(q, keys, **settings))
         return choose(q, keys, **settings)
 
-    choose = blocks.top_blocks
+    def look_at_sparse(scores, *, blocks, before):
+        chosen = choose_sparse(scores, blocks=blocks, before=before)
+        distances.append(sparse_distance(scores, chosen, blocks, before))
+        return chosen
+
+    choose, choose_sparse = blocks.top_blocks, sparse.select_reference
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launchers, "select_reference", look)
         patch.setattr(blocks, "top_blocks", look_at_blocks)
+        patch.setattr(sparse, "select_reference", look_at_sparse)
         run(model, ids, mask, prompt_len=PROMPT)
     return torch.stack(distances).min().item()
 
@@ -203,6 +225,18 @@ def block_distance(
             gap = (least - next_one)[least.isfinite() & next_one.isfinite()]
             found.append(gap[gap > 0])  # none: of one window that reaches into both blocks
     return torch.cat([t.flatten() for t in found]).min()
+
+
+def sparse_distance(scores, chosen, blocks, before):
+    """Return how far importance [B Hk T N] of chosen blocks [B T Hk S] is from that of others."""
+    own = (torch.arange(scores.shape[2]) + before)[:, None] // blocks.selection
+    j = torch.arange(scores.shape[-1])
+    forced, future = (j < blocks.initial) | (j > own - blocks.local), j > own
+    taken = (chosen.transpose(1, 2)[..., None] == j).any(-2)
+    least = scores.masked_fill(~taken | forced, torch.inf).amin(-1)
+    left = scores.masked_fill(taken | forced | future, -torch.inf).amax(-1)
+    gap = (least - left)[least.isfinite() & left.isfinite()]
+    return torch.cat([gap, gap.new_tensor([torch.inf])]).min()
 
 
 CHUNKS = [[T], [7, 1, 5, 7], [PROMPT, *[1] * (T - PROMPT)], [1] * T]

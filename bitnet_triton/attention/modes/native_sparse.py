@@ -1,0 +1,486 @@
+"""Native Sparse Attention: compressed blocks, chosen blocks and a window (arXiv:2502.11089).
+
+Keys are compressed as they are before their rotary embedding, and the compressed key is rotated to
+the position of the first token of its block. Where a layer has one set of keys, they arrive rotated
+and are turned back first: that is exact to rounding, so a cache keeps no others.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bitnet_triton.attention.checks import check_known, check_number
+from bitnet_triton.attention.context import AttentionContext
+from bitnet_triton.attention.masked import check_served
+from bitnet_triton.attention.mode import Mode, Step, StepLayer, StepTensors
+from bitnet_triton.cache import CompressedLayer, Memory
+from bitnet_triton.cache.key_values import LEFTPAD, POSITION, USED
+from bitnet_triton.kernels import (
+    Mask,
+    SparseBlocks,
+    apply_rotary,
+    compress_blocks,
+    native_sparse_attention,
+)
+from bitnet_triton.kernels.native_sparse.arguments import block_tokens
+
+COMPRESSIONS = ("mean", "weights", "linear", "mlp")
+# where the gates start, before the sigmoid: compressed blocks, chosen blocks, the window
+_GATES_START = (-2.0, 0.0, 0.0)
+KEYS, VALUES = "compressed_keys", "compressed_values"
+
+
+@dataclass(frozen=True)
+class NativeSparse(Mode):
+    """Three branches, summed by gates that the hidden states open; the defaults are the paper's.
+
+    Attributes:
+        block: tokens of a compression block.
+        stride: from one to the next; divides ``block`` and ``selection``.
+        selection: tokens of a selection block, at least ``block``.
+        selected: blocks that a token reads, the forced ones among them.
+        initial: first blocks of the text, which every token reads.
+        local: latest blocks, its own among them, which every token reads.
+        window: latest keys that a token reads, itself included.
+        compression: what becomes of a block: "mean"; "weights", a sum by learned weights;
+            "linear", one map of all its tokens; "mlp", two with a GELU between. But for the mean,
+            places in a block have embeddings. All of them start as the mean.
+        shared_kv: whether one set of keys and values serves the three branches, as a model that was
+            trained with full attention has it, or each has projections of its own, as in the paper.
+    """
+
+    block: int = 32
+    stride: int = 16
+    selection: int = 64
+    selected: int = 16
+    initial: int = 1
+    local: int = 2
+    window: int = 512
+    compression: str = "weights"
+    shared_kv: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("block", "stride", "selection", "selected", "window"):
+            check_number(name, getattr(self, name), 1)
+        for name in ("initial", "local"):
+            check_number(name, getattr(self, name), 0)
+        check_known("compression", self.compression, COMPRESSIONS)
+        if not isinstance(self.shared_kv, bool):
+            got = type(self.shared_kv).__name__
+            raise TypeError(f"`attention`: 'shared_kv': expected true or false, got {got}")
+        try:
+            self.blocks  # noqa: B018 - checks how the sizes go together
+        except ValueError as error:
+            raise ValueError(f"`attention`: mode {self.name!r}: {error}") from error
+
+    @property
+    def blocks(self) -> SparseBlocks:
+        """The sizes and numbers of blocks as the op takes them."""
+        return SparseBlocks(
+            self.block, self.stride, self.selection, self.selected, self.initial, self.local,
+            self.window,
+        )  # fmt: skip
+
+    @property
+    def reads_hidden_states(self) -> bool:
+        """Gates read them, and projections."""
+        return True
+
+    def module(self, config: Any) -> nn.Module:
+        """Return gates, compressors, and projections where branches have their own."""
+        return SparseParts(config, self.block, self.compression, self.shared_kv)
+
+    def memory(self, other: Mode) -> Memory:
+        """Return a memory of everything and of compressed blocks."""
+        if type(other) is type(self):
+            settings = ("block", "stride", "compression", "shared_kv")
+            for name in settings:
+                mine, theirs = (getattr(mode, name) for mode in (self, other))
+                if mine != theirs:
+                    raise ValueError(
+                        f"`attention`: both phases of {self.name!r} need the same {name!r}, got "
+                        f"{mine} and {theirs}"
+                    )
+        elif type(other).memory is not Mode.memory:
+            raise ValueError(f"`attention`: no memory serves {self.name!r} and {other.name!r}")
+        elif not self.shared_kv:
+            raise ValueError(
+                f"`attention`: {self.name!r} with keys of its own for each branch takes in every "
+                f"token itself: expected no {other.name!r} in the other phase, or 'shared_kv'"
+            )
+        return CompressedLayer(self.block, self.stride)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
+        """Map q [B Tq H D] and k, v [B Tk Hk D] to [B Tq H D]."""
+        self._check(context)
+        T, module = q.shape[1], cast("SparseParts", context.module)
+        packed = context.tokens.cu_seqlens is not None
+        if packed and k.shape[1] != T:
+            raise ValueError("`position_ids`: packed sequences go without a cache")
+        used = T if packed else int(context.tokens.offset) + T
+        k, v = k[:, :used], v[:, :used]  # behind it a static cache has nothing
+        gates = module.gates(context.hidden_states).to(q.dtype)
+        call = _Call(self, module, context, used)
+        k_window, v_window = call.window_keys(k, v)
+        k_compressed, v_compressed = call.compressed(k, v)
+        if packed:  # compressed ones are already
+            q, k, v, gates = (t.flatten(0, 1) for t in (q, k, v, gates))
+            if k_window is not None and v_window is not None:
+                k_window, v_window = k_window.flatten(0, 1), v_window.flatten(0, 1)
+        out: Any = native_sparse_attention(
+            q, k, v, k_compressed, v_compressed, gates, blocks=self.blocks, scale=context.scale,
+            k_window=k_window, v_window=v_window, **call.lengths,
+        )  # fmt: skip
+        return out.unflatten(0, (-1, T)) if packed else out
+
+    def _check(self, context: AttentionContext) -> None:
+        check_served(self, context)
+        if context.softcap is not None or context.s_aux is not None:
+            raise ValueError(f"`attention`: {self.name!r} has no bounded scores and no sinks")
+        if context.module is None or context.frequencies is None or context.positions is None:
+            raise ValueError(f"`attention`: {self.name!r} needs a layer that tells of its rotation")
+        if torch.compiler.is_compiling() and isinstance(context.tokens.offset, Tensor):
+            raise ValueError(
+                f"`attention`: {self.name!r} takes no static cache in a compiled graph"
+            )
+
+    def step(self, memory: Memory, layer: StepLayer) -> Step | str:
+        """Write the new token, compress the block that it completes, and attend three times."""
+        if not self.shared_kv:
+            return "each branch projects keys and values of its own"
+        if self.compression not in ("mean", "weights"):
+            return f"compression {self.compression!r} has no kernel for one block"
+        if not isinstance(memory, CompressedLayer) or KEYS not in memory.more:
+            return "its cache has no compressed blocks"
+        return _step_of(self, memory, layer)
+
+
+def _step_of(mode: NativeSparse, memory: CompressedLayer, layer: StepLayer) -> Step:
+    # Triton is imported on first use
+    from bitnet_triton.kernels.flash_attention.decode import launch_decode
+    from bitnet_triton.kernels.native_sparse.decode import (
+        launch_compress_step,
+        launch_compressed_decode,
+        launch_gates,
+    )
+    from bitnet_triton.kernels.native_sparse.gates import launch_gated_sum
+    from bitnet_triton.kernels.selected_blocks.decode import launch_selected_decode
+
+    blocks, scale = mode.blocks, layer.scale
+    module = cast("SparseParts", layer.module)
+    a, b = module.keys, module.values
+    weights, bias = (_weights_of(a), _weights_of(b)), (_bias_of(a), _bias_of(b))
+    gates = module.gates.weight, module.gates.bias
+
+    def run(step: StepTensors) -> Tensor:
+        places = step.places
+        left, used = places[LEFTPAD], places[USED]
+        q = memory.write(step.heads, step.cos, step.sin, places)
+        keys, values = (store.transpose(1, 2) for store in memory.stores)
+        k, v = (memory.more[name].transpose(1, 2) for name in (KEYS, VALUES))
+        launch_compress_step(
+            keys, values, k, v, blocks=blocks, weights=weights, bias=bias, cos=step.cos,
+            sin=step.sin, leftpad=left, used=used, position=places[POSITION],
+        )  # fmt: skip
+        compressed, indices = launch_compressed_decode(
+            q, k, v, blocks=blocks, scale=scale, tokens=keys.shape[1], leftpad=left, used=used
+        )
+        chosen, _ = launch_selected_decode(
+            q, keys, values, indices, block=blocks.selection, scale=scale, leftpad=left,
+            seqused=used,
+        )  # fmt: skip
+        window, _ = launch_decode(
+            q, keys, values, mask=Mask(window=blocks.window), scale=scale, leftpad_k=left,
+            seqused_k=used,
+        )  # fmt: skip
+        assert step.hidden_states is not None
+        return launch_gated_sum(
+            compressed, chosen, window, launch_gates(step.hidden_states, *gates)
+        )
+
+    return run
+
+
+def _weights_of(part: Compressor) -> Tensor | None:
+    return None if part.weights is None else part.weights.detach()
+
+
+def _bias_of(part: Compressor) -> Tensor | None:
+    """Return what embeddings of places add to each compressed key or value, [Hk D]."""
+    if part.weights is None or part.positions is None:
+        return None
+    return torch.einsum("hr,hrd->hd", part.weights.detach(), part.positions.detach()).contiguous()
+
+
+class _Call:
+    """One call of a layer: its keys and values by branch.
+
+    Args:
+        mode: says how.
+        module: what it brought to the layer.
+        context: of the call.
+        used: tokens up to the last query, padding included.
+    """
+
+    def __init__(
+        self, mode: NativeSparse, module: SparseParts, context: AttentionContext, used: int
+    ) -> None:
+        self.mode, self.module, self.context, self.used = mode, module, context, used
+        self.lengths: Any = {
+            "cu_seqlens": context.tokens.cu_seqlens, "leftpad": context.tokens.leftpad,
+        }  # fmt: skip
+        memory = context.memory
+        self.memory = memory if isinstance(memory, CompressedLayer) else None
+        self.raw = None if mode.shared_kv else module.projected("compressed", context.hidden_states)
+
+    def window_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return keys and values [B Tk Hk D] of the window where they are not k and v."""
+        if self.mode.shared_kv:
+            return None, None
+        keys, values = self.module.projected("window", self.context.hidden_states)
+        keys = _rotated(keys.to(k.dtype), *self._angles(self._positions(keys.shape[1])))
+        return self._kept("window_keys", keys), self._kept("window_values", values.to(v.dtype))
+
+    def compressed(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return compressed keys and values [B N Hk D], packed where sequences are."""
+        raw_k, raw_v = k, v
+        if self.raw is not None:
+            raw_k, raw_v = (t.to(k.dtype) for t in self.raw)
+            raw_k, raw_v = self._kept("raw_keys", raw_k), self._kept("raw_values", raw_v)
+        memory = self.memory
+        learns = torch.is_grad_enabled() and any(
+            t.requires_grad for t in (raw_k, raw_v, *self.module.parameters())
+        )
+        if memory is None:
+            return self._all_blocks(raw_k, raw_v)
+        with torch.no_grad():
+            self._add_blocks(memory, raw_k, raw_v)
+        memory.take_in()
+        if learns:  # what is in the memory has no gradient
+            return self._all_blocks(raw_k, raw_v)
+        count = memory.blocks(self.used)
+        keys, values = (memory.more[name][:, :, :count].transpose(1, 2) for name in (KEYS, VALUES))
+        return keys, values
+
+    def _kept(self, name: str, new: Tensor) -> Tensor:
+        """Return what there is of all tokens [B Tk Hk D], ``new`` [B T Hk D] behind the former."""
+        T = new.shape[1]
+        start = self.used - T
+        if self.memory is None:
+            if start:
+                raise ValueError(
+                    f"`past_key_values`: attention {self.mode.name!r} with keys of its own for "
+                    "each branch needs the cache that the model makes"
+                )
+            return new
+        if self.memory.taken != start:
+            raise ValueError(
+                f"`past_key_values`: attention {self.mode.name!r} has taken in "
+                f"{self.memory.taken} of {start} tokens"
+            )
+        if torch.is_grad_enabled() and new.requires_grad:
+            former = self.memory.more[name][:, :, :start].transpose(1, 2) if start else new[:, :0]
+            new = torch.cat([former, new], dim=1)
+            self.memory.room(name, new, self.used)[:, :, : self.used] = new.detach().transpose(1, 2)
+            return new
+        store = self.memory.room(name, new, self.used)
+        store[:, :, start : self.used] = new.transpose(1, 2)
+        return store[:, :, : self.used].transpose(1, 2)
+
+    def _positions(self, tokens: int) -> Tensor:
+        """Return where the rotary embedding has put the last ``tokens`` tokens, [B or 1, tokens].
+
+        Those of a text follow one another, so that only packed ones have to be told apart.
+        """
+        positions = self.context.positions
+        assert positions is not None
+        if tokens == positions.shape[1]:
+            return positions
+        back = torch.arange(tokens - 1, -1, -1, device=positions.device)
+        return positions[:, -1:] - back
+
+    def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines [.. D] of positions, in float32."""
+        assert self.context.frequencies is not None
+        # padding has positions below 0, or any
+        angle = positions.clamp_min(0)[..., None].float() * self.context.frequencies.float()
+        angle = torch.cat([angle, angle], dim=-1)
+        return angle.cos(), angle.sin()
+
+    def _all_blocks(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Compress everything at once."""
+        mode, lengths = self.mode, self.lengths
+        positions = self._positions(k.shape[1])
+        cos, sin = self._angles(positions)
+        if self.raw is None:
+            k = _rotated(k, cos, -sin)
+        sizes: Any = {"block": mode.block, "stride": mode.stride}
+        first = torch.arange(0, max(k.shape[1], 1), mode.stride, device=k.device)
+        if lengths["cu_seqlens"] is not None:
+            B = k.shape[0]
+            cos, sin = (t.expand(B, -1, -1).flatten(0, 1)[None] for t in (cos, sin))
+            k, v = k.flatten(0, 1), v.flatten(0, 1)
+            found = block_tokens(k.shape[0], **sizes, **lengths)
+            assert found is not None
+            first = found.clamp_min(0).long()
+        elif lengths["leftpad"] is not None:
+            last = k.shape[1] - 1
+            first = (first + lengths["leftpad"][:, None]).clamp_max(last).long()
+        keys, values = (
+            part(x, **sizes, **lengths)
+            for part, x in ((self.module.keys, k), (self.module.values, v))
+        )
+        count = keys.shape[-3]
+        if first.ndim == 1:
+            cos, sin = (t[:, first[:count]] for t in (cos, sin))
+        else:
+            index = first[:, :count, None].expand(-1, -1, cos.shape[-1])
+            cos, sin = (t.expand(len(first), -1, -1).gather(1, index) for t in (cos, sin))
+        if keys.ndim == 3:
+            return _rotated(keys[None], cos, sin)[0], values
+        return _rotated(keys, cos, sin), values
+
+    def _add_blocks(self, memory: CompressedLayer, k: Tensor, v: Tensor) -> None:
+        """Compress the blocks that have become whole since the memory took in tokens."""
+        mode, used, left = self.mode, self.used, self.lengths["leftpad"]
+        B, device = k.shape[0], k.device
+        # so many in any row: how far each row is depends on its padding, at which nobody looks
+        count = (used - memory.taken) // mode.stride + 1
+        if left is None:
+            done = memory.blocks(memory.taken)
+            count = memory.blocks(used) - done
+            before = torch.full((B,), done, device=device)
+        else:
+            before = (memory.taken - left - mode.block + mode.stride).clamp_min(0) // mode.stride
+        places = memory.blocks(used) + count + 1
+        stores = [memory.room(name, t, places) for name, t in ((KEYS, k), (VALUES, v))]
+        if count <= 0 or used < mode.block:
+            return
+        n = before[:, None] + torch.arange(count, device=device)  # [B count]
+        start = n * mode.stride + (0 if left is None else left[:, None])
+        # those that are not whole yet get what will be written over
+        start = start.clamp_max(used - mode.block).long()
+        index = (start[..., None] + torch.arange(mode.block, device=device)).flatten(1)
+        rows = torch.arange(B, device=device)[:, None]
+        positions = self._positions(used).expand(B, -1)
+        sizes = {"block": mode.block, "stride": mode.block}
+        tokens = k[rows, index]
+        if self.raw is None:
+            cos, sin = self._angles(positions.gather(1, index))
+            tokens = _rotated(tokens, cos, -sin)
+        keys = self.module.keys(tokens, **sizes)
+        keys = _rotated(keys, *self._angles(positions.gather(1, start)))
+        values = self.module.values(v[rows, index], **sizes)
+        for store, new in zip(stores, (keys, values)):
+            store.transpose(1, 2)[rows, n.long()] = new.to(store.dtype)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x [B T Hk D] by [B or 1, T, D]."""
+    return apply_rotary(x.contiguous(), cos.to(x.dtype), sin.to(x.dtype))
+
+
+class Gates(nn.Module):
+    """Maps hidden states [B T K] to gates [B T H 3] between 0 and 1; stays dense."""
+
+    def __init__(self, K: int, heads: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3 * heads, K))
+        self.bias = nn.Parameter(torch.tensor(_GATES_START).repeat(heads))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B T K] to [B T H 3]."""
+        return F.linear(x, self.weight, self.bias).sigmoid().unflatten(-1, (-1, 3))
+
+
+class Compressor(nn.Module):
+    """Maps the tokens of each block to one, for each head of keys or values; stays dense.
+
+    Args:
+        kind: one of ``COMPRESSIONS``.
+        heads: of keys or values.
+        D: size of a head.
+        block: tokens of a block.
+    """
+
+    def __init__(self, kind: str, heads: int, D: int, block: int) -> None:
+        super().__init__()
+        self.weights = self.linear = self.positions = None
+        self.mlp = nn.ParameterList()
+        if kind == "mean":
+            return
+        self.positions = nn.Parameter(torch.zeros(heads, block, D))
+        share = torch.eye(D).expand(heads, block, D, D) / block
+        if kind == "weights":
+            self.weights = nn.Parameter(torch.full((heads, block), 1 / block))
+        elif kind == "linear":
+            self.linear = nn.Parameter(share.clone())
+        else:
+            # GELU(x) - GELU(-x) = x
+            self.mlp.append(nn.Parameter(torch.cat([share, -share], dim=-1)))
+            back = torch.eye(D).expand(heads, D, D)
+            self.mlp.append(nn.Parameter(torch.cat([back, -back], dim=1)))
+
+    def forward(self, x: Tensor, **sizes: Any) -> Tensor:
+        """Map x [B T Hk D] to [B N Hk D] as ``compress_blocks`` does."""
+
+        def own(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.to(x.dtype)
+
+        mlp: Any = tuple(own(t) for t in self.mlp) or None
+        return compress_blocks(
+            x, weights=own(self.weights), linear=own(self.linear), mlp=mlp,
+            positions=own(self.positions), **sizes,
+        )  # fmt: skip
+
+
+class SparseParts(nn.Module):
+    """What the mode brings to an attention layer.
+
+    State: ``gates``, ``keys`` and ``values`` (compressors); with projections of their own for each
+    branch also ``compressed_k_proj``, ``compressed_v_proj``, ``window_k_proj`` and
+    ``window_v_proj``, which become ternary with those of the model; those of the layer are the ones
+    of the chosen blocks.
+
+    Args:
+        config: of the model.
+        block: tokens of a compression block.
+        compression: one of ``COMPRESSIONS``.
+        shared_kv: whether there are no further projections.
+    """
+
+    ternary = True  # the projections: all else has no linears
+
+    def __init__(self, config: Any, block: int, compression: str, shared_kv: bool) -> None:
+        super().__init__()
+        K, heads, kv_heads = (
+            config.hidden_size, config.num_attention_heads, config.num_key_value_heads,
+        )  # fmt: skip
+        self.head_dim = getattr(config, "head_dim", None) or K // heads
+        self.gates = Gates(K, heads)
+        self.keys = Compressor(compression, kv_heads, self.head_dim, block)
+        self.values = Compressor(compression, kv_heads, self.head_dim, block)
+        self.branches = () if shared_kv else ("compressed", "window")
+        for name in self._projections():
+            linear = nn.Linear(K, kv_heads * self.head_dim, bias=config.attention_bias)
+            self.add_module(name, linear)
+
+    def _projections(self) -> list[str]:
+        return [f"{branch}_{part}_proj" for branch in self.branches for part in "kv"]
+
+    def init_from(self, attention: nn.Module) -> None:
+        """Start further projections as copies of those of ``attention``."""
+        for name in self._projections():
+            own = attention.get_submodule(name.split("_", 1)[1])
+            self.add_module(name, copy.deepcopy(own))
+
+    def projected(self, branch: str, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys, not rotated, and values [B T Hk D] of a branch."""
+        keys, values = (self.get_submodule(f"{branch}_{part}_proj")(x) for part in "kv")
+        return keys.unflatten(-1, (-1, self.head_dim)), values.unflatten(-1, (-1, self.head_dim))

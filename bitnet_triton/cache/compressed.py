@@ -1,0 +1,134 @@
+"""A cache layer that keeps everything, and compressed keys and values of it beside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitnet_triton.cache.growing import GrowingLayer
+from bitnet_triton.cache.key_values import may_write
+
+_FEWEST = 64  # places that are added to a store at least
+
+
+class CompressedLayer(GrowingLayer):
+    """Everything that a ``GrowingLayer`` keeps, and what a mode makes of it as tokens come.
+
+    A mode takes tokens in after ``update`` has stored their keys and values: it writes their blocks
+    into the stores that ``room`` gives it, and says by ``take_in`` how far it has come. Blocks are
+    counted from the first real token of each row, so what is valid of them follows from the number
+    of tokens. Tokens that nobody has taken in yet, because another mode has read them, are taken in
+    by the next call.
+
+    Args:
+        block: tokens of a compression block.
+        stride: from one to the next.
+
+    Attributes:
+        taken: how many tokens, padding included, have been taken in.
+        more: further stores by name, [B Hk capacity D]: "compressed_keys" and "compressed_values"
+            have a place for each block, all others one for each token.
+    """
+
+    def __init__(self, block: int, stride: int) -> None:
+        super().__init__()
+        self.block, self.stride = block, stride
+        self.taken = 0
+        self.more: dict[str, Tensor] = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append keys and values [B Hk T D]; return all of them."""
+        taken = self.taken
+        found = super().update(key_states, value_states, *args, **kwargs)
+        self.taken = taken  # they still have to be taken in
+        return found
+
+    def take_in(self) -> None:
+        """Count all tokens that are held as taken in."""
+        self.taken = self.held
+
+    def blocks(self, tokens: int) -> int:
+        """Return how many blocks there may be of ``tokens`` tokens."""
+        return max(tokens - self.block + self.stride, 0) // self.stride
+
+    def room(self, name: str, like: Tensor, places: int) -> Tensor:
+        """Return a store [B Hk capacity D] with as many places at least, to be written to.
+
+        Args:
+            name: of the store; one that is not there yet is made.
+            like: [B T Hk D], of its dtype, on its device.
+            places: that are needed; what is held in them stays.
+        """
+        store = self.more.get(name)
+        if store is not None and store.shape[0] != like.shape[0]:
+            store = None  # of another batch
+        if store is not None and store.shape[2] >= places and may_write(store):
+            return store
+        held = 0 if store is None else store.shape[2]
+        capacity = max(places, held)
+        if capacity > held:
+            capacity += max(capacity // 4, _FEWEST)
+        (B, Hk), D = (like.shape[0], like.shape[2]), like.shape[-1]
+        # what is not yet written has to be finite: it may be multiplied with a weight of 0
+        larger = torch.zeros((B, Hk, capacity, D), dtype=like.dtype, device=like.device)
+        if store is not None:
+            larger[:, :, :held] = store
+        self.more[name] = larger
+        return larger
+
+    def is_ready(self, B: int, dtype: torch.dtype, device: torch.device) -> bool:
+        """Tell whether it holds tokens of B rows, all of them taken in."""
+        return self.taken == self.held and super().is_ready(B, dtype, device)
+
+    def reserve(self, new: int) -> None:
+        """Make room for ``new`` tokens behind those that the layer holds, and for their blocks."""
+        taken = self.taken
+        super().reserve(new)
+        self.taken = taken
+        tokens = self.held + new
+        for name, store in list(self.more.items()):
+            places = self.blocks(tokens) if name.startswith("compressed") else tokens
+            self.room(name, store.transpose(1, 2), max(places, 1))
+
+    def advance(self, new: int) -> None:
+        """Count ``new`` tokens as held and taken in, which somebody has written."""
+        super().advance(new)
+        self.taken += new
+
+    def address(self) -> tuple[Tensor, ...]:
+        """Return all stores."""
+        return (*super().address(), *self.more.values())
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the latest tokens, as many as minus ``tokens_to_remove`` says."""
+        super().crop(tokens_to_remove)
+        self.taken = min(self.taken, self.get_seq_length())
+
+    def reset(self) -> None:
+        """Forget all tokens, and give the memory back."""
+        super().reset()
+        self.taken = 0
+        self.more = {}
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Take the rows ``beam_idx`` [B], for beam search."""
+        super().reorder_cache(beam_idx)
+        self._change_rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        super().batch_repeat_interleave(repeats)
+        self._change_rows(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Take the rows ``indices``."""
+        super().batch_select_indices(indices)
+        self._change_rows(lambda t: t[indices.to(t.device)])
+
+    def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.more = {name: change(store) for name, store in self.more.items()}
