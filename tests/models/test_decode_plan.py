@@ -14,6 +14,9 @@ LOCAL = {"mode": "local", "block": 8}
 POOLED = {"mode": "pooled_blocks", "block": 4, "selected": 3}
 INDEXED = {"mode": "indexed_blocks", "block": 4, "selected": 3, "index_keys": "float"}
 QUEST = {"mode": "quest", "page": 4, "budget": 12}
+SPARSE = {
+    "mode": "native_sparse", "block": 4, "stride": 2, "selection": 4, "selected": 3, "window": 5,
+}  # fmt: skip
 RECORDED = {
     "full": "full",
     "sliding": SLIDING,
@@ -42,9 +45,14 @@ RECORDED = {
     "indexed_blocks": INDEXED,
     "indexed codes": {**INDEXED, "index_keys": "int8", "dense_below": 12},
     "quest": QUEST,
+    "native_sparse": SPARSE,
+    "sparse means": {**SPARSE, "compression": "mean", "block": 6, "selection": 8, "local": 1},
+    "sparse decode": {"prefill": "full", "decode": SPARSE},
     "blocks mixed": {"prefill": "full", "decode": [INDEXED, {**QUEST, "dense_below": 20}]},
 }
 LAUNCHED = {
+    "sparse maps": {**SPARSE, "compression": "linear"},
+    "sparse branches": {**SPARSE, "shared_kv": False},
     "quest by head": {**QUEST, "per_head": True},
     "top_k": {"mode": "top_k", "keys": 3},
     "head windows": {"mode": "longformer", "window": [4, 4, 6, 6]},
@@ -53,6 +61,7 @@ LAUNCHED = {
 }
 PATTERNS = ["streaming", "streaming phases", "local", "strided", "fixed", "longformer", "global"]
 BLOCKS = ["pooled_blocks", "pooled windows", "indexed_blocks", "quest", "blocks mixed"]
+BLOCKS += ["native_sparse", "sparse decode"]
 PADDED = torch.tensor([[0, 0, 0, 1, 9, 30, 7], [1, 5, 23, 71, 8, 40, 6]])
 MASK = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1] * 7])
 
