@@ -11,6 +11,7 @@ from bitnet_triton.attention.modes.full import Full
 from bitnet_triton.attention.modes.indexed_blocks import IndexedBlocks
 from bitnet_triton.attention.modes.local import Local
 from bitnet_triton.attention.modes.longformer import Longformer
+from bitnet_triton.attention.modes.native_sparse import NativeSparse
 from bitnet_triton.attention.modes.pooled_blocks import PooledBlocks
 from bitnet_triton.attention.modes.quest import Quest
 from bitnet_triton.attention.modes.sliding import Sliding
@@ -38,6 +39,11 @@ WINDOW_4 = {"mode": "sliding", "window": 4, "sinks": 1}
         ({"mode": "pooled_blocks", "block": 8}, [PooledBlocks(8)], [PooledBlocks(8)]),
         ({"mode": "indexed_blocks", "block": 8}, [IndexedBlocks(8)], [IndexedBlocks(8)]),
         ({"mode": "quest", "page": 8, "budget": 64}, [Quest(8, 64)], [Quest(8, 64)]),
+        (
+            {"mode": "native_sparse", "window": 64, "shared_kv": False},
+            [NativeSparse(window=64, shared_kv=False)],
+            [NativeSparse(window=64, shared_kv=False)],
+        ),
         (
             {"mode": "longformer", "window": [2, 3], "global_tokens": [0], "global_mask": True},
             [Longformer((2, 3), global_tokens=(0,), global_mask=True)],
