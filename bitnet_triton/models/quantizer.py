@@ -90,7 +90,8 @@ def _linears(model: nn.Module, skip: list[str]) -> Iterator[tuple[str, nn.Linear
     for name, module in list(model.named_modules()):
         if module in passed:
             continue
-        is_dense = isinstance(module, nn.Linear) and not isinstance(module, BitLinear)
+        is_ours = isinstance(module, (BitLinear, PackedBitLinear))
+        is_dense = isinstance(module, nn.Linear) and not is_ours
         if is_dense and should_convert_module(name, skip):
             yield name, module
 
@@ -142,6 +143,11 @@ class TernaryHfQuantizer(BitNetHfQuantizer):
     def get_weight_conversions(self) -> list:
         """Load tensors as they are stored; the name of the above in transformers 5.17."""
         return []
+
+    @property
+    def is_trainable(self) -> bool:
+        """Tell ``Trainer`` that adapters may be trained beside the weights, packed ones too."""
+        return True
 
     @property
     def is_compileable(self) -> bool:

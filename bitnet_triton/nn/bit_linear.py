@@ -65,7 +65,7 @@ class BitLinear(nn.Linear):
         return f"{super().extra_repr()}, levels={self.levels}"
 
 
-class PackedBitLinear(nn.Module):
+class PackedBitLinear(nn.Linear):
     """Linear with packed ternary weights, in the layout and under the names of checkpoints.
 
     State: ``weight`` uint8 [N / 4, K], ``weight_scale`` [1] and ``bias`` [N], all buffers.
@@ -74,6 +74,9 @@ class PackedBitLinear(nn.Module):
     float32 whatever the dtype of the model: it belongs to the weights, and a cast would change
     them for good. ``autobitlinear`` multiplies the bias by ``weight_scale`` too, so there the
     buffer holds the bias divided by it.
+
+    An ``nn.Linear``, because that is what tools look for: peft puts adapters beside those and
+    refuses anything else. The weight has no gradient, its input has one.
 
     Args:
         in_features: K.
@@ -90,7 +93,7 @@ class PackedBitLinear(nn.Module):
 
     weight: Tensor
     weight_scale: Tensor
-    bias: Tensor | None
+    bias: Tensor | None  # type: ignore[assignment]  # nn.Linear has no word for "or none"
 
     def __init__(
         self,
@@ -103,7 +106,7 @@ class PackedBitLinear(nn.Module):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super(nn.Linear, self).__init__()  # whose own would make a float matrix [N, K]
         if out_features % CODES_PER_BYTE:
             raise ValueError(
                 f"`out_features`: expected a multiple of {CODES_PER_BYTE}, got {out_features}"
@@ -113,6 +116,7 @@ class PackedBitLinear(nn.Module):
         self.out_features = out_features
         self.scale_divides = scale_divides
         self.rms_norm = rms_norm
+        self._is_hf_initialized = True  # transformers draws the weights of an nn.Linear otherwise
         packed_shape = (out_features // CODES_PER_BYTE, in_features)
         self.register_buffer("weight", torch.empty(packed_shape, dtype=torch.uint8, device=device))
         self.register_buffer("weight_scale", torch.empty(1, dtype=torch.float32, device=device))
@@ -157,6 +161,22 @@ class PackedBitLinear(nn.Module):
         """The weight as the ops read it; shares the memory of the buffers."""
         scale = self.weight_scale.float()  # a checkpoint that is assigned brings its own dtype
         return TernaryWeight(self.weight, scale.reciprocal() if self.scale_divides else scale)
+
+    @property
+    def W_q(self) -> Tensor:
+        """The packed weight, by the name that peft looks for before it calls ``dequantize``."""
+        return self.weight
+
+    def dequantize(self) -> Tensor:
+        """Return the weight as float32 [N, K]; peft calls it for DoRA, which needs norms of rows.
+
+        Raises:
+            NotImplementedError: the layer scales its bias, where DoRA would take the bias as it is.
+        """
+        if self.bias is not None and not self.scale_divides:
+            raise NotImplementedError("DoRA beside a packed `autobitlinear` with a bias")
+        weight = self.ternary_weight
+        return weight.codes() * weight.scale
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedBitLinear:
         scale, had_memory = self.weight_scale, self.weight.device.type != "meta"

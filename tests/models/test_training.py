@@ -108,9 +108,10 @@ def test_a_packed_model_is_not_trained_by_mistake(checkpoint, tmp_path):
 
 
 @pytest.mark.peer
-def test_lora_trains_beside_master_weights(checkpoint, tmp_path):
+@pytest.mark.parametrize("format", ["online", "packed"])
+def test_lora_trains_beside_ternary_weights(format, checkpoint, tmp_path):
     peft = pytest.importorskip("peft")
-    model = bt.BitNetForCausalLM.from_pretrained(checkpoint("online"))
+    model = bt.BitNetForCausalLM.from_pretrained(checkpoint(format))
     master = model.model.layers[0].self_attn.q_proj.weight.detach().clone()
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     lora = peft.get_peft_model(model, config)
@@ -123,7 +124,7 @@ def test_lora_trains_beside_master_weights(checkpoint, tmp_path):
     lora.eval()
     with torch.no_grad():
         expected = lora(ids).logits
-        base = bt.BitNetForCausalLM.from_pretrained(checkpoint("online"))
+        base = bt.BitNetForCausalLM.from_pretrained(checkpoint(format))
         again = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
         assert torch.equal(again(ids).logits, expected)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
 
@@ -32,6 +34,8 @@ from bitnet_triton.nn import MergedLinears, PackedBitLinear, RMSNorm
 from bitnet_triton.runtime import backend_objection, forced_backend, select
 from bitnet_triton.runtime.autotune import largest_size
 from bitnet_triton.runtime.device import autocast_dtype, smallest_dot
+
+logger = logging.getLogger("bitnet_triton")
 
 _CAPTURES_OUTPUTS = "transformers.utils.output_capturing"
 
@@ -138,6 +142,8 @@ def _objection_to_classes(layer: Any, architecture: Architecture) -> str | None:
 def _objection_to_linears(layer: nn.Module) -> str | None:
     for name, linear in _linears(layer):
         is_packed = isinstance(linear, PackedBitLinear)
+        if hasattr(linear, "base_layer"):
+            return f"{name}: it has adapters, which run beside it"
         if not is_packed or type(linear).forward is not PackedBitLinear.forward:
             return f"{name}: expected packed ternary weights, got {type(linear).__name__}"
         if linear.bias is not None:
@@ -201,6 +207,8 @@ class Fusion:
         self.objection = layer_objection(layer, self.architecture)
         if self.objection is None:
             self._read_parts(layer)
+        else:
+            _tell_once(self.objection)
         self._is_hooked = any(
             module._forward_pre_hooks or module._forward_hooks
             for module in layer.modules()
@@ -366,6 +374,11 @@ class Fusion:
         if kwargs.get("output_attentions", self.attention.config.output_attentions):
             return True
         return not all(_only_captures(hook) for hooks in self._hooks for hook in hooks.values())
+
+
+@functools.cache
+def _tell_once(objection: str) -> None:
+    logger.info("fused layers run module by module from now on: %s", objection)
 
 
 def has_global_hooks() -> bool:
