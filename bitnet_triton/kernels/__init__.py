@@ -10,6 +10,8 @@ from bitnet_triton.kernels.flash_attention import Mask, flash_attention, merge_a
 from bitnet_triton.kernels.flash_attention.launchers import ATTENTION_BWD, ATTENTION_FWD
 from bitnet_triton.kernels.int8_linear import Int8Weight, int8_linear, int8_linear_topk
 from bitnet_triton.kernels.int8_linear.op import INT8_FWD, INT8_TOPK
+from bitnet_triton.kernels.linear_attention import linear_attention
+from bitnet_triton.kernels.linear_attention.launchers import LINEAR_BWD, LINEAR_FWD
 from bitnet_triton.kernels.native_sparse import (
     SparseBlocks,
     compress_blocks,
@@ -79,6 +81,8 @@ IMPLEMENTATIONS = {
     "exact_attention_bwd": EXACT_BWD,
     "selected_block_attention": SELECTED_FWD,
     "selected_block_attention_bwd": SELECTED_BWD,
+    "linear_attention": LINEAR_FWD,
+    "linear_attention_bwd": LINEAR_BWD,
     "top_blocks": TOP_BLOCKS,
     "pool_keys": POOL_KEYS,
     "pool_last_keys": POOL_LAST_KEYS,
@@ -107,6 +111,7 @@ __all__ = [
     "flash_attention",
     "int8_linear",
     "int8_linear_topk",
+    "linear_attention",
     "merge_attention",
     "native_sparse_attention",
     "pool_keys",
