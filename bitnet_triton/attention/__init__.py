@@ -2,7 +2,7 @@
 
 from bitnet_triton.attention.context import AttentionContext
 from bitnet_triton.attention.masked import MaskMode, check_served, masked_attention
-from bitnet_triton.attention.mode import Mode
+from bitnet_triton.attention.mode import Mode, Reads
 from bitnet_triton.attention.plan import AttentionPlan
 from bitnet_triton.attention.registry import MODES, parse_mode, register_mode
 
@@ -12,6 +12,7 @@ __all__ = [
     "AttentionPlan",
     "MaskMode",
     "Mode",
+    "Reads",
     "check_served",
     "masked_attention",
     "parse_mode",

@@ -11,7 +11,7 @@ from torch import Tensor
 from bitnet_triton.attention.checks import check_number
 from bitnet_triton.attention.context import AttentionContext
 from bitnet_triton.attention.masked import attend_and_tell, check_served
-from bitnet_triton.attention.mode import Mode, Step, StepLayer, StepTensors
+from bitnet_triton.attention.mode import Mode, Reads, Step, StepLayer, StepTensors
 from bitnet_triton.attention.tokens import CAUSAL
 from bitnet_triton.cache import Memory, UnitsLayer
 from bitnet_triton.cache.key_values import LEFTPAD, USED
@@ -108,6 +108,21 @@ class BlockMode(Mode):
             parts.append(_dense(q[:, :first], k[:, :ahead], v[:, :ahead], rows, context))
         parts.append(self._chosen(q[:, first:], k, v, rows, context))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def reads(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Reads:
+        """Count the tokens of the blocks that it chooses, and the units by which it chooses."""
+        rows = rows_of(q, context)
+        if rows.tokens <= self.dense_below:
+            return Reads(rows.tokens, rows.tokens)
+        indices = self.choose(q, k[:, : rows.tokens], rows, context)[:, -1]  # [B sets S]
+        left = 0 if rows.leftpad is None else rows.leftpad[:, None, None]
+        tokens = (rows.tokens - left - indices * self.size).clamp(0, self.size) * (indices >= 0)
+        read = tokens.sum(-1).float().mean().item()
+        return Reads(read, read + self.compared(rows.tokens))
+
+    def compared(self, tokens: int) -> float:
+        """Return how many units of ``tokens`` tokens a query is compared with."""
+        return sum((tokens - each.window) // each.stride + 1 for each in self.units)
 
     def check_call(self, q: Tensor, k: Tensor, context: AttentionContext) -> None:
         """Raise ValueError where a call asks for what the mode does not do."""

@@ -33,6 +33,21 @@ class Kept:
         return Kept(max(self.recent, other.recent), max(self.sinks, other.sinks))
 
 
+@dataclass(frozen=True)
+class Reads:
+    """What the last query of a call has read, as means over rows and the heads of queries.
+
+    Attributes:
+        rows: rows of keys and values whose values are in its output, each once: tokens, and what
+            stands for several of them.
+        scored: what it was compared with: those, and whatever chose them (all keys, means or
+            bounds of blocks, codes, hashes).
+    """
+
+    rows: float
+    scored: float
+
+
 @dataclass(frozen=True, eq=False)
 class StepLayer:
     """The attention layer whose decode step is recorded.
@@ -100,6 +115,21 @@ class Mode:
             ValueError: the call asks for what the mode does not do.
         """
         raise NotImplementedError
+
+    def reads(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Reads | None:
+        """Count what the last query reads, for ``bitnet-triton eval``; None: by trying it out.
+
+        Trying, the default, changes ``k`` and ``v`` and watches the output. A mode that chooses by
+        what its memory keeps, or reads more than ``k`` and ``v``, does not notice such changes: it
+        counts for itself, by what it chooses for these tensors, not by its settings.
+
+        Args:
+            q: [B Tq H D].
+            k: [B Tk Hk D].
+            v: [B Tk Hk D].
+            context: of a call that has run: the memory has taken in its tokens, and keeps them.
+        """
+        return None
 
     @property
     def kept(self) -> Kept | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bitnet_triton.attention.context import AttentionContext
-from bitnet_triton.attention.mode import Mode
+from bitnet_triton.attention.mode import Mode, Reads
 from bitnet_triton.attention.plan import AttentionPlan
 
 
@@ -38,8 +38,7 @@ def run_plan(
     phase = context.phase(q.shape[1])
 
     def given(mode: Mode, **more: Any) -> AttentionContext:
-        # the parameters of a mode hang at the layer under its name
-        return replace(context, module=getattr(layer, mode.name, None), **more)
+        return replace(context, module=_module(layer, mode), **more)
 
     def run(mode: Mode, **more: Any) -> Tensor:
         return mode(q, k, v, given(mode, **more))
@@ -59,3 +58,33 @@ def run_plan(
         )
     is_generated = context.is_generated(q)[..., None, None]
     return torch.where(is_generated, run(decode), run(prefill))
+
+
+def count_reads(
+    plan: AttentionPlan,
+    layer: nn.Module | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    context: AttentionContext,
+) -> Reads | None:
+    """Return what the mode of the last query says that it reads; None: it has to be tried out.
+
+    Args:
+        plan: the modes of the model.
+        layer: the attention layer, at which the parameters of its modes hang.
+        q: [B Tq H D].
+        k: [B Tk Hk D].
+        v: [B Tk Hk Dv].
+        context: says which layer it is, and which queries were generated.
+    """
+    phase = context.phase(q.shape[1])
+    assert phase is not None, "reads are counted for calls of one phase"
+    prefill, decode = plan.modes(context.layer)
+    mode = decode if phase == "decode" else prefill
+    return mode.reads(q, k, v, replace(context, module=_module(layer, mode)))
+
+
+def _module(layer: nn.Module | None, mode: Mode) -> nn.Module | None:
+    """Return the parameters of a mode, which hang at the layer under its name."""
+    return getattr(layer, mode.name, None)

@@ -6,8 +6,8 @@ which no step is recorded on; one that has more to say overrides it, and nobody 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 
 import torch
 from torch import Tensor
@@ -107,6 +107,16 @@ class Memory(CacheLayerMixin):
     def prompt_is_over(self) -> None:
         """Take note that the tokens to come are generated: build tables, compress, quantise."""
 
+    # --- what it holds
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield every tensor that it keeps, for whoever counts memory; one may come twice.
+
+        Found are its attributes, what stands in their lists, tuples and dicts, and the fields of
+        dataclasses. A memory that keeps tensors anywhere else overrides this.
+        """
+        return tensors_in(vars(self))
+
     # --- what a recorded step asks
 
     def is_ready(self, B: int, dtype: torch.dtype, device: torch.device) -> bool:
@@ -196,6 +206,17 @@ class Memory(CacheLayerMixin):
                 f"`tokens_to_remove`: {type(self).__name__} cannot take back what it has taken in"
             )
         self.tokens += tokens_to_remove
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """Yield the tensors in lists, tuples, dicts and dataclasses, however deep."""
+    if isinstance(value, Tensor):
+        yield value
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield from tensors_in([getattr(value, field.name) for field in fields(value)])
+    elif isinstance(value, (dict, list, tuple, set)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(part)
 
 
 def begin_call(layers: Sequence[object], call: Call) -> Tensor | None:

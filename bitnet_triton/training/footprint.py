@@ -1,8 +1,10 @@
-"""What attention really reads and what a cache really holds, by trying it out.
+"""What attention really reads and what a cache really holds.
 
-Neither is taken from the name of a mode or from its settings. A key's value is read if it shows in
-the output when it alone is not zero; a key is scored if the output changes when the key is made the
-best one; memory is what the tensors of the cache layers occupy.
+Neither is taken from the name of a mode or from its settings. A mode that chooses by what its
+memory keeps counts its choice itself (``Mode.reads``). Any other one is tried out: a key's value is
+read if it shows in the output when it alone is not zero; a key is scored if the output changes when
+the key is made the best one. Memory is what the tensors occupy that a layer of the cache holds
+(``Memory.tensors``).
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from bitnet_triton.attention import hub
+from bitnet_triton.attention import Reads, hub
+from bitnet_triton.cache import Memory
+from bitnet_triton.cache.memory import tensors_in
 
 _TRIED = 32  # keys of a layer that are made the best one, to estimate how many are scored
 _SPREAD = 60.0  # of the scores of a query, in nats
@@ -74,21 +78,11 @@ def bytes_held(cache: Any) -> int:
     """Return the bytes of all tensors in the layers of a cache; shared memory counts once."""
     found: dict[tuple[Any, int], int] = {}
     for layer in cache.layers:
-        for tensor in _tensors(vars(layer)):
+        held = layer.tensors() if isinstance(layer, Memory) else tensors_in(vars(layer))
+        for tensor in held:
             storage = tensor.untyped_storage()
             found[tensor.device, storage.data_ptr()] = storage.nbytes()
     return sum(found.values())
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for part in value.values():
-            yield from _tensors(part)
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from _tensors(part)
 
 
 @contextmanager
@@ -100,11 +94,15 @@ def _counting() -> Iterator[_Counts]:
         def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return attend(module, q, k, v, *args, **kwargs)[0][:, -1]  # [B H D]
 
-        read = _rows_read(run, _calmed(query, key, kwargs.get("scaling")), key, value)
-        counts.rows.append(read)
-        # what is read has been scored, whether or not it was tried
-        counts.scored.append(max(read, _keys_scored(run, query, key, value)))
-        return attend(module, query, key, value, *args, **kwargs)
+        out = attend(module, query, key, value, *args, **kwargs)
+        counted = hub.count(module, query, key, value, *args, **kwargs)
+        if counted is None:
+            read = _rows_read(run, _calmed(query, key, kwargs.get("scaling")), key, value)
+            # what is read has been scored, whether or not it was tried
+            counted = Reads(read, max(read, _keys_scored(run, query, key, value)))
+        counts.rows.append(counted.rows)
+        counts.scored.append(counted.scored)
+        return out
 
     AttentionInterface.register(hub.NAME, watched)
     try:

@@ -1,12 +1,16 @@
-"""What is read and held is found by trying it out, not by asking the mode."""
+"""What is read and held is counted, not taken from the settings of a mode."""
 
 import pytest
 import torch
 
 import bitnet_triton as bt
-from bitnet_triton.attention import AttentionPlan
+from bitnet_triton.attention import AttentionPlan, Mode
+from bitnet_triton.attention.blocks import BlockMode
+from bitnet_triton.attention.modes.indexed_blocks import IndexedBlocks
+from bitnet_triton.attention.modes.native_sparse import NativeSparse
 from bitnet_triton.attention.modes.sliding import Sliding
 from bitnet_triton.attention.modes.top_k import TopK
+from bitnet_triton.cache.memory import tensors_in
 from bitnet_triton.kernels import Mask
 from bitnet_triton.training.footprint import bytes_held, measure_footprint
 
@@ -123,3 +127,86 @@ def test_counting_leaves_no_trace():
     before = model(ids).logits
     measure_footprint(model, ids)
     assert torch.equal(model(ids).logits, before)
+
+
+BLOCKS = [
+    {"mode": "pooled_blocks", "block": 16, "selected": 3},
+    {"mode": "quest", "page": 8, "budget": 32},
+    {"mode": "quest", "page": 8, "budget": 32, "per_head": True},
+    {"mode": "indexed_blocks", "block": 16, "selected": 3},
+]
+
+
+@pytest.mark.parametrize("attention", BLOCKS, ids=str)
+def test_what_a_mode_of_blocks_counts_is_what_trying_finds(attention, monkeypatch):
+    """Its count, and the count without one, which watches the output."""
+    model, ids = build(attention), torch.randint(64, (1, T))
+    counted = measure_footprint(model, ids)
+    monkeypatch.setattr(BlockMode, "reads", Mode.reads)
+    # what it has learned of the tokens of the call would be learned again at each trial
+    monkeypatch.setattr(IndexedBlocks, "remember", remember_once(IndexedBlocks.remember))
+    tried = measure_footprint(model, ids)
+    assert [counted.rows_prompt, counted.rows_decode] == [tried.rows_prompt, tried.rows_decode]
+    assert counted.rows_decode < counted.scored_decode
+
+
+def remember_once(remember):
+    seen = {}
+
+    def once(self, k, context):
+        tokens = context.memory.get_seq_length()
+        if seen.get(id(context.memory)) != tokens:
+            remember(self, k, context)
+        seen[id(context.memory)] = tokens
+
+    return once
+
+
+def test_units_that_choose_count_as_scored():
+    found = footprint({"mode": "pooled_blocks", "block": 16, "selected": 3})
+    assert found.rows_decode == 2 * 16 + T % 16
+    assert found.scored_decode == found.rows_decode + T // 16
+
+
+def test_native_sparse_counts_compressed_blocks_and_tokens_that_are_chosen_or_near():
+    sizes = {"block": 8, "stride": 4, "selection": 8, "selected": 3, "initial": 1, "local": 1}
+    found = footprint({"mode": "native_sparse", **sizes, "window": 20})
+    compressed, window = (T - 8) // 4 + 1, 20
+    # the first block and one that was found lie outside of the window, the latest one in it
+    assert compressed + window + 8 <= found.rows_decode <= compressed + window + 16
+    near = footprint({"mode": "native_sparse", **sizes, "window": T})
+    assert near.rows_decode == compressed + T
+
+
+def test_native_sparse_reads_no_token_that_it_does_not_count(monkeypatch):
+    """With gates that shut the compressed branch, trying finds the tokens of the other two."""
+    model = build(
+        {"mode": "native_sparse", "block": 8, "stride": 4, "selection": 8, "selected": 3,
+         "initial": 1, "local": 1, "window": 20}
+    )  # fmt: skip
+    for name, parameter in model.named_parameters():
+        if name.endswith("gates.bias"):
+            parameter.data.view(-1, 3)[:, 0] = -torch.inf
+    ids = torch.randint(64, (1, T))
+    counted = measure_footprint(model, ids)
+    monkeypatch.setattr(NativeSparse, "reads", Mode.reads)
+    assert counted.rows_decode - ((T - 8) // 4 + 1) == measure_footprint(model, ids).rows_decode
+
+
+def test_a_memory_tells_what_it_keeps_in_objects_of_its_own():
+    cache = build("full")(torch.randint(64, (1, 30)), use_cache=True).past_key_values
+    before = bytes_held(cache)
+    hidden = torch.zeros(50)
+    cache.layers[0].tensors = lambda: [*tensors_in(vars(cache.layers[0])), hidden]
+    assert bytes_held(cache) == before + 200
+
+
+def test_counting_a_mode_with_a_memory_of_its_own_leaves_no_trace():
+    model = build({"mode": "indexed_blocks", "block": 16, "selected": 3})
+    ids = torch.randint(64, (1, T))
+    with torch.no_grad():
+        before = model(ids).logits
+        cache = model(ids[:, :-2], use_cache=True).past_key_values
+        measure_footprint(model, ids)
+        one = model(ids[:, -2:], past_key_values=cache).logits
+    assert torch.allclose(one, before[:, -2:], atol=1e-4)

@@ -16,8 +16,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from bitnet_triton.attention.context import AttentionContext
 from bitnet_triton.attention.hub.mask import describe_mask
+from bitnet_triton.attention.mode import Reads
 from bitnet_triton.attention.modes.full import Full
-from bitnet_triton.attention.phases import run_plan
+from bitnet_triton.attention.phases import count_reads, run_plan
 from bitnet_triton.attention.plan import AttentionPlan
 from bitnet_triton.attention.tokens import Tokens
 from bitnet_triton.runtime.device import autocast_dtype
@@ -59,8 +60,46 @@ def attend(
     plan = getattr(module, "attention_plan", None)
     if plan is not None and s_aux is not None:
         raise ValueError("`s_aux`: a model with an attention plan has no learnable sinks")
-    tokens = _tokens(module, attention_mask, query, key, kwargs.get("is_causal"))
+    q, k, v, context = _arguments(
+        module, query, key, value, attention_mask, scaling=scaling, dropout=dropout,
+        softcap=softcap, position_ids=position_ids, s_aux=s_aux, **kwargs,
+    )  # fmt: skip
     if plan is None:
+        return _FULL(q, k, v, context), None
+    return run_plan(plan, module, q, k, v, context), None
+
+
+def count(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+) -> Reads | None:
+    """Return what a call of ``attend`` reads for its last query, as its mode counts it.
+
+    Returns:
+        None: it has to be tried out.
+    """
+    plan = getattr(module, "attention_plan", None)
+    if plan is None:
+        return None
+    return count_reads(plan, module, *_arguments(module, query, key, value, mask, **kwargs))
+
+
+def _arguments(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tokens | Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    position_ids: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor, Tensor, AttentionContext]:
+    """Return q [B Tq H D], k and v [B Tk Hk D] and the context, as modes take them."""
+    tokens = _tokens(module, mask, query, key, kwargs.get("is_causal"))
+    if getattr(module, "attention_plan", None) is None:
         tokens = tokens.packed_by(position_ids, query, key)
     context = AttentionContext(
         layer=getattr(module, "layer_idx", 0),
@@ -76,9 +115,7 @@ def attend(
     # under autocast rotary embeddings leave queries and keys wider than values
     dtype = autocast_dtype(query.device.type) or query.dtype
     q, k, v = (t.transpose(1, 2).to(dtype) for t in (query, key, value))
-    if plan is None:
-        return _FULL(q, k, v, context), None
-    return run_plan(plan, module, q, k, v, context), None
+    return q, k, v, context
 
 
 def _tokens(

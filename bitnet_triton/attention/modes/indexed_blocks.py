@@ -144,6 +144,10 @@ class IndexedBlocks(BlockMode):
             )
         return self._choose(queries, self._keys(context), None, rows)
 
+    def compared(self, tokens: int) -> float:
+        """Return how many index keys a query is compared with: all of them."""
+        return tokens
+
     def _choose(self, queries: Tensor, keys: Tensor, scale: Tensor | None, rows: Rows) -> Tensor:
         if rows.starts is not None:
             keys = keys.flatten(0, 1)

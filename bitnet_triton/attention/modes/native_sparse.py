@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from bitnet_triton.attention.checks import check_known, check_number
 from bitnet_triton.attention.context import AttentionContext
 from bitnet_triton.attention.masked import check_served
-from bitnet_triton.attention.mode import Mode, Step, StepLayer, StepTensors
+from bitnet_triton.attention.mode import Mode, Reads, Step, StepLayer, StepTensors
 from bitnet_triton.cache import CompressedLayer, Memory
 from bitnet_triton.cache.key_values import LEFTPAD, POSITION, USED
 from bitnet_triton.kernels import (
@@ -27,6 +27,7 @@ from bitnet_triton.kernels import (
     apply_rotary,
     compress_blocks,
     native_sparse_attention,
+    select_blocks,
 )
 from bitnet_triton.kernels.native_sparse.arguments import block_tokens
 
@@ -138,6 +139,23 @@ class NativeSparse(Mode):
             k_window=k_window, v_window=v_window, **call.lengths,
         )  # fmt: skip
         return out.unflatten(0, (-1, T)) if packed else out
+
+    def reads(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Reads:
+        """Count compressed blocks, and the tokens that are chosen or in the window, each once."""
+        used = int(context.tokens.offset) + q.shape[1]
+        memory, left = context.memory, context.tokens.leftpad
+        if not isinstance(memory, CompressedLayer) or left is not None:
+            raise ValueError("`leftpad`: reads are counted with its own cache, without padding")
+        count = memory.blocks(used)
+        compressed = memory.more[KEYS][:, :, :count].transpose(1, 2)
+        indices = select_blocks(
+            q[:, -1:], compressed, blocks=self.blocks, tokens=used, scale=context.scale
+        )[:, 0]  # [B Hk selected]
+        tokens = torch.arange(used, device=q.device)
+        is_read = (tokens // self.selection == indices[..., None]).any(-2)  # [B Hk used]
+        is_read |= tokens >= used - self.window
+        rows = count + is_read.sum(-1).float().mean().item()
+        return Reads(rows, rows)
 
     def _check(self, context: AttentionContext) -> None:
         check_served(self, context)
