@@ -69,7 +69,9 @@ class Work:
         calls: how many calls ``call`` makes in a row, where one is too short to be timed.
         grad: record gradients while it runs.
         compiles: its first call compiles; without that, a call that was checked is warm.
-        details: more facts for the report, plain data.
+        details: more facts for the report, plain data. "flops": of this provider, where they are
+            not those of the case; "at_most": baseline -> how many times as fast it can be, by the
+            operations or the memory of both.
     """
 
     call: Callable[[], Any]

@@ -145,7 +145,8 @@ def measure_point(
         row.ratios = {b: ratios(times[b], row.rounds) for b in case.baselines if b in times}
         if peaks is not None and not cached:
             beside = [reads.held_bytes / s for s in times[_READS]] if _READS in times else []
-            _compare_with_limits(row, peaks, beside, flops, providers[row.provider].arithmetic)
+            own = row.details.get("flops", flops)
+            _compare_with_limits(row, peaks, beside, own, providers[row.provider].arithmetic)
     return rows
 
 

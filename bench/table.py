@@ -47,7 +47,7 @@ def print_table(data: dict[str, Any], console: Console) -> None:
         here = [row for row in rows if _without(row["point"], axes) == point]
         console.print(_table(point, here, axes, data, console.width >= _DETAILED_WIDTH))
     if data["curve"]:
-        for line in _steps_up(data):
+        for line in (*_steps_up(data), *_wins_from(data)):
             console.print(escape(line), highlight=False)
     elif data["unit"] and len(_distinct(row["point"] for row in rows)) > 1:
         console.print(_overview(data))
@@ -128,7 +128,9 @@ def _ratio(row: dict[str, Any], baseline: str) -> str:
         return ""
     if row["provider"] == baseline:
         return "1"
-    return f"[bold]{times(found['median'])}[/] ({times(found['p20'])}-{times(found['p80'])})"
+    limit = row["details"].get("at_most", {}).get(baseline)
+    of = "" if limit is None else f" of {times(limit)}"
+    return f"[bold]{times(found['median'])}[/]{of} ({times(found['p20'])}-{times(found['p80'])})"
 
 
 def _overview(data: dict[str, Any]) -> Table:
@@ -167,6 +169,27 @@ def _steps_up(data: dict[str, Any]) -> list[str]:
         ]
         told = f"rises at {', '.join(rises)}" if rises else "falls all along"
         lines.append(f"{label}, {rest}: the time of one of the {data['unit']} {told}")
+    return lines
+
+
+def _wins_from(data: dict[str, Any]) -> list[str]:
+    """Say from where on along the curve each provider is faster than each baseline."""
+    key, lines = data["curve"], []
+    timed = [row for row in data["rows"] if row["status"] == "timed"]
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in timed:
+        rest = point_name(_without(row["point"], [key]))
+        groups.setdefault((row["label"], rest), []).append(row)
+    labels = {row["provider"]: row["label"] for row in timed}
+    for (label, rest), rows in groups.items():
+        for baseline in data["baselines"]:
+            met = [row for row in rows if baseline in row["ratios"]]
+            if not met or met[0]["provider"] == baseline:
+                continue
+            slower = [r["point"][key] for r in met if r["ratios"][baseline]["median"] <= 1]
+            faster = [r["point"][key] for r in met if not slower or r["point"][key] > max(slower)]
+            told = f"from {key}={min(faster)} on" if faster else "nowhere"
+            lines.append(f"{label}, {rest}: faster than {labels[baseline]} {told}")
     return lines
 
 

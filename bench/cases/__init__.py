@@ -11,6 +11,7 @@ from bench.cases import (
     int8_linear,
     model,
     small_batches,
+    sparse_attention,
     ternary_linear,
     triton_cpu,
 )
@@ -20,6 +21,7 @@ CASES: dict[str, ModuleType] = {
     "small_batches": small_batches,
     "bit_linear": bit_linear,
     "flash_attention": flash_attention,
+    "sparse_attention": sparse_attention,
     "int8_linear": int8_linear,
     "model": model,
     "generate": generate,

@@ -14,6 +14,7 @@ from bench.cases import (
     int8_linear,
     make_case,
     model,
+    sparse_attention,
     ternary_linear,
 )
 from bench.decoding import STEPS
@@ -44,6 +45,20 @@ def test_bit_linear_providers_agree(passes):
         case, {"passes": passes, "M": 24, "K": 64, "N": 32}, case.providers, SETTINGS
     )
     assert [(row.provider, row.status) for row in rows] == [(n, "timed") for n in case.providers]
+
+
+@pytest.mark.parametrize("passes", ["forward+backward", "backward", "decode"])
+def test_sparse_attention_providers_agree_with_their_formulas(passes):
+    case = sparse_attention.case()
+    names = ["native_sparse", "selected", "dense", "sdpa", "fla"]
+    point = {"passes": passes, "T": 1200, "H": 4, "Hk": 2, "D": 16}
+    rows = measure_point(case, point, case.select_providers(names), SETTINGS)
+    expected = dict.fromkeys(names, "timed") | {"fla": "missing"}
+    assert {row.provider: row.status for row in rows} == expected, [row.reason for row in rows]
+    limits = {row.provider: row.details["at_most"]["dense"] for row in rows[:4]}
+    assert limits["dense"] == limits["sdpa"] == 1
+    read = 1024 if passes == "decode" else (1024 * 1025 / 2 + 176 * 1024) / 1200
+    assert limits["selected"] == (1200 if passes == "decode" else 1201 / 2) / read
 
 
 @pytest.mark.parametrize("output", ["logits", "best"])

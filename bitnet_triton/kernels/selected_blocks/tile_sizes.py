@@ -52,6 +52,8 @@ GPU: Table = {
         128: {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
         256: {"BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
         **_ROWS_FLOAT32,
+        # tiles of 16 keys spill on one NVIDIA target or another, with any number of warps
+        FLOAT32 + 128: {"BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
     },
     "selected_blocks_bwd_dkdv": _DKDV,
     "selected_blocks_bwd_sum": {

@@ -1,0 +1,323 @@
+"""Attention that reads chosen keys beside attention that reads all: by length, with its bound.
+
+A choice is that of Native Sparse Attention: the first block, the own and the one before, and others
+at random; a trained choice clusters more and is never slower. Each provider is checked against its
+own formula in float64, on a sample of queries: outputs, and the gradient of the queries.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.case import Case, PeerMissingError, Point, Provider, Settings, Work
+from bitnet_triton.kernels import (
+    SparseBlocks,
+    compress_blocks,
+    flash_attention,
+    native_sparse_attention,
+    selected_block_attention,
+)
+
+BLOCKS = SparseBlocks()
+_TOLERANCE = 8e-3
+_SAMPLE = 32
+_PASSES = {"forward": 1.0, "backward": 2.5, "forward+backward": 3.5, "decode": 1.0}
+# longer ones take FlexAttention minutes to compile and run
+_MOST_FLEX = 32768
+_BY_HEAD = 2**26
+
+Attend = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One point: q [1 Tq H D]; k, v [1 T Hk D]; gates [1 Tq H 3]; dout; indices [1 Tq Hk S]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gates: Tensor
+    dout: Tensor
+    indices: Tensor
+    passes: str
+
+    @property
+    def rows(self) -> Tensor:
+        """The queries that are checked, the last one among them."""
+        Tq = self.q.shape[1]
+        return torch.linspace(0, Tq - 1, min(_SAMPLE, Tq), device=self.q.device).long()
+
+    @property
+    def positions(self) -> Tensor:
+        """Where these stand among the keys."""
+        return self.rows + self.k.shape[1] - self.q.shape[1]
+
+    def checked(self, results: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return what is compared."""
+        return {name: results[name][0, self.rows] for name in ("out", "dq") if name in results}
+
+
+def make_inputs(passes: str, T: int, H: int, Hk: int, D: int, settings: Settings) -> Inputs:
+    """Draw everything from normal distributions, and choose blocks."""
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random, device=settings.device).to(settings.dtype)
+
+    random, Tq = settings.generator, 1 if passes == "decode" else T
+    q, k, v, dout = randn(1, Tq, H, D), randn(1, T, Hk, D), randn(1, T, Hk, D), randn(1, Tq, H, D)
+    gates = randn(1, Tq, H, 3).sigmoid()
+    indices = torch.stack([_choose(Tq, T, random, settings.device) for _ in range(Hk)], 1)[None]
+    return Inputs(q, k, v, gates, dout, indices, passes)
+
+
+def _choose(Tq: int, T: int, random: torch.Generator, device: torch.device) -> Tensor:
+    """Return int32 [Tq S]: the forced blocks, and others at random."""
+    own = (torch.arange(T - Tq, T, device=device) // BLOCKS.selection)[:, None]
+    number = torch.arange(int(own.max()) + 1, device=device)
+    chosen = []
+    # a part of the queries at a time: they meet all blocks
+    for part in own.split(max(1, _BY_HEAD // len(number))):
+        score = torch.rand(len(part), len(number), generator=random, device=device)
+        forced = (number < BLOCKS.initial) | (number > part - BLOCKS.local)
+        score = score.masked_fill(forced, 2.0).masked_fill(number > part, -1.0)
+        top, at = score.topk(min(BLOCKS.selected, len(number)), -1)
+        chosen.append(torch.where(top < 0, -1, at).to(torch.int32))
+    return torch.cat(chosen)
+
+
+def _work(
+    attend: Attend, inputs: Inputs, leaves: Sequence[Tensor], expected: Attend, keys: float
+) -> Work:
+    """Return the work of one provider, whose queries read so many keys on average."""
+    leaves = [t.detach().requires_grad_("backward" in inputs.passes) for t in leaves]
+    names = ["dq", *(f"d{i}" for i in range(1, len(leaves)))]
+
+    def gradients(out: Tensor, **options: Any) -> dict[str, Tensor]:
+        return dict(zip(names, torch.autograd.grad(out, leaves, inputs.dout, **options)))
+
+    def call() -> dict[str, Tensor]:
+        out = attend(*leaves)
+        if not out.requires_grad:
+            return {"out": out}
+        return {"out": out.detach(), **gradients(out)}
+
+    run = call
+    if inputs.passes == "backward":
+        with torch.enable_grad():
+            kept = attend(*leaves)
+        run = functools.partial(gradients, kept, retain_graph=True)
+    (_, Tq, H, D), T = inputs.q.shape, inputs.k.shape[1]
+    factor = _PASSES[inputs.passes]
+    read = keys * Tq if Tq == 1 else T
+    moved = (2 * inputs.q.nbytes + 2 * inputs.k[:, :1].nbytes * read) * (1 if factor == 1 else 3)
+    dense = T if Tq == 1 else (T + 1) / 2
+    return Work(
+        run, lambda: inputs.checked(run()), lambda: _reference(expected, inputs),
+        read_bytes=int(moved), units=Tq, grad=factor > 1,
+        details={"flops": 4 * keys * Tq * D * H * factor, "at_most": {"dense": dense / keys}},
+    )  # fmt: skip
+
+
+def _dense_keys(inputs: Inputs) -> float:
+    T = inputs.k.shape[1]
+    return T if inputs.q.shape[1] == 1 else (T + 1) / 2
+
+
+def _read_keys(inputs: Inputs, most: int) -> float:
+    """Return how many of up to ``most`` keys a query reads on average."""
+    (Tq, T), most = (inputs.q.shape[1], inputs.k.shape[1]), min(most, inputs.k.shape[1])
+    return most if Tq == 1 else (most * (most + 1) / 2 + (T - most) * most) / T
+
+
+def _dense(inputs: Inputs) -> Work:
+    leaves = (inputs.q, inputs.k, inputs.v)
+    return _work(flash_attention, inputs, leaves, _dense_formula, _dense_keys(inputs))
+
+
+def _sdpa(inputs: Inputs) -> Work:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        # PyTorch aligns is_causal to the top left: one query would see one key
+        causal = q.shape[2] > 1
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+        return out.transpose(1, 2)
+
+    leaves = (inputs.q, inputs.k, inputs.v)
+    return _work(attend, inputs, leaves, _dense_formula, _dense_keys(inputs))
+
+
+def _flex(inputs: Inputs) -> Work:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    Tq, T = inputs.q.shape[1], inputs.k.shape[1]
+    if "backward" in inputs.passes and inputs.q.device.type == "cpu":
+        raise PeerMissingError("FlexAttention has no backward on a CPU")
+    if Tq > _MOST_FLEX:
+        raise PeerMissingError(f"not asked for more than {_MOST_FLEX} tokens")
+    torch._dynamo.reset()
+
+    def visible(_b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return i + (T - Tq) >= j
+
+    # uncompiled, it would make the whole matrix
+    make_mask = torch.compile(create_block_mask)
+    mask = make_mask(visible, None, None, Tq, T, device=inputs.q.device)
+    compiled = torch.compile(flex_attention, fullgraph=True)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return compiled(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
+
+    leaves = (inputs.q, inputs.k, inputs.v)
+    return _work(attend, inputs, leaves, _dense_formula, _dense_keys(inputs))
+
+
+def _selected(inputs: Inputs) -> Work:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return selected_block_attention(q, k, v, inputs.indices, block=BLOCKS.selection)
+
+    keys = _read_keys(inputs, BLOCKS.selected * BLOCKS.selection)
+    formula = functools.partial(_selected_formula, indices=inputs.indices)
+    return _work(attend, inputs, (inputs.q, inputs.k, inputs.v), formula, keys)
+
+
+def _native_sparse(inputs: Inputs) -> Work:
+    def compressed(*tensors: Tensor) -> list[Tensor]:
+        return [compress_blocks(t, block=BLOCKS.block, stride=BLOCKS.stride) for t in tensors]
+
+    kept = compressed(inputs.k, inputs.v)
+    decodes = inputs.passes == "decode"
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, **options: Any) -> Any:
+        # a step of decoding compresses one block in sixteen tokens: its memory keeps the others
+        pair = kept if decodes else compressed(k, v)
+        return native_sparse_attention(q, k, v, *pair, gates, blocks=BLOCKS, **options)
+
+    leaves = (inputs.q, inputs.k, inputs.v, inputs.gates)
+    with torch.no_grad():
+        indices = attend(*leaves, return_indices=True)[1]
+    # half of the compressed keys on average, and their scores once more for the choice
+    units = BLOCKS.compressed(inputs.k.shape[1]) * (1 if decodes else 0.75)
+    keys = units + _read_keys(inputs, BLOCKS.selected * BLOCKS.selection)
+    keys += _read_keys(inputs, BLOCKS.window)
+    formula = functools.partial(_native_sparse_formula, pair=kept, indices=indices)
+    return _work(attend, inputs, leaves, formula, keys)
+
+
+def _fla(_inputs: Inputs) -> Work:
+    raise PeerMissingError(
+        "its kernels run on GPUs alone, with a power of two of at least 16 heads a key head, and "
+        "its window needs flash-attn"
+    )
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
+    """Attend with q [R H D] in float64; hidden [R Hk N]; a row without a key gives zeros."""
+    group, heads = q.shape[1] // k.shape[1], []
+    for head in range(q.shape[1]):
+        one = head // group
+        scores = q[:, head] @ k[:, one].double().t() * q.shape[-1] ** -0.5
+        off = hidden[:, one % hidden.shape[1]]
+        weights = scores.masked_fill(off, -1e30).softmax(-1).masked_fill(off, 0.0)
+        heads.append(weights @ v[:, one].double())
+    return torch.stack(heads, 1)
+
+
+def _behind(inputs: Inputs) -> Tensor:
+    """Return which keys [R T] stand behind the queries that are checked."""
+    j = torch.arange(inputs.k.shape[1], device=inputs.k.device)
+    return j > inputs.positions[:, None]
+
+
+def _dense_formula(inputs: Inputs, q: Tensor) -> Tensor:
+    return _attention(q, inputs.k[0], inputs.v[0], _behind(inputs)[:, None])
+
+
+def _selected_formula(inputs: Inputs, q: Tensor, *, indices: Tensor) -> Tensor:
+    T = inputs.k.shape[1]
+    blocks = -(-T // BLOCKS.selection)
+    chosen = indices[0, inputs.rows].long()
+    shown = torch.zeros(*chosen.shape[:2], blocks + 1, dtype=torch.bool, device=q.device)
+    shown.scatter_(-1, torch.where(chosen < 0, blocks, chosen), True)
+    hidden = ~shown[..., :blocks].repeat_interleave(BLOCKS.selection, -1)[..., :T]
+    return _attention(q, inputs.k[0], inputs.v[0], hidden | _behind(inputs)[:, None])
+
+
+def _native_sparse_formula(
+    inputs: Inputs, q: Tensor, *, pair: list[Tensor], indices: Tensor
+) -> Tensor:
+    k, v = (t[0] for t in pair)
+    last = torch.arange(len(k), device=q.device) * BLOCKS.stride + BLOCKS.block - 1
+    whole = _attention(q, k, v, (last > inputs.positions[:, None])[:, None])
+    chosen = _selected_formula(inputs, q, indices=indices)
+    j = torch.arange(inputs.k.shape[1], device=q.device)
+    outside = _behind(inputs) | (j <= inputs.positions[:, None] - BLOCKS.window)
+    near = _attention(q, inputs.k[0], inputs.v[0], outside[:, None])
+    gates = inputs.gates[0, inputs.rows].double()
+    return torch.einsum("rhdc,rhc->rhd", torch.stack([whole, chosen, near], -1), gates)
+
+
+def _reference(formula: Attend, inputs: Inputs) -> dict[str, Tensor]:
+    """Return the outputs and the gradients of a sample of queries, in float64."""
+    backward = "backward" in inputs.passes
+    q = inputs.q[0, inputs.rows].double().requires_grad_(backward)
+    with torch.set_grad_enabled(backward):
+        out = formula(inputs, q)
+    found = {} if inputs.passes == "backward" else {"out": out.detach()}
+    if backward:
+        dout = inputs.dout[0, inputs.rows].double()
+        found["dq"] = torch.autograd.grad(out, q, dout)[0]
+    return found
+
+
+def _flops(passes: str, T: int, H: int, Hk: int, D: int) -> float:
+    """Count those of dense attention; each provider says its own."""
+    return 4 * (T if passes == "decode" else T * (T + 1) / 2) * D * H * _PASSES[passes]
+
+
+def _grid() -> list[Point]:
+    # the attention of the published 2B model
+    heads = {"H": 20, "Hk": 5, "D": 128}
+    lengths = (4096, 8192, 16384, 32768, 65536, 131072)
+    return [
+        {"passes": p, "T": T, **heads} for p in ("forward", "backward", "decode") for T in lengths
+    ]
+
+
+def case() -> Case:
+    """Return the case."""
+    return Case(
+        name="sparse_attention",
+        title="Sparse attention beside dense",
+        grid=_grid(),
+        inputs=make_inputs,
+        reference=lambda inputs: {},  # each provider has its own
+        providers={
+            "native_sparse": Provider(
+                "native_sparse_attention", _native_sparse, _TOLERANCE,
+                note="whole: compression, its attention, choice, chosen blocks, window, gates",
+            ),
+            "selected": Provider(
+                "selected_block_attention", _selected, _TOLERANCE,
+                note=f"{BLOCKS.selected} blocks of {BLOCKS.selection} that are given",
+            ),
+            "dense": Provider("flash_attention", _dense, _TOLERANCE, note="dense, causal"),
+            "sdpa": Provider("torch SDPA", _sdpa, _TOLERANCE, note="dense, causal"),
+            "flex": Provider(
+                "torch FlexAttention", _flex, _TOLERANCE, note="dense, causal; torch.compile"
+            ),
+            "fla": Provider("fla NSA", _fla, _TOLERANCE),
+        },
+        baselines=("dense", "sdpa"),
+        flops=_flops,
+        unit="tokens",
+        panels=(("H", "Hk", "D"), ("passes",)),
+        curve="T",
+    )  # fmt: skip
