@@ -12,6 +12,13 @@ from bitnet_triton.kernels.int8_linear import Int8Weight, int8_linear, int8_line
 from bitnet_triton.kernels.int8_linear.op import INT8_FWD, INT8_TOPK
 from bitnet_triton.kernels.linear_attention import linear_attention
 from bitnet_triton.kernels.linear_attention.launchers import LINEAR_BWD, LINEAR_FWD
+from bitnet_triton.kernels.lsh_sampling import (
+    HashTables,
+    lsh_sampling_attention,
+    verified_sampling_attention,
+)
+from bitnet_triton.kernels.lsh_sampling.launchers import BUILD, HASH, SAMPLING
+from bitnet_triton.kernels.lsh_sampling.verified import VERIFIED
 from bitnet_triton.kernels.native_sparse import (
     SparseBlocks,
     compress_blocks,
@@ -77,6 +84,10 @@ IMPLEMENTATIONS = {
     "bit_linear_bwd_dweight": BIT_BWD_DWEIGHT,
     "flash_attention": ATTENTION_FWD,
     "flash_attention_bwd": ATTENTION_BWD,
+    "lsh_hash": HASH,
+    "lsh_build": BUILD,
+    "lsh_sampling": SAMPLING,
+    "verified_sampling": VERIFIED,
     "exact_attention": EXACT_FWD,
     "exact_attention_bwd": EXACT_BWD,
     "selected_block_attention": SELECTED_FWD,
@@ -96,6 +107,7 @@ IMPLEMENTATIONS = {
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "HashTables",
     "Int8Weight",
     "Mask",
     "MergedTernaryWeight",
@@ -112,6 +124,7 @@ __all__ = [
     "int8_linear",
     "int8_linear_topk",
     "linear_attention",
+    "lsh_sampling_attention",
     "merge_attention",
     "native_sparse_attention",
     "pool_keys",
@@ -128,4 +141,5 @@ __all__ = [
     "ternary_linear",
     "ternary_linear_quantized",
     "top_blocks",
+    "verified_sampling_attention",
 ]

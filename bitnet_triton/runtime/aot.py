@@ -42,6 +42,8 @@ _TYPES = {
     torch.bfloat16: "*bf16",
     torch.int8: "*i8",
     torch.uint8: "*u8",
+    torch.int16: "*i16",
+    torch.uint16: "*u16",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }

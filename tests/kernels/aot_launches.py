@@ -29,6 +29,16 @@ from bitnet_triton.kernels.int8_linear.forward import (
     launch_int8_linear_topk,
     launch_split_activations,
 )
+from bitnet_triton.kernels.lsh_sampling.build import launch_build
+from bitnet_triton.kernels.lsh_sampling.gather import Angles, Parts, Rows, launch_gather
+from bitnet_triton.kernels.lsh_sampling.hash import (
+    launch_hash_keys,
+    launch_hash_queries,
+    launch_hash_token,
+    launch_mean_direction,
+)
+from bitnet_triton.kernels.lsh_sampling.probe import launch_probe
+from bitnet_triton.kernels.lsh_sampling.verified import Verified, triton_verified
 from bitnet_triton.kernels.quantize.forward import (
     launch_quantize_activations,
     launch_quantize_with_sums,
@@ -205,6 +215,33 @@ def launch_chosen_blocks(D, dtype, group):
     )
 
 
+def launch_sampling(D, dtype, T=4096, H=20, Hk=5, bits=10, tables=148):
+    """Start the kernels of attention by sampling: tables, and a step with each way to share."""
+    q, k = meta(1, 1, H, D, dtype=dtype), meta(1, T, Hk, D, dtype=dtype)
+    planes, centre, norms = meta(bits, tables, D), meta(1, Hk, D), meta(1, Hk, T)
+    codes, tail = (meta(1, Hk, tables, n, dtype=torch.int16) for n in (T, 2048))
+    used = meta(1, dtype=torch.int32)
+    if (D, dtype) in ((128, BF16), (64, F32)):
+        launch_hash_keys(k, planes, centre, codes, norms)
+    launch_hash_token(k, planes, centre, tail, norms, used, 0)
+    ids, offsets = launch_build(codes, bits, 0, used)
+    direction, bounds = launch_mean_direction(q, Hk), meta(2, dtype=torch.int32)
+    for share, asked, parts in (("own", q, 1), ("union", q, 4), ("proposal", direction, 1)):
+        lists, part = (H if share == "own" else Hk), tables // parts
+        found = meta(1, lists, part * parts, dtype=torch.int16)
+        launch_hash_queries(asked, planes, found, parts)
+        rows, counts = launch_probe(
+            found, ids, offsets[None], tail, bounds, tables=part, length=T, used=used
+        )
+        angles = Angles(centre, norms, None if asked is q else asked, bits, part)
+        launch_gather(
+            q, k, k, Rows(rows, counts, bounds), Parts.empty(q, 17, D), part0=0,
+            exact=(4, 64), scale=0.1, angles=angles, kind=share, leftpad=used, used=used,
+        )  # fmt: skip
+    bounds = meta(1, T // 32, Hk, 2 * D, dtype=dtype)
+    triton_verified(q, k, k, Verified(bounds, used, used, 32, 32, 1, 3, 128, 3, 0.1, 0.1, 0.1))
+
+
 def record_all():
     """Return each launch that differs in kernel, dtypes or tiles from the others."""
     with record_launches() as launches:
@@ -235,6 +272,7 @@ def record_all():
             launch_exact_attention(D, dtype, Mask(sinks=4))
             launch_choice_of_blocks(D, dtype)
             launch_chosen_blocks(D, dtype, group=4)
+            launch_sampling(D, dtype)
         launch_attention(128, BF16, Mask(window=1024, sinks=4))
         launch_chosen_blocks(128, BF16, group=16)
         launch_packed(2048, BF16, None)

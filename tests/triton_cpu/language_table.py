@@ -92,7 +92,8 @@ REMARKS = {
     "device_print": "one line an element, in the format of GPUs; `hex` leaves floats as they are",
     "early returns": "of a program, and of functions wherever they are called",
     "dot": "sizes from 1 on; float32 products are exact to float32, whatever `input_precision`",
-    "load": "cache hints are read and change nothing; volatile loads are atomic",
+    "load": "cache hints are read and change nothing; volatile loads are atomic, those whose result"
+    " nobody uses fetch into the cache",
     "make_block_ptr": "removed in Triton 3.9",
     "map_elementwise": "the function may branch, loop, load and return early; Triton itself refuses"
     " stores, atomic operations and assertions in it",

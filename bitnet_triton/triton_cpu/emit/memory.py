@@ -20,6 +20,9 @@ from bitnet_triton.triton_cpu.ir import Op, Value
 def _load(emitter: Emitter, op: Op) -> None:
     result = op.results[0]
     if result.is_block:
+        if op.flag("isVolatile") and not result.uses:
+            _prefetch(emitter, op)
+            return
         defer(emitter, op)
         if op.flag("isVolatile"):
             materialise(emitter, result)
@@ -30,6 +33,19 @@ def _load(emitter: Emitter, op: Op) -> None:
         other = operands[2] if len(operands) > 2 else f"{c_type(result.type)}(0)"
         code = f"{operands[1]} ? {code} : {other}"
     emitter.define(result, code)
+
+
+def _prefetch(emitter: Emitter, op: Op) -> None:
+    """Ask for what a load names that cannot be left out and whose values nobody wants.
+
+    It may name any address: nothing is read.
+    """
+    address = op.operands[0]
+
+    def body(nest: Nest, index: Index) -> None:
+        nest.statement(f"__builtin_prefetch({element(emitter, address, index, nest)});")
+
+    write_loops(emitter, address.type.shape or (), body)
 
 
 @handles("tt.store")
