@@ -13,6 +13,7 @@ from bitnet_triton.attention.modes.full import Full
 from bitnet_triton.attention.modes.indexed_blocks import IndexedBlocks
 from bitnet_triton.attention.modes.local import Local
 from bitnet_triton.attention.modes.longformer import Longformer
+from bitnet_triton.attention.modes.lsh_sampling import LshSampling
 from bitnet_triton.attention.modes.native_sparse import NativeSparse
 from bitnet_triton.attention.modes.pooled_blocks import PooledBlocks
 from bitnet_triton.attention.modes.quest import Quest
@@ -21,6 +22,7 @@ from bitnet_triton.attention.modes.streaming import Streaming
 from bitnet_triton.attention.modes.strided import Strided
 from bitnet_triton.attention.modes.threshold import Threshold
 from bitnet_triton.attention.modes.top_k import TopK
+from bitnet_triton.attention.modes.verified_sampling import VerifiedSampling
 from bitnet_triton.attention.swaa import PRESETS
 
 MODES: dict[str, type[Mode]] = {}
@@ -76,6 +78,8 @@ for _name, _kind in {
     "fixed": Fixed,
     "top_k": TopK,
     "threshold": Threshold,
+    "lsh_sampling": LshSampling,
+    "verified_sampling": VerifiedSampling,
     "pooled_blocks": PooledBlocks,
     "indexed_blocks": IndexedBlocks,
     "quest": Quest,

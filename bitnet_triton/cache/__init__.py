@@ -6,6 +6,7 @@ from bitnet_triton.cache.index_keys import IndexLayer
 from bitnet_triton.cache.memory import Call, Memory, begin_call
 from bitnet_triton.cache.sinks import SinkWindowLayer
 from bitnet_triton.cache.streaming import StreamingLayer
+from bitnet_triton.cache.tables import TablesLayer
 from bitnet_triton.cache.units import UnitsLayer
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Memory",
     "SinkWindowLayer",
     "StreamingLayer",
+    "TablesLayer",
     "UnitsLayer",
     "begin_call",
     "grow_in_place",

@@ -41,6 +41,11 @@ class UnitsLayer(GrowingLayer):
         self._padding: int | None = None  # of the row with the most of it
         self._sides = torch.empty(0), torch.empty(0)
 
+    @property
+    def is_decoding(self) -> bool:
+        """Whether the tokens of the call were generated."""
+        return self._is_told
+
     def begin(self, call: Call) -> None:
         """Note the padding of a call."""
         super().begin(call)
@@ -99,9 +104,10 @@ class UnitsLayer(GrowingLayer):
             self.unit_stores[units] = larger
 
     def address(self) -> tuple[Tensor, ...]:
-        """Return all stores, and what tells on which side of the switches the next token stands."""
+        """Return all stores, and what tells the phase of the next token and its side of switches."""
         sides = (self._sides[self.held >= switch] for switch in self.switches)
-        return (*super().address(), *self.unit_stores.values(), *sides)
+        phase = self._sides[self.is_decoding]
+        return (*super().address(), *self.unit_stores.values(), *sides, phase)
 
     def advance(self, new: int) -> None:
         """Count ``new`` tokens as held, whose units ``write`` has made."""

@@ -117,7 +117,7 @@ def test_every_row_drawn_is_dense(device, backend):
 
 
 def attention(kind, T=4000, D=32):
-    """Draw a query of each kind of attention: how much of it the largest weights have, and where."""
+    """Draw a query of each kind of attention: what the largest weights have, and where."""
     q, k, v = draw(1, T, 2, 1, D)
     k *= 1.6 if kind == "heavy tails" else 0.5
     if kind == "peaked":  # neighbours are alike: pages tell

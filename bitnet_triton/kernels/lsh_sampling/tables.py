@@ -155,6 +155,28 @@ class HashTables:
         if self.length - self.ids.shape[-1] == self.tail.shape[-1]:
             self._merge()
 
+    def reserve(self, rows: int) -> None:
+        """Make room for one more row, and for what is told of ``rows`` in all."""
+        self.make_room()
+        self._make_norms(rows)
+
+    def count(self, keys: Tensor) -> None:
+        """Take ``keys`` [B T Hk D] for known, whose codes ``launch_token`` has made."""
+        self.keys, self.length = keys, keys.shape[1]
+
+    def launch_token(self, keys: Tensor, slots: Tensor) -> None:
+        """Make the codes of rows ``slots`` int32 [B] of keys [B rows Hk D], by launches alone."""
+        from bitnet_triton.kernels.lsh_sampling.hash import launch_hash_token
+
+        launch_hash_token(
+            keys, self.planes, self.centre, self.tail, self.norms, slots, self.ids.shape[-1]
+        )
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What a recorded step reads and writes."""
+        return self.centre, self.norms, self.ids, self.offsets, self.bounds, self.tail
+
     def crop(self, length: int) -> None:
         """Forget all rows from ``length`` on."""
         codes, starts = None, self.starts
@@ -187,8 +209,7 @@ class HashTables:
     @property
     def nbytes(self) -> int:
         """Bytes of everything but keys and planes, which others hold as well."""
-        held = (self.centre, self.norms, self.ids, self.offsets, self.bounds, self.tail)
-        return sum(t.numel() * t.element_size() for t in held)
+        return sum(t.numel() * t.element_size() for t in self.tensors)
 
     @torch.no_grad()
     def sampled(self, q: Tensor, *, share: str = "own") -> Tensor:
@@ -225,12 +246,13 @@ class HashTables:
 
     def call(
         self, share: str, *, sinks: int = 0, recent: int = 0, scale: float = 1.0,
-        used: Tensor | None = None,
+        leftpad: Tensor | None = None, used: Tensor | None = None,
     ) -> Sampling:  # fmt: skip
-        """Return what kernels are told of the tables."""
+        """Return what kernels are told of the tables; ``leftpad`` where it has another place."""
         return Sampling(
             self.planes, self.centre, self.norms, self.ids, self.offsets, self.bounds, self.tail,
-            self.leftpad, used, self.length, sinks, recent, share, scale,
+            self.leftpad if leftpad is None else leftpad, used, self.length, sinks, recent, share,
+            scale,
         )  # fmt: skip
 
     def _checked_query(self, q: Tensor, share: str) -> Tensor:
@@ -243,14 +265,17 @@ class HashTables:
         """Write codes [B Hk L T] of keys, which are the rows from ``start`` on."""
         end = start + keys.shape[1]
         if end > self.norms.shape[-1]:
-            more = torch.empty(
-                (*self.norms.shape[:2], end + max(TAIL, end // 4)), device=keys.device
-            )
-            more[..., :start] = self.norms[..., :start]
-            self.norms = more
+            self._make_norms(end + max(TAIL, end // 4))
         keys = keys if keys.stride(-1) == 1 else keys.contiguous()
         run = select("lsh_hash", HASH, keys.device)
         run(keys, self.planes, self.centre, codes, self.norms[..., start:end])
+
+    def _make_norms(self, rows: int) -> None:
+        """Make room for the distances of ``rows`` keys."""
+        known = self.norms
+        if rows > known.shape[-1]:
+            self.norms = torch.empty((*known.shape[:2], rows), device=known.device)
+            self.norms[..., : known.shape[-1]] = known
 
     def _sort_in(self, keys: Tensor) -> None:
         """Take in the rows of ``keys`` that are not known, sorted; the tail is empty."""

@@ -105,7 +105,8 @@ def triton_verified(
     launch_gather(q, k, v, Rows(pages[:, 0], page=page), parts, part0=0, **rows)
     drawn, counts, weights = launch_draw(
         q, k, parts, pages, read=splits, page=page, base=call.base, deviations=call.deviations,
-        epsilon=call.epsilon, seed=call.seed, scale=call.scale, leftpad=call.leftpad, used=call.used,
+        epsilon=call.epsilon, seed=call.seed, scale=call.scale, leftpad=call.leftpad,
+        used=call.used,
     )  # fmt: skip
     listed = Rows(drawn, counts, log_weights=weights)
     launch_gather(q, k, v, listed, parts, part0=splits, **rows)
@@ -136,7 +137,8 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, call: Verified) -> tuple[Tensor,
             own_q, own_k, own_v = (t.float() for t in own)
             chosen, drawn, _ = verified_rows_reference(
                 own_q, own_k, pages[b, 0, head], page=call.page, base=call.base,
-                deviations=call.deviations, epsilon=call.epsilon, seed=call.seed, head=head, scale=call.scale,
+                deviations=call.deviations, epsilon=call.epsilon, seed=call.seed, head=head,
+                scale=call.scale,
             )  # fmt: skip
             found, sums = verified_reference(own_q, own_k, own_v, chosen, drawn, call.scale)
             out[b, 0, group], lse[b, group, 0] = found.to(q.dtype), sums
@@ -189,8 +191,9 @@ def verified_sampling_attention(  # noqa: PLR0913 - what is read in any case, an
     How many rows are drawn follows from their spread (arXiv:2510.05688): so many that the sum of
     exponentials is off by a share of more than ``epsilon`` with probability ``delta`` at most, by
     the central limit theorem and the spread of ``base`` rows that are drawn apart, its own
-    uncertainty added. The bound is that of the denominator alone. Each drawn row has the weight ``rest / drawn``; numerator and
-    denominator are right in the mean. For decoding; not differentiable.
+    uncertainty added. The bound is that of the denominator alone. Each drawn row has the weight
+    ``rest / drawn``; numerator and denominator are right in the mean. For decoding; not
+    differentiable.
 
     Args:
         q: [B 1 H D] float16, bfloat16 or float32, rotated.

@@ -1,0 +1,97 @@
+"""Importance sampling by hash tables: MagicPIG (arXiv:2410.16179)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from bitnet_triton.attention.checks import check_known, check_number
+from bitnet_triton.attention.context import AttentionContext
+from bitnet_triton.attention.mode import Mode, Step, StepLayer, StepTensors
+from bitnet_triton.attention.sampled import Attend, SamplingMode
+from bitnet_triton.cache import Memory, TablesLayer
+from bitnet_triton.cache.key_values import LEFTPAD, USED
+from bitnet_triton.kernels import HashTables, lsh_sampling_attention
+
+_SHARES = ("own", "union", "proposal")
+
+
+@dataclass(frozen=True)
+class LshSampling(SamplingMode):
+    """Keys that collide with the query in two hash tables, each by one over its probability.
+
+    Keys and values of the prompt are hashed when it is over, later ones as they come. Layers that
+    are to read everything, as the first ones should, are "full" in the plan.
+
+    Attributes:
+        bits: of a code; more of them sample fewer keys.
+        tables: how many; more of them sample more keys.
+        sinks: first tokens of the text that are read in any case.
+        recent: latest ones, the token itself included.
+        share: what the heads of a group read: "own", "union" or "proposal", as
+            ``lsh_sampling_attention`` has them.
+        seed: of the planes; equal seeds give equal tokens.
+    """
+
+    bits: int = 10
+    tables: int = 150
+    sinks: int = 4
+    recent: int = 64
+    share: str = "own"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("bits", 1), ("tables", 2), ("sinks", 0), ("recent", 1), ("seed", 0)):
+            check_number(name, getattr(self, name), least)
+        if self.bits > 15:
+            raise ValueError(f"`attention`: 'bits': expected at most 15, got {self.bits}")
+        check_known("'share'", self.share, _SHARES)
+
+    def memory(self, other: Mode) -> Memory:
+        """Return a memory with tables.
+
+        Raises:
+            ValueError: the mode of the other phase needs another memory, or other tables.
+        """
+        self.check_other(other)
+        return TablesLayer(self.bits, self.tables, self.seed)
+
+    def attend(self, k: Tensor, v: Tensor, prompt: int, context: AttentionContext) -> Attend | None:
+        """Return what samples by the tables of the memory, or by ones that are built for a call."""
+        memory = context.memory
+        tables = memory.hashed if isinstance(memory, TablesLayer) else None
+        if tables is None:
+            left = context.tokens.leftpad
+            tables = HashTables.build(
+                k[:, :prompt], bits=self.bits, tables=self.tables, seed=self.seed,
+                leftpad=None if left is None else left.int(),
+            )  # fmt: skip
+            tables.follow(k)
+
+        def attend(q: Tensor, used: Tensor) -> Tensor:
+            return lsh_sampling_attention(
+                q, k, v, tables, sinks=self.sinks, recent=self.recent, share=self.share,
+                scale=context.scale, used=used,
+            )[0]  # fmt: skip
+
+        return attend
+
+    def sampled_step(self, memory: Memory, layer: StepLayer) -> Step | None:
+        """Write the new token and its code, and read what it samples."""
+        if not isinstance(memory, TablesLayer) or not memory.is_decoding:
+            return None
+
+        def run(step: StepTensors) -> Tensor:
+            from bitnet_triton.kernels.lsh_sampling.launchers import triton_sampling
+
+            q = memory.write(step.heads, step.cos, step.sin, step.places)
+            keys, values = (store.transpose(1, 2) for store in memory.stores)
+            assert memory.hashed is not None
+            call = memory.hashed.call(
+                self.share, sinks=self.sinks, recent=self.recent, scale=layer.scale,
+                leftpad=step.places[LEFTPAD], used=step.places[USED],
+            )  # fmt: skip
+            return triton_sampling(q, keys, values, call)[0]
+
+        return run

@@ -1,0 +1,167 @@
+"""A cache layer that keeps everything, and tables in which sampling looks its keys up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitnet_triton.cache.growing import GrowingLayer
+from bitnet_triton.cache.key_values import SLOT
+from bitnet_triton.cache.memory import Call
+from bitnet_triton.kernels import HashTables
+
+
+class TablesLayer(GrowingLayer):
+    """Keys and values, with ``HashTables`` of the keys from the end of the prompt on.
+
+    They are built when the prompt is over, around the mean of its keys, and take in every token
+    after it. What ``crop`` leaves of the prompt alone has none, until the prompt is over again;
+    keys that somebody replaces get new ones.
+
+    Args:
+        bits: of a code.
+        tables: how many.
+        seed: of the planes.
+
+    Attributes:
+        hashed: the tables; None before the prompt is over.
+        leftpad: int32 [B], the first column that is no padding, or None; ``begin`` tells it.
+    """
+
+    def __init__(self, bits: int, tables: int, seed: int) -> None:
+        super().__init__()
+        self.bits, self.count, self.seed = bits, tables, seed
+        self.hashed: HashTables | None = None
+        self.leftpad: Tensor | None = None
+        self._prompt: int | None = None  # tokens that belong to the prompt, as far as is known
+        self._known: Tensor | None = None  # the keys after our own last change of them
+        self._built = 0  # tokens that the tables were built from
+        self._phases = torch.empty(0), torch.empty(0)
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether the tokens of the call were generated, and there are tables for them."""
+        return self.hashed is not None and self._is_told
+
+    def begin(self, call: Call) -> None:
+        """Note the padding of a call, and the length of the prompt."""
+        super().begin(call)
+        self.leftpad = call.leftpad
+        self._prompt = call.prompt_len if isinstance(call.prompt_len, int) else None
+
+    def prompt_is_over(self) -> None:
+        """Build the tables, unless there are some."""
+        super().prompt_is_over()
+        if self.held and (self.hashed is None or self.keys is not self._known):
+            self._build()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append keys and values [B Hk T D], and take them into the tables."""
+        tables, is_known = self.hashed, self.keys is self._known
+        self.hashed = None
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        self.hashed, self._known = tables, keys
+        if tables is not None and not is_known:
+            self._build()
+        elif tables is not None:
+            tables.follow(keys.detach().transpose(1, 2))
+        return keys, values
+
+    def reserve(self, new: int) -> None:
+        """Make room for ``new`` tokens, in the tables as well."""
+        is_known = self.keys is self._known
+        super().reserve(new)
+        self._known = self.keys if is_known else None
+        if self.hashed is not None and is_known:
+            self.hashed.reserve(self.stores[0].shape[2])
+
+    def address(self) -> tuple[Tensor, ...]:
+        """Return all stores, and what tells whether tokens are generated."""
+        held = self.hashed.tensors if self.hashed is not None else ()
+        return (*super().address(), *held, self._phases[self.is_decoding])
+
+    def is_ready(self, B: int, dtype: torch.dtype, device: torch.device) -> bool:
+        """Tell whether a step can be recorded: not where somebody has replaced keys."""
+        is_known = self.hashed is None or self.keys is self._known
+        return is_known and super().is_ready(B, dtype, device)
+
+    def advance(self, new: int) -> None:
+        """Count ``new`` tokens as held, whose codes ``write`` has made."""
+        is_known = self.keys is self._known
+        super().advance(new)
+        if is_known:
+            self._known = self.keys
+        if new and self.hashed is not None:
+            assert self.keys is not None
+            self.hashed.count(self.keys.transpose(1, 2))
+
+    def write(self, heads: Tensor, cos: Tensor, sin: Tensor, places: Tensor) -> Tensor:
+        """Rotate and store the new token, and make its code."""
+        q = super().write(heads, cos, sin, places)
+        if self.hashed is not None:
+            self.hashed.launch_token(self.stores[0].transpose(1, 2), places[SLOT])
+        return q
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the latest tokens; tables go with the first token that they were built from."""
+        is_known = self.keys is self._known
+        super().crop(tokens_to_remove)
+        if is_known:
+            self._known = self.keys
+        if self.hashed is None:
+            return
+        if not is_known or self.held < self._built:
+            self.hashed = None
+        else:
+            self.hashed.crop(self.held)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.hashed = self._known = self.leftpad = None
+        self._is_told = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take the rows ``beam_idx`` [B], for beam search."""
+        is_known = self.keys is self._known
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        self._change_rows(lambda t: t.index_select(0, beam_idx.to(t.device)), is_known)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        is_known = self.keys is self._known
+        super().batch_repeat_interleave(repeats)
+        self._change_rows(lambda t: t.repeat_interleave(repeats, dim=0), is_known)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Take the rows ``indices``."""
+        is_known = self.keys is self._known
+        super().batch_select_indices(indices)
+        self._change_rows(lambda t: t[indices.to(t.device)], is_known)
+
+    def _build(self) -> None:
+        """Make tables of all keys, around those of the prompt."""
+        assert self.keys is not None
+        keys = self.keys.detach().transpose(1, 2)
+        self._built = min(self._prompt or keys.shape[1], keys.shape[1])
+        self.hashed = HashTables.build(
+            keys[:, : self._built], bits=self.bits, tables=self.count, seed=self.seed,
+            leftpad=self.leftpad,
+        )  # fmt: skip
+        self.hashed.follow(keys)
+        self._known = self.keys
+
+    def _change_rows(self, change: Callable[[Tensor], Tensor], is_known: bool) -> None:
+        if self.leftpad is not None:
+            self.leftpad = change(self.leftpad)
+        if is_known:
+            self._known = self.keys
+        if self.hashed is not None:
+            self.hashed.change_rows(change)
+            assert self.keys is not None
+            self.hashed.keys = self.keys.transpose(1, 2)
