@@ -104,7 +104,7 @@ class UnitsLayer(GrowingLayer):
             self.unit_stores[units] = larger
 
     def address(self) -> tuple[Tensor, ...]:
-        """Return all stores, and what tells the phase of the next token and its side of switches."""
+        """Return all stores, and what tells the phase and the sides of the next token."""
         sides = (self._sides[self.held >= switch] for switch in self.switches)
         phase = self._sides[self.is_decoding]
         return (*super().address(), *self.unit_stores.values(), *sides, phase)

@@ -10,10 +10,13 @@ from transformers import DynamicCache
 
 import bitnet_triton as bt
 from bitnet_triton.attention import AttentionPlan, blocks
+from bitnet_triton.attention.modes import lsh_sampling
 from bitnet_triton.attention.modes.full import Full
 from bitnet_triton.attention.modes.quest import Quest
+from bitnet_triton.attention.sampled import SamplingMode
 from bitnet_triton.cache import GrowingLayer, SinkWindowLayer, StreamingLayer, streaming
 from bitnet_triton.kernels.exact_attention import launchers
+from bitnet_triton.kernels.lsh_sampling.reference import mean_direction
 from bitnet_triton.kernels.native_sparse import launchers as sparse
 from bitnet_triton.kernels.top_blocks import reference
 
@@ -27,6 +30,12 @@ STREAMING = {"mode": "streaming", "window": 5, "sinks": 2}
 POOLED = {"mode": "pooled_blocks", "block": 4, "selected": 2, "initial": 0}
 INDEXED = {"mode": "indexed_blocks", "block": 4, "selected": 2, "index_keys": "float"}
 QUEST = {"mode": "quest", "page": 2, "budget": 6}
+LSH = {"mode": "lsh_sampling", "bits": 2, "tables": 6, "sinks": 1, "recent": 2}
+# so wide a bound that as many keys are drawn as tell their spread, and no page chosen by its bounds
+VERIFIED = {
+    "mode": "verified_sampling", "page": 2, "selected": 3, "local": 2, "base": 2, "epsilon": 0.99,
+    "delta": 0.99,
+}  # fmt: skip
 SPARSE = {
     "mode": "native_sparse", "block": 4, "stride": 2, "selection": 4, "selected": 3, "window": 3,
 }  # fmt: skip
@@ -67,6 +76,11 @@ MODES = {
         "decode": {"mode": "sliding", "window": 5},
     },
     "blocks of two kinds": {"prefill": POOLED, "decode": ["full", INDEXED, QUEST]},
+    "lsh_sampling": LSH,
+    "lsh_sampling, union": {**LSH, "share": "union"},
+    "lsh_sampling, proposal": {**LSH, "share": "proposal", "seed": 3},
+    "lsh_sampling in decoding only": {"prefill": "full", "decode": ["full", LSH, LSH]},
+    "verified_sampling": VERIFIED,
     "swaa-untrained": {"preset": "swaa-untrained", "window": 5, "sinks": 2},
     "swaa-untrained-fast": {"preset": "swaa-untrained-fast", "window": 5, "sinks": 2},
     "swaa-trained-fast": {"preset": "swaa-trained-fast", "window": 5},
@@ -98,6 +112,10 @@ DEGENERATE = {
     "pooled_blocks, dense below": {"mode": "pooled_blocks", "dense_below": 20, "block": 1},
     "indexed_blocks": {"mode": "indexed_blocks", "block": 4, "selected": 5},
     "quest": {"mode": "quest", "page": 3, "budget": 21},
+    "lsh_sampling": {"mode": "lsh_sampling", "recent": 20},
+    "lsh_sampling, everything": {"mode": "lsh_sampling", "bits": 1, "tables": 200, "recent": 1},
+    "verified_sampling": {"mode": "verified_sampling", "page": 4, "selected": 5},
+    "verified_sampling, drawn": {"mode": "verified_sampling", "page": 1, "selected": 4, "base": 16},
     "swaa, wide": {"preset": "swaa-untrained", "window": 20},
     "swaa, all layers full": {"preset": "swaa", "window": 2, "full_layers": "every-1"},
     "swaa, short prompt": {"preset": "swaa-untrained-fast", "window": 8, "sinks": 0},
@@ -138,11 +156,11 @@ def padded(request, build, draw_clear):
 
 
 def positions(model, mask):
-    """Bounds by channel depend on the angles of keys: then positions go by the text, as generate
-    has them. Other modes see differences of positions alone.
+    """Bounds by channel and codes depend on the angles of keys: then positions go by the text, as
+    generate has them. Other modes see differences of positions alone.
     """
     plan = model.attention_plan or ()
-    if mask is None or not any(isinstance(mode, Quest) for mode in plan):
+    if mask is None or not any(isinstance(mode, (Quest, SamplingMode)) for mode in plan):
         return None
     return (mask.cumsum(-1) - 1).clamp_min(0)
 
@@ -197,11 +215,21 @@ def key_distance(model, ids, mask=None):
         distances.append(sparse_distance(scores, chosen, blocks, before))
         return chosen
 
+    def look_at_sides(q, k, v, tables, **settings):
+        asked = mean_direction(q.unflatten(2, (tables.keys.shape[2], -1))[:, 0].transpose(1, 2))
+        for x in (q, asked, tables.keys - tables.centre[:, None]):
+            sides = torch.einsum("...d,kld->...kl", x, tables.planes)
+            # of the size of a cosine, which rounding moves less than a score
+            distances.append(10 * (sides.abs() / x.norm(dim=-1)[..., None, None]).min())
+        return attend(q, k, v, tables, **settings)
+
     choose, choose_sparse = blocks.top_blocks, sparse.select_reference
+    attend = lsh_sampling.lsh_sampling_attention
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launchers, "select_reference", look)
         patch.setattr(blocks, "top_blocks", look_at_blocks)
         patch.setattr(sparse, "select_reference", look_at_sparse)
+        patch.setattr(lsh_sampling, "lsh_sampling_attention", look_at_sides)
         run(model, ids, mask, prompt_len=PROMPT)
     return torch.stack(distances).min().item()
 
@@ -332,7 +360,10 @@ def test_generation_is_one_forward_however_it_is_cached(name, build, draw_clear,
         assert torch.equal(model.generate(ids, **kwargs, **settings), output), settings
 
 
-@pytest.mark.parametrize("name", ["full", "sliding", "streaming", "swaa-trained-fast", "all mixed"])
+BEAMS = ["full", "sliding", "streaming", "swaa-trained-fast", "all mixed", "lsh_sampling"]
+
+
+@pytest.mark.parametrize("name", [*BEAMS, "verified_sampling"])
 def test_beams_take_their_tokens_along(name, build, padded):
     model, (ids, mask) = build(MODES[name]), padded
     kwargs = {
@@ -344,7 +375,10 @@ def test_beams_take_their_tokens_along(name, build, padded):
 
 
 @pytest.mark.parametrize("helper", ["same", "full", "narrow", "prompt"])
-@pytest.mark.parametrize("name", ["sliding", "streaming", "swaa-untrained", "swaa-trained-fast"])
+@pytest.mark.parametrize(
+    "name",
+    ["sliding", "streaming", "swaa-untrained", "swaa-trained-fast", "lsh_sampling"],
+)
 def test_speculation_changes_nothing(name, helper, build, token_ids, draw_clear, token_distance):
     model = build(MODES[name])
     # long enough for windows to have dropped something; transformers takes pad tokens that a helper
@@ -491,13 +525,23 @@ def test_labels_say_where_the_prompts_of_packed_sequences_end(build, token_ids):
         assert not torch.allclose(packed[:, start:end], model(ids[:, start:end]).logits)
 
 
-@pytest.mark.parametrize("name", MODES)
+@pytest.mark.parametrize(
+    "name", [name for name in MODES if name != "lsh_sampling in decoding only"]
+)
 def test_training_reaches_every_parameter(name, build, token_ids):
     model, ids = build(MODES[name]).train(), token_ids(2, T)
     labels = ids.clone()
     labels[:, :PROMPT] = -100
     model(ids, labels=labels).loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_answers_that_are_sampled_cannot_be_trained(build, token_ids):
+    model, ids = build(MODES["lsh_sampling in decoding only"]).train(), token_ids(2, T)
+    labels = ids.clone()
+    labels[:, :PROMPT] = -100
+    with pytest.raises(ValueError, match="`attention`: 'lsh_sampling' samples, which has no grad"):
+        model(ids, labels=labels)
 
 
 @pytest.mark.parametrize("name", ["sliding", "streaming", "swaa-untrained", "all mixed"])

@@ -14,6 +14,11 @@ LOCAL = {"mode": "local", "block": 8}
 POOLED = {"mode": "pooled_blocks", "block": 4, "selected": 3}
 INDEXED = {"mode": "indexed_blocks", "block": 4, "selected": 3, "index_keys": "float"}
 QUEST = {"mode": "quest", "page": 4, "budget": 12}
+LSH = {"mode": "lsh_sampling", "bits": 2, "tables": 6, "sinks": 1, "recent": 4}
+VERIFIED = {
+    "mode": "verified_sampling", "page": 4, "selected": 4, "local": 1, "base": 3, "epsilon": 0.5,
+    "delta": 0.5,
+}  # fmt: skip
 SPARSE = {
     "mode": "native_sparse", "block": 4, "stride": 2, "selection": 4, "selected": 3, "window": 5,
 }  # fmt: skip
@@ -49,6 +54,11 @@ RECORDED = {
     "sparse means": {**SPARSE, "compression": "mean", "block": 6, "selection": 8, "local": 1},
     "sparse decode": {"prefill": "full", "decode": SPARSE},
     "blocks mixed": {"prefill": "full", "decode": [INDEXED, {**QUEST, "dense_below": 20}]},
+    "lsh_sampling": LSH,
+    "lsh union": {**LSH, "share": "union"},
+    "lsh proposal": {**LSH, "share": "proposal"},
+    "lsh after full": {"prefill": "full", "decode": ["full", LSH]},
+    "verified_sampling": VERIFIED,
 }
 LAUNCHED = {
     "sparse maps": {**SPARSE, "compression": "linear"},
@@ -60,6 +70,7 @@ LAUNCHED = {
     "global mask": {"mode": "longformer", "window": 4, "global_mask": True},
 }
 PATTERNS = ["streaming", "streaming phases", "local", "strided", "fixed", "longformer", "global"]
+SAMPLED = ["lsh_sampling", "lsh union", "lsh proposal", "lsh after full", "verified_sampling"]
 BLOCKS = ["pooled_blocks", "pooled windows", "indexed_blocks", "quest", "blocks mixed"]
 BLOCKS += ["native_sparse", "sparse decode"]
 PADDED = torch.tensor([[0, 0, 0, 1, 9, 30, 7], [1, 5, 23, 71, 8, 40, 6]])
@@ -94,7 +105,9 @@ def load(checkpoint):
 def steps(model, ids, start, n, mask=None, **kwargs):
     """Return the logits of ``n`` steps after ``start`` tokens."""
     # bounds of pages depend on the angles of keys: as in generate, they go by the text
-    by_text = mask is not None and any(mode.name == "quest" for mode in model.attention_plan)
+    by_text = mask is not None and any(
+        mode.name in ("quest", "lsh_sampling", "verified_sampling") for mode in model.attention_plan
+    )
 
     def seen(first, end):
         given = {} if mask is None else {"attention_mask": mask[:, :end]}
@@ -151,7 +164,7 @@ def test_a_stream_starts_again_in_place(load, token_ids, replays, monkeypatch):
     assert len(set(replays)) == 1
 
 
-@pytest.mark.parametrize("name", ["sliding", "mixed", "swaa", *PATTERNS, *BLOCKS])
+@pytest.mark.parametrize("name", ["sliding", "mixed", "swaa", *PATTERNS, *BLOCKS, *SAMPLED])
 def test_padding_on_the_left_changes_no_row(name, load, token_ids, replays):
     model = load(RECORDED[name])
     ids = torch.cat([PADDED, token_ids(2, 30)], 1)
@@ -164,7 +177,9 @@ def test_padding_on_the_left_changes_no_row(name, load, token_ids, replays):
     assert replays
 
 
-@pytest.mark.parametrize("name", ["sliding", "mixed", "full decode", "swaa", *PATTERNS, *BLOCKS])
+@pytest.mark.parametrize(
+    "name", ["sliding", "mixed", "full decode", "swaa", *PATTERNS, *BLOCKS, *SAMPLED]
+)
 def test_generate_writes_the_same_tokens(name, load, replays):
     model = load(RECORDED[name])
 
