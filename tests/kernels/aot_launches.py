@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from bitnet_triton.kernels import Mask
+from bitnet_triton.kernels import Mask, SparseBlocks
 from bitnet_triton.kernels.bit_linear.backward import (
     launch_bit_linear_bwd_dweight,
     launch_bit_linear_bwd_dx,
@@ -39,6 +39,15 @@ from bitnet_triton.kernels.lsh_sampling.hash import (
 )
 from bitnet_triton.kernels.lsh_sampling.probe import launch_probe
 from bitnet_triton.kernels.lsh_sampling.verified import Verified, triton_verified
+from bitnet_triton.kernels.native_sparse import launch as sparse_launch
+from bitnet_triton.kernels.native_sparse import pool as sparse_pool
+from bitnet_triton.kernels.native_sparse.arguments import SparseCall
+from bitnet_triton.kernels.native_sparse.decode import (
+    launch_compress_step,
+    launch_compressed_decode,
+    launch_gates,
+)
+from bitnet_triton.kernels.native_sparse.gates import launch_gated_sum, launch_gated_sum_bwd
 from bitnet_triton.kernels.quantize.forward import (
     launch_quantize_activations,
     launch_quantize_with_sums,
@@ -242,6 +251,30 @@ def launch_sampling(D, dtype, T=4096, H=20, Hk=5, bits=10, tables=148):
     triton_verified(q, k, k, Verified(bounds, used, used, 32, 32, 1, 3, 128, 3, 0.1, 0.1, 0.1))
 
 
+def launch_native_sparse(D, dtype, group):
+    """Start the kernels of native sparse attention, forward, backward and a step of decoding."""
+    H, blocks = 2 * group, SparseBlocks()
+    q, x, k = (meta(1, *shape, D, dtype=dtype) for shape in ((4096, H), (4096, 2), (255, 2)))
+    weights, length = meta(2, 32, dtype=dtype), meta(1, dtype=torch.int32)
+    y = sparse_pool.launch_pool(x, weights, None, 255, 32, 16)
+    sparse_pool.launch_pool_bwd(y, weights, None, 4096, 32, 16)
+    sparse_pool.launch_pool_bwd_dw(y, x, weights, None, 32, 16)
+    call = SparseCall(blocks, D**-0.5, 4096, select=True)
+    out, lse, _ = sparse_launch.launch_forward(q, k, k, call)
+    sparse_launch.launch_backward(out, q, k, k, out, lse, call)
+    gates = meta(1, 4096, H, 3, dtype=dtype)
+    launch_gated_sum_bwd(launch_gated_sum(out, out, out, gates), out, out, out, gates)
+    cos = meta(4096, D, dtype=dtype)
+    launch_compress_step(
+        x, x, k, k, blocks=blocks, weights=(weights, weights), bias=(None, None), cos=cos, sin=cos,
+        leftpad=length, used=length, position=length,
+    )  # fmt: skip
+    launch_compressed_decode(
+        q[:, :1], k, k, blocks=blocks, scale=0.1, tokens=4096, leftpad=length, used=length
+    )
+    launch_gates(meta(1, 1, 2560, dtype=dtype), meta(3 * H, 2560, dtype=dtype), meta(3 * H))
+
+
 def record_all():
     """Return each launch that differs in kernel, dtypes or tiles from the others."""
     with record_launches() as launches:
@@ -273,8 +306,10 @@ def record_all():
             launch_choice_of_blocks(D, dtype)
             launch_chosen_blocks(D, dtype, group=4)
             launch_sampling(D, dtype)
+            launch_native_sparse(D, dtype, group=4)
         launch_attention(128, BF16, Mask(window=1024, sinks=4))
         launch_chosen_blocks(128, BF16, group=16)
+        launch_native_sparse(128, BF16, group=16)
         launch_packed(2048, BF16, None)
         launch_trained(2048, BF16, F32, binary=False)  # autocast
         launch_trained(2048, BF16, BF16, binary=True)

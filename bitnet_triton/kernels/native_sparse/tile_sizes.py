@@ -31,9 +31,10 @@ GPU: Table = {
     "compress_blocks_bwd_dx": {ANY: {"BLOCK_N": 16, "num_warps": 4}},
     "compress_blocks_bwd_dw": {ANY: {"BLOCK_N": 16, "num_warps": 4}},
     "compressed_attention_fwd": {
-        128: {"BLOCK_M": 32, "BLOCK_N": 64, "ROWS": 32, "num_warps": 4, "num_stages": 1},
+        128: {"BLOCK_M": 16, "BLOCK_N": 64, "ROWS": 16, "num_warps": 8, "num_stages": 1},
         256: {"BLOCK_M": 16, "BLOCK_N": 32, "ROWS": 16, "num_warps": 4, "num_stages": 1},
-        FLOAT32 + 128: {"BLOCK_M": 16, "BLOCK_N": 32, "ROWS": 16, "num_warps": 8, "num_stages": 1},
+        FLOAT32 + 64: {"BLOCK_M": 16, "BLOCK_N": 16, "ROWS": 4, "num_warps": 4, "num_stages": 1},
+        FLOAT32 + 128: {"BLOCK_M": 16, "BLOCK_N": 16, "ROWS": 16, "num_warps": 8, "num_stages": 1},
     },
     "compressed_attention_bwd_dq": {
         128: {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
@@ -45,7 +46,7 @@ GPU: Table = {
     "compressed_attention_decode": {
         128: {"BLOCK_N": 64, "num_warps": 4, "num_stages": 1},
         256: {"BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
-        FLOAT32 + 128: {"BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
+        FLOAT32 + 128: {"BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
     },
     "compress_step": {ANY: {"num_warps": 4}},
     "sparse_gates": {ANY: {"BLOCK_N": 8, "BLOCK_K": 256, "num_warps": 4}},
@@ -53,4 +54,19 @@ GPU: Table = {
     "gated_sum_bwd": {ANY: {"BLOCK_M": 16, "num_warps": 4}},
 }
 
-register_tiles(cpu=CPU, gpu=GPU)
+# What is not as on other NVIDIA GPUs, whose registers spill
+SM_90: Table = {
+    "compressed_attention_fwd": {
+        **GPU["compressed_attention_fwd"],
+        128: {"BLOCK_M": 32, "BLOCK_N": 64, "ROWS": 32, "num_warps": 8, "num_stages": 1},
+    },
+}
+
+HIP: Table = {
+    "compressed_attention_fwd": {
+        **GPU["compressed_attention_fwd"],
+        128: {"BLOCK_M": 32, "BLOCK_N": 32, "ROWS": 32, "num_warps": 4, "num_stages": 1},
+    },
+}
+
+register_tiles(cpu=CPU, gpu=GPU, sm_90=SM_90, hip=HIP)
