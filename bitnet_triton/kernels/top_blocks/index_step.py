@@ -91,17 +91,17 @@ def _block_index_step_kernel(
         slot = tl.load(slots_ptr + b).to(tl.int64)
         is_slot = (slot >= 0) & (slot < capacity)
         keys_ptr += b * keys_stride_b + slot * keys_stride_c
-        z1 = z1.to(tl.float32)
-        z2 = z2.to(tl.float32)
+        key1 = z1.to(tl.float32)
+        key2 = z2.to(tl.float32)
         if scale_ptr is not None:
-            largest = tl.maximum(tl.max(tl.abs(z1), axis=0), tl.max(tl.abs(z2), axis=0))
+            largest = tl.maximum(tl.max(tl.abs(key1), axis=0), tl.max(tl.abs(key2), axis=0))
             scale = tl.div_rn(tl.maximum(largest, 1e-12), 127.0)
             tl.store(scale_ptr + b * scale_stride_b + slot, scale, mask=is_slot)
-            z1 = round_half_even(tl.div_rn(z1, scale))
-            z2 = round_half_even(tl.div_rn(z2, scale))
+            key1 = round_half_even(tl.div_rn(key1, scale))
+            key2 = round_half_even(tl.div_rn(key2, scale))
         stored: tl.constexpr = keys_ptr.dtype.element_ty
-        tl.store(keys_ptr + cols, z1.to(stored), mask=is_col & is_slot)
-        tl.store(keys_ptr + HALF + cols, z2.to(stored), mask=is_col & is_slot)
+        tl.store(keys_ptr + cols, key1.to(stored), mask=is_col & is_slot)
+        tl.store(keys_ptr + HALF + cols, key2.to(stored), mask=is_col & is_slot)
 
 
 def launch_block_index_step(
