@@ -122,7 +122,8 @@ def _top_blocks_fwd_kernel(
     # compile-time; a block has UNITS that start in it, and BEFORE that reach into it
     DEPENDENT: tl.constexpr, GROUP: tl.constexpr, SETS: tl.constexpr, D: tl.constexpr,
     BOUNDS: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr, UNITS: tl.constexpr,
-    SELECTED: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SELECTED: tl.constexpr, SPLITS: tl.constexpr, RELOAD: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(DEPENDENT)
     BLOCK_D: tl.constexpr = triton.next_power_of_2(D)
@@ -189,8 +190,12 @@ def _top_blocks_fwd_kernel(
                 is_unit = (c % COLUMNS < UNITS + BEFORE) & (unit >= 0) & (unit < end_u)
             start = j0 * UNITS + part * BLOCK_N
             k = _load_units(keys_ptr, unit, start, keys_stride_u, is_unit, PLAIN, D, BLOCK_D)
+            if RELOAD:  # both tiles of queries would not fit into registers
+                q = _load_heads(q_ptr, at, q_stride_h, is_row, GROUP, 1, D, BLOCK_D)
             scores = tl.dot(q, tl.trans(k.to(dtype)), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
             if BOUNDS:
+                if RELOAD:
+                    q_least = _load_heads(q_ptr, at, q_stride_h, is_row, GROUP, -1, D, BLOCK_D)
                 k = _load_units(
                     keys_ptr + D, unit, start, keys_stride_u, is_unit, PLAIN, D, BLOCK_D
                 )
@@ -299,7 +304,9 @@ def launch_top_blocks(
         Tq, tokens, initial, local,
         GROUP=H // sets, SETS=sets_of_head, D=D, BOUNDS=units.kind == "bounds",
         STRIDE=units.stride, WINDOW=units.window, UNITS=block // units.stride,
-        SELECTED=selected, SPLITS=splits, **(config | {"BLOCK_M": block_m}), **dependent(q.device),
+        SELECTED=selected, SPLITS=splits,
+        RELOAD=units.kind == "bounds" and q.dtype == torch.float32 and q.device.type != "cpu",
+        **(config | {"BLOCK_M": block_m}), **dependent(q.device),
     )  # fmt: skip
     if splits > 1:
         launch(_top_blocks_merge_kernel, (B * Tq * sets,))(
