@@ -70,6 +70,7 @@ from bitnet_triton.kernels.ternary_linear.launchers import packed_launcher
 from bitnet_triton.kernels.top_blocks import Units
 from bitnet_triton.kernels.top_blocks.forward import launch_top_blocks
 from bitnet_triton.kernels.top_blocks.index_step import launch_block_index_step
+from bitnet_triton.kernels.top_blocks.op import choice_objection
 from bitnet_triton.kernels.top_blocks.pool import launch_pool_keys
 from bitnet_triton.runtime.aot import record_launches
 from bitnet_triton.runtime.autotune import largest_size, tiles_for
@@ -195,7 +196,8 @@ def launch_choice_of_blocks(D, dtype):
     for queries in (q, q[:, :1]):
         index, chosen = queries[:, :, :2], {"block": 128, "selected": 16, "sets": 2, **settings}
         launch_top_blocks(index, meta(1, 4096, 1, D, dtype=dtype), units=Units(), **chosen)
-        launch_top_blocks(index, codes, units=Units(), scale=scale, **chosen)
+        if choice_objection(q, codes) is None:
+            launch_top_blocks(index, codes, units=Units(), scale=scale, **chosen)
         for units, block in ((Units("mean", 16, 32), 64), (Units("bounds", 16, 16), 16)):
             k = meta(1, 4096, 2, D, dtype=dtype)
             rows = meta(1, units.rows(4096), 2, units.width(D), dtype=dtype)

@@ -187,6 +187,11 @@ class IndexedBlocks(BlockMode):
     ) -> Callable[[Tensor, StepTensors], Tensor] | str:
         """Return the launches that make the index of a token, and choose by it."""
         from bitnet_triton.kernels.top_blocks.forward import launch_top_blocks
+        from bitnet_triton.kernels.top_blocks.op import choice_objection
+
+        objection = choice_objection(memory.keys, memory.index()[0])
+        if objection is not None:
+            return objection
 
         def choose(q: Tensor, step: StepTensors) -> Tensor:
             queries = _index_step(memory, layer, step)

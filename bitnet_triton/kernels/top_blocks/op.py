@@ -15,7 +15,7 @@ from bitnet_triton.runtime import Implementation, register_op, select
 from bitnet_triton.runtime.device import smallest_dot
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-_LARGEST_HEAD = 256
+_LARGEST_HEAD, _LARGEST_CODED = 256, 128
 _TOKENS = Units()
 
 
@@ -64,9 +64,14 @@ def _triton_top(q: Tensor, keys: Tensor, choice: Choice) -> Tensor:
     return launch_top_blocks(q, keys, **vars(choice))
 
 
-def _triton_objection(q: Tensor) -> str | None:
-    if not smallest_dot(q.device) <= q.shape[-1] <= _LARGEST_HEAD:
-        return f"heads of {q.shape[-1]} values; up to {_LARGEST_HEAD} run, on a GPU from 16"
+def choice_objection(q: Tensor, keys: Tensor) -> str | None:
+    """Say why no kernel chooses for queries [B Tq H D] by such keys; None when one does."""
+    D, least = q.shape[-1], smallest_dot(q.device)
+    if not least <= D <= _LARGEST_HEAD:
+        return f"heads of {D} values; up to {_LARGEST_HEAD} run, on a GPU from {least}"
+    if least > 1 and keys.dtype == torch.int8 and (D > _LARGEST_CODED or q.dtype == torch.float32):
+        # registers would spill
+        return f"codes on a GPU: for queries of 16 bits and up to {_LARGEST_CODED} values"
     return None
 
 
@@ -96,7 +101,7 @@ def _sequences(q: Tensor, choice: Choice) -> list[tuple[int, slice, int, int]]:
 def _launch_top(q: Tensor, keys: Tensor, choice: Choice) -> Tensor:
     if q.numel() == 0:
         return _fake_top(q, keys, choice)
-    return select("top_blocks", TOP_BLOCKS, q.device, q)(q, keys, choice)
+    return select("top_blocks", TOP_BLOCKS, q.device, q, keys)(q, keys, choice)
 
 
 def _fake_top(q: Tensor, keys: Tensor, choice: Choice) -> Tensor:
@@ -104,7 +109,7 @@ def _fake_top(q: Tensor, keys: Tensor, choice: Choice) -> Tensor:
 
 
 TOP_BLOCKS = {
-    "triton": Implementation(_triton_top, _triton_objection),
+    "triton": Implementation(_triton_top, choice_objection),
     "reference": Implementation(_reference_top),
 }
 _top_blocks = register_op("top_blocks", _launch_top, _fake_top, bundle=Choice)

@@ -22,9 +22,10 @@ CPU: Table = {
 GPU: Table = {
     "top_blocks_fwd": {  # the size of a head, and FLOAT32 more of float32
         64: {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
-        128: {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
-        256: {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
-        FLOAT32 + 128: {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1},
+        128: {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
+        256: {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
+        FLOAT32 + 64: {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1},
+        FLOAT32 + 128: {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1},
     },
     "top_blocks_merge": {  # the number of candidates
         ANY: {"num_warps": 4},
@@ -40,8 +41,6 @@ GPU: Table = {
 SM_90: Table = {
     "top_blocks_fwd": {
         **GPU["top_blocks_fwd"],
-        128: {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
-        256: {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
         FLOAT32 + 64: {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
     },
 }
