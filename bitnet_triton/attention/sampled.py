@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bitnet_triton.attention.context import AttentionContext
 from bitnet_triton.attention.masked import attend_and_tell, check_served
-from bitnet_triton.attention.mode import Mode, Step, StepLayer, StepTensors
+from bitnet_triton.attention.mode import Mode, Reads, Step, StepLayer, StepTensors
 from bitnet_triton.attention.tokens import CAUSAL
 from bitnet_triton.cache import Memory
 
@@ -36,6 +36,23 @@ class SamplingMode(Mode):
             context: of the call.
         """
         raise NotImplementedError
+
+    def count(
+        self, q: Tensor, k: Tensor, v: Tensor, prompt: int, context: AttentionContext
+    ) -> Reads | None:
+        """Count what a generated query q [B 1 H D] reads; None: everything."""
+        raise NotImplementedError
+
+    def reads(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Reads:
+        """Count the sample of the last query, and what it takes to find it."""
+        tokens = int(context.tokens.offset) + q.shape[1]
+        prompt = self._prompt_len(q.shape[1], context)
+        found = None
+        if prompt and prompt < tokens:
+            found = self.count(q[:, -1:], k[:, :tokens], v[:, :tokens], prompt, context)
+        left = context.tokens.leftpad
+        seen = tokens - (0 if left is None else left.float().mean().item())
+        return Reads(seen, seen) if found is None else found
 
     def sampled_step(self, memory: Memory, layer: StepLayer) -> Step | None:
         """Return one decode step as launches; None where it reads everything."""

@@ -11,6 +11,7 @@ from bitnet_triton.attention.modes.full import Full
 from bitnet_triton.attention.modes.indexed_blocks import IndexedBlocks
 from bitnet_triton.attention.modes.local import Local
 from bitnet_triton.attention.modes.longformer import Longformer
+from bitnet_triton.attention.modes.lsh_sampling import LshSampling
 from bitnet_triton.attention.modes.native_sparse import NativeSparse
 from bitnet_triton.attention.modes.pooled_blocks import PooledBlocks
 from bitnet_triton.attention.modes.quest import Quest
@@ -19,6 +20,7 @@ from bitnet_triton.attention.modes.streaming import Streaming
 from bitnet_triton.attention.modes.strided import Strided
 from bitnet_triton.attention.modes.threshold import Threshold
 from bitnet_triton.attention.modes.top_k import TopK
+from bitnet_triton.attention.modes.verified_sampling import VerifiedSampling
 from bitnet_triton.cache import GrowingLayer, StreamingLayer
 
 WINDOW_4 = {"mode": "sliding", "window": 4, "sinks": 1}
@@ -39,6 +41,12 @@ WINDOW_4 = {"mode": "sliding", "window": 4, "sinks": 1}
         ({"mode": "pooled_blocks", "block": 8}, [PooledBlocks(8)], [PooledBlocks(8)]),
         ({"mode": "indexed_blocks", "block": 8}, [IndexedBlocks(8)], [IndexedBlocks(8)]),
         ({"mode": "quest", "page": 8, "budget": 64}, [Quest(8, 64)], [Quest(8, 64)]),
+        ({"mode": "lsh_sampling", "tables": 9}, [LshSampling(10, 9)], [LshSampling(10, 9)]),
+        (
+            {"mode": "verified_sampling", "delta": 0.1},
+            [VerifiedSampling(0.05, 0.1)],
+            [VerifiedSampling(0.05, 0.1)],
+        ),
         (
             {"mode": "native_sparse", "window": 64, "shared_kv": False},
             [NativeSparse(window=64, shared_kv=False)],
@@ -142,6 +150,13 @@ def test_a_layer_keeps_what_either_phase_may_see(prefill, decode, kept):
         ({"mode": "threshold", "share": "0.5"}, TypeError, "'share': expected a number, got str"),
         ({"mode": "top_k", "keys": 0}, ValueError, "'keys': expected at least 1"),
         ({"mode": "local", "block": 0}, ValueError, "'block': expected at least 1"),
+        ({"mode": "lsh_sampling", "bits": 16}, ValueError, "'bits': expected at most 15, got 16"),
+        ({"mode": "lsh_sampling", "recent": 0}, ValueError, "'recent': expected at least 1, got 0"),
+        ({"mode": "lsh_sampling", "share": "all"}, ValueError, "'share' out of: own, union"),
+        ({"mode": "verified_sampling", "epsilon": 1}, ValueError, "'epsilon': expected more than"),
+        ({"mode": "verified_sampling", "delta": "x"}, TypeError, "'delta': expected a number"),
+        ({"mode": "verified_sampling", "selected": 3}, ValueError, "'selected': expected at least"),
+        ({"mode": "verified_sampling", "seed": 2**20}, ValueError, "'seed': expected less than"),
         (
             {"mode": "longformer", "window": [4, 0]},
             ValueError,
@@ -181,3 +196,10 @@ def test_a_plan_has_one_mode_or_one_a_layer(count):
         return
     with pytest.raises(ValueError, match=f"one mode or 2, one a layer, got {count} for 'decode'"):
         plan.check_layers(2)
+
+
+def test_tables_of_one_kind_serve_no_others():
+    with pytest.raises(ValueError, match="no memory serves 'lsh_sampling' and 'lsh_sampling'"):
+        LshSampling(bits=9).memory(LshSampling(bits=10))
+    with pytest.raises(ValueError, match="no memory serves 'verified_sampling' and 'lsh_sampling'"):
+        AttentionPlan((LshSampling(),), (VerifiedSampling(),)).check_layers(2)

@@ -10,8 +10,10 @@ from bitnet_triton.attention.modes.indexed_blocks import IndexedBlocks
 from bitnet_triton.attention.modes.native_sparse import NativeSparse
 from bitnet_triton.attention.modes.sliding import Sliding
 from bitnet_triton.attention.modes.top_k import TopK
+from bitnet_triton.attention.sampled import SamplingMode
 from bitnet_triton.cache.memory import tensors_in
-from bitnet_triton.kernels import Mask
+from bitnet_triton.kernels import HashTables, Mask
+from bitnet_triton.kernels.lsh_sampling.reference import hash_reference
 from bitnet_triton.training.footprint import bytes_held, measure_footprint
 
 T = 200
@@ -210,3 +212,44 @@ def test_counting_a_mode_with_a_memory_of_its_own_leaves_no_trace():
         measure_footprint(model, ids)
         one = model(ids[:, -2:], past_key_values=cache).logits
     assert torch.allclose(one, before[:, -2:], atol=1e-4)
+
+
+LSH = {"mode": "lsh_sampling", "bits": 3, "tables": 8, "sinks": 3, "recent": 10}
+VERIFIED = {"mode": "verified_sampling", "page": 8, "selected": 6, "base": 9, "epsilon": 0.9}
+SAMPLED = [LSH, {**LSH, "share": "union"}, {**LSH, "share": "proposal"}, VERIFIED]
+
+
+@pytest.mark.parametrize("attention", SAMPLED, ids=str)
+def test_what_a_sampling_mode_counts_is_what_trying_finds(attention, monkeypatch):
+    model, ids = build(attention), torch.randint(64, (1, T))
+    counted = measure_footprint(model, ids)
+    monkeypatch.setattr(SamplingMode, "reads", Mode.reads)
+    tried = measure_footprint(model, ids)
+    assert counted.rows_prompt == T - 1  # the prompt reads everything
+    assert counted.rows_decode == pytest.approx(tried.rows_decode)
+    assert counted.rows_decode < min(0.8 * T, counted.scored_decode)
+
+
+def test_tables_count_as_memory():
+    model, ids = build(LSH), torch.randint(64, (1, T))
+    full = footprint("full").cache_bytes
+    tables = 2 * 2 * 8 * T * 2  # of two layers and two heads, 16 bits a row and table
+    assert measure_footprint(model, ids).cache_bytes > full + tables
+
+
+def test_looked_up_rows_are_those_of_the_buckets():
+    k, q = torch.randn(2, 90, 2, 16), torch.randn(2, 1, 4, 16)
+    tables = HashTables.build(k[:, :80], bits=3, tables=8)
+    tables.append(k[:, 80:])
+    codes = hash_reference(k - tables.centre[:, None], tables.planes)[:, :80]  # [B T Hk L]
+    asked = hash_reference(q[:, 0], tables.planes)  # [B H L]
+    for head in range(4):
+        met = codes[:, :, head // 2] == asked[:, head, None]
+        found = tables.looked_up(q)[:, head]
+        assert torch.equal(found, met.sum((1, 2)) + 10)
+    parts = [
+        codes[:, :, 0, :4] == asked[:, 0, None, :4],
+        codes[:, :, 0, 4:] == asked[:, 1, None, 4:],
+    ]
+    expected = sum(part.sum((1, 2)) for part in parts) + 10
+    assert torch.equal(tables.looked_up(q, share="union")[:, 0], expected)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from bitnet_triton.attention.checks import check_known, check_number
 from bitnet_triton.attention.context import AttentionContext
-from bitnet_triton.attention.mode import Mode, Step, StepLayer, StepTensors
+from bitnet_triton.attention.mode import Mode, Reads, Step, StepLayer, StepTensors
 from bitnet_triton.attention.sampled import Attend, SamplingMode
 from bitnet_triton.cache import Memory, TablesLayer
 from bitnet_triton.cache.key_values import LEFTPAD, USED
@@ -59,15 +60,7 @@ class LshSampling(SamplingMode):
 
     def attend(self, k: Tensor, v: Tensor, prompt: int, context: AttentionContext) -> Attend | None:
         """Return what samples by the tables of the memory, or by ones that are built for a call."""
-        memory = context.memory
-        tables = memory.hashed if isinstance(memory, TablesLayer) else None
-        if tables is None:
-            left = context.tokens.leftpad
-            tables = HashTables.build(
-                k[:, :prompt], bits=self.bits, tables=self.tables, seed=self.seed,
-                leftpad=None if left is None else left.int(),
-            )  # fmt: skip
-            tables.follow(k)
+        tables = self._tables(k, prompt, context)
 
         def attend(q: Tensor, used: Tensor) -> Tensor:
             return lsh_sampling_attention(
@@ -76,6 +69,30 @@ class LshSampling(SamplingMode):
             )[0]  # fmt: skip
 
         return attend
+
+    def count(
+        self, q: Tensor, k: Tensor, v: Tensor, prompt: int, context: AttentionContext
+    ) -> Reads:
+        """Count the rows that a query samples or reads in any case, and what it looks up."""
+        tables = self._tables(k, prompt, context)
+        sampled = tables.sampled(q, share=self.share)  # [B H T]
+        rows, left = torch.arange(k.shape[1], device=q.device), context.tokens.leftpad
+        first = torch.zeros(1, 1, 1, device=q.device) if left is None else left[:, None, None]
+        exact = (rows < first + self.sinks) | (rows >= k.shape[1] - self.recent)
+        read = ((sampled | exact) & (rows >= first)).sum(-1).float().mean().item()
+        return Reads(read, read + tables.looked_up(q, share=self.share).float().mean().item())
+
+    def _tables(self, k: Tensor, prompt: int, context: AttentionContext) -> HashTables:
+        """Return the tables of the memory, or build some of k [B Tk Hk D]."""
+        memory, left = context.memory, context.tokens.leftpad
+        if isinstance(memory, TablesLayer) and memory.hashed is not None:
+            return memory.hashed
+        tables = HashTables.build(
+            k[:, :prompt], bits=self.bits, tables=self.tables, seed=self.seed,
+            leftpad=None if left is None else left.int(),
+        )  # fmt: skip
+        tables.follow(k)
+        return tables
 
     def sampled_step(self, memory: Memory, layer: StepLayer) -> Step | None:
         """Write the new token and its code, and read what it samples."""

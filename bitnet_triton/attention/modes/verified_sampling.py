@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from bitnet_triton.attention.checks import check_number
 from bitnet_triton.attention.context import AttentionContext
-from bitnet_triton.attention.mode import Mode, Step, StepLayer, StepTensors
+from bitnet_triton.attention.mode import Mode, Reads, Step, StepLayer, StepTensors
 from bitnet_triton.attention.sampled import Attend, SamplingMode
 from bitnet_triton.cache import Memory, UnitsLayer
 from bitnet_triton.cache.key_values import LEFTPAD, USED
-from bitnet_triton.kernels import Units, pool_keys, verified_sampling_attention
+from bitnet_triton.kernels import Units, pool_keys, top_blocks, verified_sampling_attention
 
 _LAYERS = 1 << 10  # seeds of the layers lie side by side
 
@@ -79,22 +80,45 @@ class VerifiedSampling(SamplingMode):
 
     def attend(self, k: Tensor, v: Tensor, prompt: int, context: AttentionContext) -> Attend | None:
         """Return what draws by the pages of the memory, or by ones that are made for a call."""
+        settings = self._settings(k, context)
+
+        def attend(q: Tensor, used: Tensor) -> Tensor:
+            return verified_sampling_attention(q, k, v, used=used, **settings)[0]
+
+        return attend
+
+    def count(
+        self, q: Tensor, k: Tensor, v: Tensor, prompt: int, context: AttentionContext
+    ) -> Reads:
+        """Count the rows of pages and those that are drawn, and what chooses and measures them."""
+        settings, tokens = self._settings(k, context), k.shape[1]
+        *_, drawn = verified_sampling_attention(q, k, v, **settings)
+        pages = top_blocks(
+            q, settings["bounds"], units=self.units, block=self.page, selected=self.selected,
+            initial=self.initial, local=self.local, sets=k.shape[2], tokens=tokens,
+            leftpad=settings["leftpad"],
+        )[:, 0]  # fmt: skip
+        left = settings["leftpad"]
+        last = tokens if left is None else tokens - left[:, None, None]
+        rows = ((last - pages * self.page).clamp(0, self.page) * (pages >= 0)).sum(-1, True)
+        told = (last - rows).clamp(0, self.base)
+        read = (rows + drawn).float().mean().item()
+        return Reads(read, read + told.float().mean().item() + tokens // self.page)
+
+    def _settings(self, k: Tensor, context: AttentionContext) -> dict[str, Any]:
+        """Return what ``verified_sampling_attention`` is told of keys [B Tk Hk D]."""
         memory, left = context.memory, context.tokens.leftpad
         left = None if left is None else left.int()
         if isinstance(memory, UnitsLayer) and self.units in memory.units:
             bounds = memory.sums(self.units)
         else:
             bounds = pool_keys(k, units=self.units, leftpad=left)
-
-        def attend(q: Tensor, used: Tensor) -> Tensor:
-            return verified_sampling_attention(
-                q, k, v, epsilon=self.epsilon, delta=self.delta, page=self.page,
-                selected=self.selected, initial=self.initial, local=self.local, base=self.base,
-                seed=self._seed(context.layer), scale=context.scale, bounds=bounds, leftpad=left,
-                used=used,
-            )[0]  # fmt: skip
-
-        return attend
+        return {
+            "epsilon": self.epsilon, "delta": self.delta, "page": self.page,
+            "selected": self.selected, "initial": self.initial, "local": self.local,
+            "base": self.base, "seed": self._seed(context.layer), "scale": context.scale,
+            "bounds": bounds, "leftpad": left,
+        }  # fmt: skip
 
     def sampled_step(self, memory: Memory, layer: StepLayer) -> Step | None:
         """Write the new token and the page that it completes, and read pages and a sample."""

@@ -25,6 +25,7 @@ from bitnet_triton.kernels.lsh_sampling.launchers import (
     triton_sample,
 )
 from bitnet_triton.kernels.lsh_sampling.planes import hash_planes
+from bitnet_triton.kernels.lsh_sampling.reference import hash_reference, mean_direction
 from bitnet_triton.runtime import Implementation, select
 
 # what a row of a segment is numbered with has 16 bits
@@ -243,6 +244,30 @@ class HashTables:
             return u
         rows = torch.arange(self.length, device=u.device)
         return u.masked_fill((rows < self.leftpad[:, None])[:, None], 0.0)
+
+    @torch.no_grad()
+    def looked_up(self, q: Tensor, *, share: str = "own") -> Tensor:
+        """Count what queries compare codes with, int64 [B lists]: their buckets, and the tail.
+
+        A list is that of a query head with "own", else that of a group.
+
+        Args:
+            q: [B 1 H D] or [B H D].
+            share: as for ``lsh_sampling_attention``.
+        """
+        q = self._checked_query(q, share).float()
+        Hk, L = self.keys.shape[2], self.tables
+        if share == "proposal":
+            q = mean_direction(q[:, 0].unflatten(1, (Hk, -1)).transpose(1, 2))
+        codes = hash_reference(q[:, 0], self.planes)  # [B heads L]
+        codes = codes.unflatten(1, (Hk, -1)).transpose(2, 3)  # [B Hk L G]
+        found = self.offsets.diff(dim=-1).sum(0).gather(-1, codes)  # of all segments
+        if share == "union":  # each head looks into tables of its own
+            G = codes.shape[-1]
+            owner = torch.arange(L, device=q.device) // (L // G)
+            found = found * (owner[:, None] == torch.arange(G, device=q.device))
+            return found.sum((2, 3)) + self.length - self.ids.shape[-1]
+        return found.sum(2).flatten(1) + self.length - self.ids.shape[-1]
 
     def call(
         self, share: str, *, sinks: int = 0, recent: int = 0, scale: float = 1.0,
