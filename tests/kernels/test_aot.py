@@ -56,7 +56,7 @@ OVERLAPPED = (
     "flash_attention_decode_pattern", "flash_attention_decode_merge", "split_activations_fwd",
     "int8_linear_fwd", "int8_linear_topk_fwd", "merge_best", "top_blocks_fwd", "top_blocks_merge",
     "pool_keys", "block_index_step", "lsh_hash", "lsh_mean_direction", "lsh_probe", "lsh_gather",
-    "verified_draw",
+    "verified_draw", "selected_blocks_fwd_rows",
 )  # fmt: skip
 MANY_TOKENS = ("ternary_linear_fwd", "bit_linear_fwd", "bit_linear_fwd_from_codes")
 FLOAT_PRODUCTS = (
@@ -66,6 +66,7 @@ FLOAT_PRODUCTS = (
     "exact_attention_fwd", "exact_attention_bwd_dq",
     "exact_attention_bwd_dkdv", "exact_attention_select", "top_blocks_fwd",
     "lsh_gather", "verified_draw",
+    "selected_blocks_fwd_rows", "selected_blocks_bwd_dq_rows", "selected_blocks_bwd_dkdv",
 )  # fmt: skip
 # lines of the table that every run compiles anew
 SAMPLE = 16

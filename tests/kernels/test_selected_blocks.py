@@ -140,6 +140,39 @@ def test_results_and_gradients_match_the_dense_formula(case, device, backend):
     check(indices, block, inputs, device, dtype=dtype, causal=causal)
 
 
+@pytest.mark.backends("triton")
+@pytest.mark.parametrize("case", [1, 4, 9])
+def test_programs_of_one_query_match_the_dense_formula(case, device, backend, monkeypatch):
+    """As a GPU computes every call."""
+    from bitnet_triton.kernels.selected_blocks import launch
+
+    monkeypatch.setattr(launch, "by_rows", lambda q: True)
+    block, S, (B, Tq, Tk), (H, Hk), (D, Dv), dtype, causal = GRID[case]
+    indices = random_choice(B, Tq, Hk, S, -(-Tk // block))
+    inputs = draw(B, Tq, Tk, H, Hk, D, Dv)
+    check(indices, block, inputs, device, dtype=dtype, causal=causal)
+
+
+@pytest.mark.backends("triton")
+def test_long_lists_are_divided_and_summed(device, backend, monkeypatch):
+    from bitnet_triton.kernels.selected_blocks import launch
+
+    monkeypatch.setattr(launch, "_SHORTEST_PART", 16)
+    # most tokens choose the first blocks, and some a block of their own
+    indices = torch.where(torch.rand(2, 170, 2, 3) < 0.8, torch.arange(3), 5).to(torch.int32)
+    check(indices, 24, draw(2, 170, 170, 8, 2, 32, 16), device)
+
+
+@pytest.mark.backends("triton")
+def test_groups_that_share_memory_in_turn_stay_apart(device, backend, monkeypatch):
+    from bitnet_triton.kernels.selected_blocks import launch
+
+    monkeypatch.setattr(launch, "_MOST_TOKENS", 32)
+    monkeypatch.setattr(launch, "_MEMORY", 2**15)  # of one group
+    indices = random_choice(2, 90, 2, 3, 6)
+    check(indices, 16, draw(2, 90, 90, 4, 2, 32, 16), device)
+
+
 def test_a_scale_may_be_negative(device, backend):
     indices = random_choice(1, 40, 1, 3, 3)
     check(indices, 16, draw(1, 40, 40, 2, 1, 32, 32), device, scale=-0.3)
