@@ -45,6 +45,7 @@ class AttentionContext:
             tokens meet in one call.
         positions: [B Tq] or [1 Tq], where the rotary embedding has put the queries.
         frequencies: [D / 2], angles of the rotary embedding for each position.
+        rotary_scale: what its cosines and sines are multiplied with; None: 1.
         global_tokens: bool [B T], columns that see and are seen by everything; None: none.
         s_aux: [H], learnable sinks, as for ``flash_attention``; None: none.
         inputs: what entered the layer; None from a model that does not tell.
@@ -60,6 +61,7 @@ class AttentionContext:
     dense_from: int | Tensor | None = None
     positions: Tensor | None = None
     frequencies: Tensor | None = None
+    rotary_scale: float | None = None
     global_tokens: Tensor | None = None
     s_aux: Tensor | None = None
     inputs: LayerInputs | None = None

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bitnet_triton.cache.growing import GrowingLayer
 from bitnet_triton.cache.key_values import may_write
+from bitnet_triton.kernels import Mask
 
 _FEWEST = 64  # places that are added to a store at least
 
@@ -94,6 +95,10 @@ class CompressedLayer(GrowingLayer):
         for name, store in list(self.more.items()):
             places = self.blocks(tokens) if name.startswith("compressed") else tokens
             self.room(name, store.transpose(1, 2), max(places, 1))
+
+    def decode_objection(self, mask: Mask, sink_query: bool = False) -> str | None:
+        """Say that a mode which compresses nothing has no recorded step here."""
+        return "its cache keeps compressed blocks, which a recorded step of this mode does not make"
 
     def advance(self, new: int) -> None:
         """Count ``new`` tokens as held and taken in, which somebody has written."""

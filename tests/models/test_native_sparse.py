@@ -23,6 +23,13 @@ SPARSE = {
     "mode": "native_sparse", "block": 4, "stride": 2, "selection": 4, "selected": 3, "window": 5,
 }  # fmt: skip
 OWN = {**SPARSE, "shared_kv": False, "compression": "mlp"}
+# its cosines and sines are multiplied with a number
+YARN = {
+    "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "attention_factor": 1.5,
+        "original_max_position_embeddings": 32,
+    }
+}  # fmt: skip
 PADDED = torch.tensor([[0, 0, 0, 1, 9, 30, 7], [1, 5, 23, 71, 8, 40, 6]])
 MASK = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1] * 7])
 
@@ -43,8 +50,8 @@ def folder(tmp_path):
     """A function that makes a packed checkpoint with an attention."""
     from bitnet_triton.models.convert import convert_checkpoint
 
-    def make(attention):
-        changed(attention).save_pretrained(tmp_path / "masters")
+    def make(attention, **sizes):
+        changed(attention, **sizes).save_pretrained(tmp_path / "masters")
         convert_checkpoint(tmp_path / "masters", tmp_path / "packed", to="packed")
         return tmp_path / "packed"
 
@@ -94,10 +101,11 @@ def rotate(x, positions, model):
     return x * cos[:, :, None] + half * sin[:, :, None]
 
 
+@pytest.mark.parametrize("sizes", [{}, YARN], ids=["plain", "yarn"])
 @pytest.mark.parametrize("attention", [SPARSE, OWN], ids=["shared", "own keys"])
-def test_it_computes_what_the_paper_says(attention):
+def test_it_computes_what_the_paper_says(attention, sizes):
     """By the formula: keys compressed before they are rotated, to the first token of a block."""
-    model, ids = changed(attention).eval(), torch.randint(3, 96, (1, 23))
+    model, ids = changed(attention, **sizes).eval(), torch.randint(3, 96, (1, 23))
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "attn_sub_norm"]
     own = [f"native_sparse.{b}_{p}_proj" for b in ("compressed", "window") for p in "kv"]
     seen = look_into(model, names + (own if attention is OWN else []))
@@ -136,9 +144,11 @@ def test_fused_layers_compute_the_same(folder):
     assert close(got[0, 3:], plain[0, 3:])
 
 
-@pytest.mark.parametrize("compression", ["weights", "mean"])
-def test_steps_are_recorded_and_are_one_forward(compression, folder, replays):
-    model = load(folder({**SPARSE, "compression": compression}))
+@pytest.mark.parametrize(
+    ("compression", "sizes"), [("weights", {}), ("mean", {}), ("weights", YARN)]
+)
+def test_steps_are_recorded_and_are_one_forward(compression, sizes, folder, replays):
+    model = load(folder({**SPARSE, "compression": compression}, **sizes))
     with torch.no_grad():
         ids = torch.randint(3, 96, (2, 40))
         cache = model(ids[:, :8], use_cache=True).past_key_values
@@ -146,6 +156,26 @@ def test_steps_are_recorded_and_are_one_forward(compression, folder, replays):
         whole = model(ids, use_cache=False).logits[:, 8:]
     assert close(torch.cat(logits, 1), whole)
     assert len(replays) >= 28  # but for steps in which the memory has grown
+
+
+def test_recorded_steps_read_parameters_where_they_lie(folder, replays):
+    """Written to in place, as an optimizer does, after a step was recorded on the same memory."""
+    model, ids = load(folder(SPARSE)), torch.randint(3, 96, (1, 40))
+    with torch.no_grad():
+        cache = model(ids[:, :3], use_cache=True).past_key_values  # no block is whole
+        for t in range(3, 40):
+            model(ids[:, t : t + 1], past_key_values=cache)
+        count = len(replays)
+        for layer in model.model.layers:
+            parts = layer.self_attn.native_sparse
+            for parameter in (*parts.keys.parameters(), *parts.values.parameters()):
+                parameter.add_(0.5 * torch.randn_like(parameter))
+        cache.crop(-37)
+        logits = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(3, 40)]
+        whole = model(ids, use_cache=False).logits[:, 3:]
+    assert len(replays) - count >= 32
+    assert all(recording is replays[-1] for recording in replays[count:])
+    assert close(torch.cat(logits, 1), whole)
 
 
 def test_generation_with_padding_and_beams_is_that_of_single_launches(folder, replays):
@@ -301,6 +331,42 @@ def test_what_it_cannot_do_is_refused_by_name(folder):
         model(PADDED, attention_mask=torch.ones(2, 1, 7, 7, dtype=torch.bool), use_cache=False)
     with pytest.raises(bt.CheckpointError, match="native_sparse"):
         load(bt.TINY_MODEL, attention="native_sparse")
+
+
+def test_steps_of_another_mode_leave_no_block_out(folder):
+    """What full attention decodes in one turn, the prompt of the next reads compressed."""
+    path = folder({"prefill": SPARSE, "decode": "full"})
+    ids, found = torch.randint(3, 96, (1, 60)), []
+    with torch.no_grad():
+        for model in (load(path), load(path, fuse=False)):
+            cache = None
+            for start in range(0, 60, 20):
+                for t in (start, *range(start + 10, start + 20)):
+                    part = ids[:, t : t + 10] if t == start else ids[:, t : t + 1]
+                    out = model(part, past_key_values=cache, use_cache=True, prompt_len=start + 10)
+                    cache = out.past_key_values
+            found.append(model(ids[:, :9], past_key_values=cache, prompt_len=69).logits)
+    assert close(*found)
+
+
+def test_a_cache_with_blocks_of_other_sizes_is_refused(folder):
+    model = load(folder(SPARSE))
+    with torch.no_grad():
+        cache = model(PADDED[1:], use_cache=True).past_key_values
+        bt.set_attention(model, {**SPARSE, "stride": 4})
+        with pytest.raises(ValueError, match="holds blocks of 4 tokens, one every 2"):
+            model(PADDED[1:, :1], past_key_values=cache)
+
+
+@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
+def test_rotations_that_change_are_refused(rope):
+    """A key could not be turned back: its rotation was another one when it was cached."""
+    rope_parameters = {
+        "rope_type": rope, "rope_theta": 1e4, "factor": 2.0, "short_factor": [1.0] * 8,
+        "long_factor": [2.0] * 8, "original_max_position_embeddings": 32,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=f"'native_sparse' goes without rotary embedding '{rope}'"):
+        changed(SPARSE, rope_parameters=rope_parameters)
 
 
 def test_steps_that_are_not_recorded_say_why(folder, replays, caplog):

@@ -27,7 +27,7 @@ logger = logging.getLogger("bitnet_triton")
 
 NAME = "bitnet_triton"
 _FULL = Full()
-_OF_PLANS = ("prompt_len", "global_tokens", "frequencies")
+_OF_PLANS = ("prompt_len", "global_tokens", "frequencies", "rotary_scale")
 
 
 def attend(
@@ -48,8 +48,8 @@ def attend(
 
     The plan is the ``attention_plan`` of ``module``, its attention layer; a module without one
     reads what ``attention_mask`` shows. Further arguments that count are those of a model with a
-    plan: ``prompt_len``, ``global_tokens``, ``frequencies`` and ``layer_inputs``, as in
-    ``AttentionContext``.
+    plan: ``prompt_len``, ``global_tokens``, ``frequencies``, ``rotary_scale`` and
+    ``layer_inputs``, as in ``AttentionContext``.
 
     Raises:
         ValueError: a model with a plan has learnable sinks (``s_aux``), or asks for what the mode

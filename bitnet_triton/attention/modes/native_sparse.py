@@ -35,6 +35,7 @@ COMPRESSIONS = ("mean", "weights", "linear", "mlp")
 # where the gates start, before the sigmoid: compressed blocks, chosen blocks, the window
 _GATES_START = (-2.0, 0.0, 0.0)
 KEYS, VALUES = "compressed_keys", "compressed_values"
+_CHANGING_ROPE = frozenset({"dynamic", "longrope"})
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,18 @@ class NativeSparse(Mode):
         return True
 
     def module(self, config: Any) -> nn.Module:
-        """Return gates, compressors, and projections where branches have their own."""
+        """Return gates, compressors, and projections where branches have their own.
+
+        Raises:
+            ValueError: rotations of the model change with the length of the text, so that keys
+                could not be turned back.
+        """
+        rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+        if rope in _CHANGING_ROPE:
+            raise ValueError(
+                f"`attention`: {self.name!r} goes without rotary embedding {rope!r}, which turns a "
+                "position by another angle when the text has grown"
+            )
         return SparseParts(config, self.block, self.compression, self.shared_kv)
 
     def memory(self, other: Mode) -> Memory:
@@ -176,6 +188,8 @@ class NativeSparse(Mode):
             return f"compression {self.compression!r} has no kernel for one block"
         if not isinstance(memory, CompressedLayer) or KEYS not in memory.more:
             return "its cache has no compressed blocks"
+        if (memory.block, memory.stride) != (self.block, self.stride):
+            return "its cache has compressed blocks of other sizes"
         return _step_of(self, memory, layer)
 
 
@@ -193,7 +207,9 @@ def _step_of(mode: NativeSparse, memory: CompressedLayer, layer: StepLayer) -> S
     blocks, scale = mode.blocks, layer.scale
     module = cast("SparseParts", layer.module)
     a, b = module.keys, module.values
-    weights, bias = (_weights_of(a), _weights_of(b)), (_bias_of(a), _bias_of(b))
+    weights, embeddings = ((_read(x), _read(y)) for x, y in (
+        (a.weights, b.weights), (a.positions, b.positions)
+    ))  # fmt: skip
     gates = module.gates.weight, module.gates.bias
 
     def run(step: StepTensors) -> Tensor:
@@ -203,7 +219,7 @@ def _step_of(mode: NativeSparse, memory: CompressedLayer, layer: StepLayer) -> S
         keys, values = (store.transpose(1, 2) for store in memory.stores)
         k, v = (memory.more[name].transpose(1, 2) for name in (KEYS, VALUES))
         launch_compress_step(
-            keys, values, k, v, blocks=blocks, weights=weights, bias=bias, cos=step.cos,
+            keys, values, k, v, blocks=blocks, weights=weights, places=embeddings, cos=step.cos,
             sin=step.sin, leftpad=left, used=used, position=places[POSITION],
         )  # fmt: skip
         compressed, indices = launch_compressed_decode(
@@ -225,15 +241,9 @@ def _step_of(mode: NativeSparse, memory: CompressedLayer, layer: StepLayer) -> S
     return run
 
 
-def _weights_of(part: Compressor) -> Tensor | None:
-    return None if part.weights is None else part.weights.detach()
-
-
-def _bias_of(part: Compressor) -> Tensor | None:
-    """Return what embeddings of places add to each compressed key or value, [Hk D]."""
-    if part.weights is None or part.positions is None:
-        return None
-    return torch.einsum("hr,hrd->hd", part.weights.detach(), part.positions.detach()).contiguous()
+def _read(parameter: Tensor | None) -> Tensor | None:
+    """Return a parameter where it lies: what is written to it, a recorded step reads."""
+    return None if parameter is None else parameter.detach()
 
 
 class _Call:
@@ -255,6 +265,11 @@ class _Call:
         }  # fmt: skip
         memory = context.memory
         self.memory = memory if isinstance(memory, CompressedLayer) else None
+        if self.memory is not None and (memory.block, memory.stride) != (mode.block, mode.stride):
+            raise ValueError(
+                f"`past_key_values`: holds blocks of {memory.block} tokens, one every "
+                f"{memory.stride}, attention {mode.name!r} has {mode.block} and {mode.stride}"
+            )
         self.raw = None if mode.shared_kv else module.projected("compressed", context.hidden_states)
 
     def window_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -324,12 +339,18 @@ class _Call:
         return positions[:, -1:] - back
 
     def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines [.. D] of positions, in float32."""
+        """Return cosines and sines [.. D] of positions as the model rotates by, in float32."""
         assert self.context.frequencies is not None
         # padding has positions below 0, or any
         angle = positions.clamp_min(0)[..., None].float() * self.context.frequencies.float()
         angle = torch.cat([angle, angle], dim=-1)
-        return angle.cos(), angle.sin()
+        scale = self.context.rotary_scale or 1.0
+        return scale * angle.cos(), scale * angle.sin()
+
+    def _turned_back(self, k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Undo a rotation of k [B T Hk D], and what it has scaled by."""
+        size = (self.context.rotary_scale or 1.0) ** 2
+        return _rotated(k, cos / size, -sin / size)
 
     def _all_blocks(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Compress everything at once."""
@@ -337,7 +358,7 @@ class _Call:
         positions = self._positions(k.shape[1])
         cos, sin = self._angles(positions)
         if self.raw is None:
-            k = _rotated(k, cos, -sin)
+            k = self._turned_back(k, cos, sin)
         sizes: Any = {"block": mode.block, "stride": mode.stride}
         first = torch.arange(0, max(k.shape[1], 1), mode.stride, device=k.device)
         if lengths["cu_seqlens"] is not None:
@@ -391,7 +412,7 @@ class _Call:
         tokens = k[rows, index]
         if self.raw is None:
             cos, sin = self._angles(positions.gather(1, index))
-            tokens = _rotated(tokens, cos, -sin)
+            tokens = self._turned_back(tokens, cos, sin)
         keys = self.module.keys(tokens, **sizes)
         keys = _rotated(keys, *self._angles(positions.gather(1, start)))
         values = self.module.values(v[rows, index], **sizes)

@@ -175,10 +175,20 @@ def _sum_tokens(
 
 
 @triton.jit
+def _sum_places(
+    places_ptr, stride, weights, r, D0, DH: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Return what embeddings of places add to DH entries of each sum, from D0 on, [BLOCK_H]."""
+    x = load_rows(places_ptr + D0, r, stride, r < BLOCK, DH, BLOCK_H).to(tl.float32)
+    return tl.sum(x * weights[:, None], axis=0)
+
+
+@triton.jit
 def _compress_step_kernel(
     # tensors: keys [B C Hk D], values [B C Hk DV]; k, v [B N Hk D], which get a block; weights
-    # [Hk BLOCK] or None: the mean; bias [Hk D] or None; cos, sin [P D]
-    keys_ptr, values_ptr, k_ptr, v_ptr, k_weights_ptr, v_weights_ptr, k_bias_ptr, v_bias_ptr,
+    # [Hk BLOCK] or None: the mean; places [Hk BLOCK D] or None; cos, sin [P D]
+    keys_ptr, values_ptr, k_ptr, v_ptr, k_weights_ptr, v_weights_ptr, k_places_ptr, v_places_ptr,
     cos_ptr, sin_ptr,
     # int32 [B]: the first token that is no padding, one past the last one, its position
     leftpad_ptr, used_ptr, position_ptr,
@@ -226,10 +236,10 @@ def _compress_step_kernel(
     high = tl.sum((b * cos - a * sin) * share, axis=0)
     dims = tl.arange(0, BLOCK_H)
     in_half = dims < HALF
-    if k_bias_ptr is not None:
-        bias_at = k_bias_ptr + head * D + dims
-        low += tl.load(bias_at, mask=in_half, other=0.0).to(tl.float32)
-        high += tl.load(bias_at + HALF, mask=in_half, other=0.0).to(tl.float32)
+    if k_places_ptr is not None:
+        places = k_places_ptr + head * BLOCK * D
+        low += _sum_places(places, D, weights, r, 0, HALF, BLOCK, BLOCK_H)
+        high += _sum_places(places, D, weights, r, HALF, HALF, BLOCK, BLOCK_H)
     turn = place.to(tl.int64) * D + dims
     cos_first = tl.load(cos_ptr + turn, mask=in_half, other=0.0).to(tl.float32)
     sin_first = tl.load(sin_ptr + turn, mask=in_half, other=0.0).to(tl.float32)
@@ -242,15 +252,16 @@ def _compress_step_kernel(
     x, weights = _sum_tokens(at, values_stride_t, v_weights_at, r, 0, DV, BLOCK, BLOCK_R, BLOCK_DV)
     total = tl.sum(x * weights[:, None], axis=0)
     dims = tl.arange(0, BLOCK_DV)
-    if v_bias_ptr is not None:
-        total += tl.load(v_bias_ptr + head * DV + dims, mask=dims < DV, other=0.0).to(tl.float32)
+    if v_places_ptr is not None:
+        places = v_places_ptr + head * BLOCK * DV
+        total += _sum_places(places, DV, weights, r, 0, DV, BLOCK, BLOCK_DV)
     to = v_ptr + batch * v_stride_b + n.to(tl.int64) * v_stride_n + head * v_stride_h + dims
     tl.store(to, total.to(v_ptr.dtype.element_ty), mask=dims < DV)
 
 
 def launch_compress_step(
     keys: Tensor, values: Tensor, k: Tensor, v: Tensor, *, blocks: SparseBlocks,
-    weights: tuple[Tensor | None, Tensor | None], bias: tuple[Tensor | None, Tensor | None],
+    weights: tuple[Tensor | None, Tensor | None], places: tuple[Tensor | None, Tensor | None],
     cos: Tensor, sin: Tensor, leftpad: Tensor, used: Tensor, position: Tensor,
 ) -> None:  # fmt: skip
     """Write the block that the newest token completes into k and v, by launches alone.
@@ -262,7 +273,7 @@ def launch_compress_step(
         v: likewise.
         blocks: sizes.
         weights: of keys and of values, [Hk block]; None: the mean.
-        bias: of keys and of values, [Hk D], or None.
+        places: embeddings of the places in a block, of keys and of values, [Hk block D], or None.
         cos: [P D], the rotary embedding of all positions, and sin.
         sin: likewise.
         leftpad: int32 [B], the first token that is no padding.
@@ -271,7 +282,7 @@ def launch_compress_step(
     """
     (B, _, Hk, D), DV = keys.shape, values.shape[-1]
     launch(_compress_step_kernel, (Hk, B))(
-        keys, values, k, v, *weights, *bias, cos, sin, leftpad, used, position,
+        keys, values, k, v, *weights, *places, cos, sin, leftpad, used, position,
         *keys.stride()[:3], *values.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         D=D, DV=DV, BLOCK=blocks.block, STRIDE=blocks.stride,
         **tiles("compress_step", D, keys.device), **dependent(keys.device),

@@ -53,7 +53,10 @@ def describe_call(
     offset = 0 if cache is None else cache.get_seq_length()
     prompt_len = resolve_prompt_len(prompt_len, is_answer, mask, B, offset)
     frequencies = model.rotary_emb.inv_freq
-    more: dict[str, Any] = {"prompt_len": prompt_len, "frequencies": frequencies}
+    more: dict[str, Any] = {
+        "prompt_len": prompt_len, "frequencies": frequencies,
+        "rotary_scale": model.rotary_emb.attention_scaling,
+    }  # fmt: skip
     shift = None
     if cache is not None:
         call = Call(offset, leftpad, frequencies=frequencies, prompt_len=prompt_len)
