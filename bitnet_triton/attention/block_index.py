@@ -36,6 +36,23 @@ class BlockIndex(nn.Module):
         self.key_norm = nn.RMSNorm(head_dim, eps)
         self.loss: Tensor | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"loss": None}  # its graph can be neither copied nor saved
+
+    def is_plain(self) -> bool:
+        """Tell whether its weights say all that its parts do: no adapters, no hooks."""
+        parts: list[tuple[Any, type[nn.Module]]] = [
+            (self.query, nn.Linear), (self.key, nn.Linear),
+            (self.query_norm, nn.RMSNorm), (self.key_norm, nn.RMSNorm),
+        ]  # fmt: skip
+        return all(
+            type(part) is kind
+            and "forward" not in vars(part)
+            and not (part._forward_hooks or part._forward_pre_hooks)
+            and getattr(part, "bias", None) is None
+            for part, kind in parts
+        )
+
     def queries(self, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """Map hidden states [B T K] to index queries [B T Hk D]."""
         return self._rotated(self.query(hidden.detach()), self.query_norm, rotary)

@@ -152,6 +152,9 @@ class BlockMode(Mode):
         """Write the new token into the memory, choose, and read what was chosen."""
         if not isinstance(memory, UnitsLayer) or set(self.units) - set(memory.units):
             return "its cache does not keep what it chooses by"
+        objection = self.step_objection(memory)
+        if objection is not None:
+            return objection
         if memory.is_dense(self.dense_below):
 
             def run_dense(step: StepTensors) -> Tensor:
@@ -168,6 +171,10 @@ class BlockMode(Mode):
             return read_blocks(memory, q, choose(q, step), step.places, self.size, layer.scale)
 
         return run
+
+    def step_objection(self, memory: Memory) -> str | None:
+        """Say what a memory keeps that a recorded step of the mode does not make; None: nothing."""
+        return memory.decode_objection(CAUSAL)
 
     def step_choice(
         self, memory: Any, layer: StepLayer

@@ -27,10 +27,29 @@ def take_mode_loss(decoder: nn.Module) -> Tensor | None:
     return torch.stack(found).sum() if found else None
 
 
+def check_checkpointing(decoder: nn.Module) -> None:
+    """Raise where a loss that a mode leaves beside the output of its layer would be lost.
+
+    Reentrant checkpointing runs a layer without a graph, and again when the gradient is there.
+    """
+    for layer in getattr(decoder, "layers", ()):
+        run = getattr(layer, "_gradient_checkpointing_func", None)
+        is_reentrant = getattr(run, "keywords", {}).get("use_reentrant", False)
+        if not (getattr(layer, "gradient_checkpointing", False) and is_reentrant):
+            continue
+        for name in getattr(layer.self_attn, "brought", ()):
+            module: Any = getattr(layer.self_attn, name)
+            if hasattr(module, "loss") and any(p.requires_grad for p in module.parameters()):
+                raise ValueError(
+                    f"`gradient_checkpointing_kwargs`: expected use_reentrant=False: attention "
+                    f"{name!r} would lose the loss by which its parameters learn"
+                )
+
+
 def add_mode_loss(
     decoder: nn.Module, outputs: Any, labels: Tensor, items: int | Tensor | None
-) -> Tensor | None:
-    """Add to the loss of a model what its modes left, and return that without its gradient.
+) -> tuple[Any, Tensor | None]:
+    """Add to the loss of a model what its modes left.
 
     Args:
         decoder: of the model.
@@ -42,12 +61,15 @@ def add_mode_loss(
             call: this one counts by its share of them.
 
     Returns:
-        What was added; None: nothing.
+        The outputs, and without its gradient what was added; None: nothing.
     """
     loss = take_mode_loss(decoder)
-    if loss is None or isinstance(outputs, tuple):
-        return None if loss is None else loss.detach()
+    if loss is None:
+        return outputs, None
     if items is not None:
         loss = loss * ((labels[..., 1:] != -100).sum() / items)
-    outputs.loss = outputs.loss + loss.to(outputs.loss.dtype)
-    return loss.detach()
+    if isinstance(outputs, tuple):
+        outputs = (outputs[0] + loss.to(outputs[0].dtype), *outputs[1:])
+    else:
+        outputs.loss = outputs.loss + loss.to(outputs.loss.dtype)
+    return outputs, loss.detach()

@@ -170,6 +170,8 @@ class IndexedBlocks(BlockMode):
         """Write the new token and its index key into the memory, choose, and read."""
         if not isinstance(memory, IndexLayer) or not isinstance(layer.module, BlockIndex):
             return "its cache does not keep index keys"
+        if not layer.module.is_plain():
+            return "its index has another linear or a hook, which a launch would pass over"
         step = super().step(memory, layer)
         if isinstance(step, str) or not memory.is_dense(self.dense_below):
             return step
@@ -181,6 +183,10 @@ class IndexedBlocks(BlockMode):
             return out
 
         return run
+
+    def step_objection(self, memory: Memory) -> str | None:
+        """It makes the index keys of its memory."""
+        return None
 
     def step_choice(
         self, memory: Any, layer: StepLayer

@@ -26,7 +26,7 @@ from bitnet_triton.models.bitnet.planned import (
 from bitnet_triton.models.checkpoint import check_checkpoint, check_folder, check_suffixes
 from bitnet_triton.models.fuse import fuse_after_loading, introduce
 from bitnet_triton.models.fused.model import FUSED_MODELS, FusedModel
-from bitnet_triton.models.mode_loss import add_mode_loss
+from bitnet_triton.models.mode_loss import add_mode_loss, check_checkpointing
 from bitnet_triton.models.overflow import tell_overflow
 from bitnet_triton.models.packing import follow_packing
 from bitnet_triton.models.planned_attention import give_plan
@@ -304,8 +304,9 @@ class BitNetForCausalLM(_TernaryModel, hf.BitNetForCausalLM):
             **kwargs,
         )
         if labels is not None and plan is not None and self.training:
+            check_checkpointing(self.base_model)
             items = kwargs.get("num_items_in_batch")
-            self.mode_loss = add_mode_loss(self.base_model, outputs, labels, items)
+            outputs, self.mode_loss = add_mode_loss(self.base_model, outputs, labels, items)
         logits = outputs[0] if labels is None else outputs[1]
         tell_overflow(logits, inputs_embeds if input_ids is None else input_ids)
         return outputs
