@@ -29,6 +29,8 @@ from bitnet_triton.kernels.int8_linear.forward import (
     launch_int8_linear_topk,
     launch_split_activations,
 )
+from bitnet_triton.kernels.linear_attention import launch as linear_launch
+from bitnet_triton.kernels.linear_attention.decode import launch_decode as launch_linear_decode
 from bitnet_triton.kernels.lsh_sampling.build import launch_build
 from bitnet_triton.kernels.lsh_sampling.gather import Angles, Parts, Rows, launch_gather
 from bitnet_triton.kernels.lsh_sampling.hash import (
@@ -277,6 +279,20 @@ def launch_native_sparse(D, dtype, group):
     launch_gates(meta(1, 1, 2560, dtype=dtype), meta(3 * H, 2560, dtype=dtype), meta(3 * H))
 
 
+def launch_linear_attention(D, dtype, of_channels):
+    """Start the kernels of the delta rule: forward, backward and one step of decoding."""
+    q, k = meta(1, 4096, 8, D, dtype=dtype), meta(1, 4096, 4, D, dtype=dtype)
+    beta, state = meta(1, 4096, 4), meta(1, 4, D, D)
+    log_decay = meta(1, 4096, 4, D) if of_channels else beta
+    inputs = (q, k, k, log_decay, beta, state, None, D**-0.5)
+    out, _ = linear_launch.launch_forward(*inputs, False)
+    linear_launch.launch_backward(out, state, *inputs)
+    one = [t[:, :1] for t in (q, k, k, log_decay, beta)]
+    launch_linear_decode(
+        *one[:3], log_decay=one[3], beta=one[4], scale=0.1, before=state, after=state
+    )
+
+
 def record_all():
     """Return each launch that differs in kernel, dtypes or tiles from the others."""
     with record_launches() as launches:
@@ -309,6 +325,11 @@ def record_all():
             launch_chosen_blocks(D, dtype, group=4)
             launch_sampling(D, dtype)
             launch_native_sparse(D, dtype, group=4)
+        for D, dtype, of_channels in (
+            (128, BF16, True), (128, BF16, False), (128, F32, True), (128, F32, False),
+            (256, BF16, True),
+        ):  # fmt: skip
+            launch_linear_attention(D, dtype, of_channels)
         launch_attention(128, BF16, Mask(window=1024, sinks=4))
         launch_chosen_blocks(128, BF16, group=16)
         launch_native_sparse(128, BF16, group=16)

@@ -56,7 +56,7 @@ OVERLAPPED = (
     "flash_attention_decode_pattern", "flash_attention_decode_merge", "split_activations_fwd",
     "int8_linear_fwd", "int8_linear_topk_fwd", "merge_best", "top_blocks_fwd", "top_blocks_merge",
     "pool_keys", "block_index_step", "lsh_hash", "lsh_mean_direction", "lsh_probe", "lsh_gather",
-    "verified_draw", "selected_blocks_fwd_rows",
+    "verified_draw", "selected_blocks_fwd_rows", "linear_attention_decode",
 )  # fmt: skip
 MANY_TOKENS = ("ternary_linear_fwd", "bit_linear_fwd", "bit_linear_fwd_from_codes")
 FLOAT_PRODUCTS = (
@@ -68,6 +68,12 @@ FLOAT_PRODUCTS = (
     "lsh_gather", "verified_draw",
     "selected_blocks_fwd_rows", "selected_blocks_bwd_dq_rows", "selected_blocks_bwd_dkdv",
 )  # fmt: skip
+# that multiply in float32, and in TF32 what came as bfloat16 or float16
+WIDE_PRODUCTS = (
+    "linear_attention_pairs", "linear_attention_states", "linear_attention_out",
+    "linear_attention_bwd_states", "linear_attention_bwd_pairs", "linear_attention_bwd_keys",
+)  # fmt: skip
+WIDE_INSTRUCTION = r"mma\.sync\S+tf32|wgmma\S+tf32|tcgen05\S+tf32|v_mfma_f32_\w+_f32"
 # lines of the table that every run compiles anew
 SAMPLE = 16
 
@@ -162,6 +168,22 @@ def test_other_products_run_in_their_own_precision(costs, kernel, target):
             assert all(re.search(r"v_mfma_f32_\w+_f32", i) for i in instructions), launch_name
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kernel", WIDE_PRODUCTS)
+def test_wide_products_of_narrow_inputs_run_on_matrix_units(costs, kernel, target):
+    """TF32 for bfloat16 inputs; of float32 inputs nothing is rounded."""
+    chosen = [n for n, launch in launches_of(target).items() if kernel_name(launch) == kernel]
+    precisions = {launches_of(target)[n].options["PRECISION"] for n in chosen}
+    assert precisions == ({"ieee"} if target == "gfx942" else {"ieee", "tf32"})
+    for launch_name in chosen:
+        instructions = costs[launch_name, target].instructions
+        if launches_of(target)[launch_name].options["PRECISION"] == "tf32":
+            assert instructions, launch_name
+            assert all(re.match(WIDE_INSTRUCTION, i) for i in instructions), launch_name
+        else:
+            assert all(re.search(r"v_mfma_f32_\w+_f32", i) for i in instructions), launch_name
+
+
 def test_many_tokens_multiply_by_whole_groups_of_warps_on_hopper(costs):
     """wgmma, which has twice the rate of mma.sync there."""
     chosen = [n for n, launch in launches_of("sm_90").items() if kernel_name(launch) in MANY_TOKENS]
@@ -171,8 +193,9 @@ def test_many_tokens_multiply_by_whole_groups_of_warps_on_hopper(costs):
 
 
 def test_kernels_without_products_have_no_matrix_instruction(costs):
+    multiply = INT8_PRODUCTS + FLOAT_PRODUCTS + WIDE_PRODUCTS
     for (launch_name, target), cost in costs.items():
-        if kernel_name(launches_of(target)[launch_name]) not in INT8_PRODUCTS + FLOAT_PRODUCTS:
+        if kernel_name(launches_of(target)[launch_name]) not in multiply:
             assert cost.instructions == (), (launch_name, target)
 
 

@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bitnet_triton.kernels.common.linear import contiguous
+from bitnet_triton.kernels.flash_attention.launchers import inner_contiguous
 from bitnet_triton.kernels.linear_attention.reference import LEAST_LOG_DECAY, chunked_reference
 from bitnet_triton.kernels.linear_attention.reference_backward import (
     chunked_backward_reference,
 )
 from bitnet_triton.runtime import Implementation
 
+# a program holds whole heads
+_LARGEST_HEAD = 256
+# tokens that the recurrence takes: a chunk has work for matrix units from then on
+_MOST_ONE_BY_ONE = 4
+
 # of q, k, v, log_decay, beta and the initial state
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@functools.cache
+def _triton_modules() -> tuple[ModuleType, ModuleType]:
+    """Import Triton on first use: that takes longer than this package."""
+    from bitnet_triton.kernels.linear_attention import decode, launch
+
+    return decode, launch
 
 
 def _sequences(
@@ -88,5 +105,47 @@ def _reference_bwd(
     )
 
 
-LINEAR_FWD = {"reference": Implementation(_reference_fwd)}
-LINEAR_BWD = {"reference": Implementation(_reference_bwd)}
+def _triton_fwd(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float, wide: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    decode, launch = _triton_modules()
+    q, k, v = inner_contiguous(q, k, v)
+    if cu_seqlens is not None or q.shape[1] > _MOST_ONE_BY_ONE:
+        return launch.launch_forward(
+            q, k, v, log_decay, beta, initial_state, cu_seqlens, scale, wide
+        )
+    after = q.new_empty((q.shape[0], k.shape[2], k.shape[3], v.shape[3]), dtype=torch.float32)
+    out = q.new_empty((*q.shape[:3], v.shape[3]), dtype=torch.float32) if wide else None
+    out = decode.launch_decode(
+        q, k, v, log_decay=contiguous(log_decay), beta=contiguous(beta), scale=scale,
+        before=contiguous(initial_state), after=after, out=out,
+    )  # fmt: skip
+    return out, after
+
+
+def _triton_bwd(
+    dout: Tensor, dstate: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
+    log_decay: Tensor | None, beta: Tensor | None, initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, scale: float,
+) -> Gradients:  # fmt: skip
+    q, k, v = inner_contiguous(q, k, v)
+    return _triton_modules()[1].launch_backward(
+        dout, dstate, q, k, v, log_decay, beta, initial_state, cu_seqlens, scale
+    )
+
+
+def triton_objection(q: Tensor, v: Tensor) -> str | None:
+    """Say why no kernel computes this; None when one does."""
+    widest = max(q.shape[-1], v.shape[-1] - 1)  # beside the values there may be a sum of keys
+    return None if widest <= _LARGEST_HEAD else f"heads have at most {_LARGEST_HEAD} values"
+
+
+LINEAR_FWD = {
+    "triton": Implementation(_triton_fwd, triton_objection),
+    "reference": Implementation(_reference_fwd),
+}
+LINEAR_BWD = {
+    "triton": Implementation(_triton_bwd, triton_objection),
+    "reference": Implementation(_reference_bwd),
+}
