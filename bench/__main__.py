@@ -36,6 +36,7 @@ from bench.peers import PEERS
 from bench.report import point_name, read_json
 from bench.run import console, plot_file, run_case
 from bench.table import print_table
+from bench.training_memory_command import training_memory_command
 from bench.tune_command import tune_command
 
 # Threads of llama.cpp go on spinning after a call, for up to a tenth of a second
@@ -209,6 +210,7 @@ app.command("tune")(tune_command)
 
 
 app.command("footprint")(footprint_command)
+app.command("training_memory")(training_memory_command)
 
 
 @app.command()

@@ -136,7 +136,7 @@ class RandomModels:
         return 2.0 ** round(math.log2(deviation))
 
     def get(self, kind: str, attention: Any = None) -> PreTrainedModel:
-        """Return ours ("fused", "int8_head", "unfused") or theirs ("bitlinear", ...).
+        """Return ours ("fused", "int8_head", "unfused", "masters") or theirs ("bitlinear", ...).
 
         With ``attention``, ours have that mode or plan.
         """
@@ -148,6 +148,8 @@ class RandomModels:
     def _build(self, kind: str, attention: Any) -> PreTrainedModel:
         if kind.startswith("fused"):
             return fuse(self._ours(attention))
+        if kind == "masters":
+            return self._masters()
         if kind == "int8_head":
             return quantize_head(fuse(self._ours(attention)))
         return self._ours(attention) if kind == "unfused" else self._transformers(kind)
@@ -161,6 +163,19 @@ class RandomModels:
             "quantization_mode": "offline",
         }
         return self._filled(self._skeleton(config), self._fill_ours)
+
+    def _masters(self) -> PreTrainedModel:
+        """Return a model that trains whole: everything in float32, and of its own."""
+        config = self.shape.config(BitNetConfig)
+        config.quantization_config = {
+            "quant_method": "bitnet",
+            "linear_class": "autobitlinear",
+            "quantization_mode": "online",
+        }
+        return self._filled(self._skeleton(config), self._fill_masters).float()
+
+    def _fill_masters(self, layer: nn.Module, packed: Tensor, scale: float) -> None:
+        layer.weight = nn.Parameter(unpack_codes(packed).to(DTYPE) * scale)
 
     def _fill_ours(self, layer: nn.Module, packed: Tensor, scale: float) -> None:
         state = {"weight": packed, "weight_scale": torch.tensor([scale], device=self.device)}

@@ -101,11 +101,18 @@ TORCHAO = Peer(
     {"int8_linear": "Int8WeightOnlyConfig"},
     install="pip install torchao",
 )
+PEFT = Peer(
+    "peft",
+    ("peft",),
+    {"training_memory": "LoRA beside our packed linears and beside autobitlinear"},
+    install="pip install peft",
+)
 PEERS = (
     TORCH,
     TRANSFORMERS,
     LLAMA_CPP,
     TORCHAO,
+    PEFT,
     Peer("bitblas", ("bitblas",), reason="no case runs it (int8 x int2 on NVIDIA GPUs)"),
     Peer("gemlite", ("gemlite",), reason="no case runs it (2-bit weights, float activations)"),
     Peer("bitnet.cpp", reason="a C++ program without a Python module; has its own benchmark"),
