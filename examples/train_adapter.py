@@ -17,7 +17,7 @@ import bitnet_triton as bt
 TEXT = "def area(width, height):\n    return width * height  # of a field of barley\n"
 
 
-def main(output: str, steps: int = 30) -> PeftModel:
+def main(output: str, steps: int = 20) -> PeftModel:
     """Train, save, load again beside a fresh base, and write with the adapter and without."""
     tokenizer = AutoTokenizer.from_pretrained(bt.TINY_MODEL)
     ids = tokenizer(TEXT, return_tensors="pt").input_ids[0]
