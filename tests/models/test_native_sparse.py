@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from accelerate import cpu_offload
 
 import bitnet_triton as bt
 from bitnet_triton.attention.modes.native_sparse import NativeSparse
@@ -331,6 +332,17 @@ def test_what_it_cannot_do_is_refused_by_name(folder):
         model(PADDED, attention_mask=torch.ones(2, 1, 7, 7, dtype=torch.bool), use_cache=False)
     with pytest.raises(bt.CheckpointError, match="native_sparse"):
         load(bt.TINY_MODEL, attention="native_sparse")
+
+
+@pytest.mark.parametrize("attention", [SPARSE, OWN], ids=["shared", "own keys"])
+def test_its_parameters_are_offloaded(attention, folder):
+    model, ids = load(folder(attention)), torch.randint(3, 96, (1, 17))
+    with torch.no_grad():
+        logits = model(ids).logits
+        cpu_offload(model, execution_device=torch.device("cpu"))
+        cache = model(ids[:, :9], use_cache=True).past_key_values
+        steps = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(9, 17)]
+    assert close(torch.cat(steps, 1), logits[:, 9:])
 
 
 def test_steps_of_another_mode_leave_no_block_out(folder):

@@ -450,8 +450,7 @@ class Compressor(nn.Module):
 
     def __init__(self, kind: str, heads: int, D: int, block: int) -> None:
         super().__init__()
-        self.weights = self.linear = self.positions = None
-        self.mlp = nn.ParameterList()
+        self.weights = self.linear = self.positions = self.mlp_in = self.mlp_out = None
         if kind == "mean":
             return
         self.positions = nn.Parameter(torch.zeros(heads, block, D))
@@ -462,9 +461,18 @@ class Compressor(nn.Module):
             self.linear = nn.Parameter(share.clone())
         else:
             # GELU(x) - GELU(-x) = x
-            self.mlp.append(nn.Parameter(torch.cat([share, -share], dim=-1)))
+            self.mlp_in = nn.Parameter(torch.cat([share, -share], dim=-1))
             back = torch.eye(D).expand(heads, D, D)
-            self.mlp.append(nn.Parameter(torch.cat([back, -back], dim=1)))
+            self.mlp_out = nn.Parameter(torch.cat([back, -back], dim=1))
+
+    @property
+    def mlp(self) -> tuple[Tensor, ...]:
+        """Both maps of an MLP, or nothing.
+
+        They hang at this module: what moves parameters when a module is called would find no call
+        of a list of them.
+        """
+        return tuple(t for t in (self.mlp_in, self.mlp_out) if t is not None)
 
     def forward(self, x: Tensor, **sizes: Any) -> Tensor:
         """Map x [B T Hk D] to [B N Hk D] as ``compress_blocks`` does."""
