@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from bitnet_triton.cache.key_values import KeyValueMemory, may_write
+from bitnet_triton.cache.memory import Call
 
 _FEWEST = 256  # tokens that are added to the memory at least
 
@@ -87,6 +88,20 @@ class GrowingLayer(DynamicLayer, KeyValueMemory):
         self.keys = self.key_store.narrow(2, 0, length)
         self.values = self.value_store.narrow(2, 0, length)
         self._views = self.keys, self.values
+
+    def saved(self) -> dict[str, Tensor]:
+        """Return what ``restore`` needs to make the layer again."""
+        assert self.keys is not None
+        assert self.values is not None
+        saved = {"keys": self.keys, "values": self.values}
+        leftpad = getattr(self, "leftpad", None)
+        return saved if leftpad is None else {**saved, "leftpad": leftpad}
+
+    def restore(self, saved: dict[str, Tensor]) -> None:
+        """Become what ``saved`` has told; the layer is empty."""
+        # whatever a layer makes of tokens, it makes anew
+        self.begin(Call(0, saved.get("leftpad")))
+        self.update(saved["keys"], saved["values"])
 
     def can_take_back(self, n: int) -> bool:
         """It holds everything."""

@@ -144,6 +144,33 @@ class TablesLayer(GrowingLayer):
         super().batch_select_indices(indices)
         self._change_rows(lambda t: t[indices.to(t.device)], is_known)
 
+    def saved(self) -> dict[str, Tensor]:
+        """Return what ``restore`` needs, the tables and their planes among it."""
+        saved = super().saved()
+        if self.hashed is not None:
+            told = {"planes": self.hashed.planes, **self.hashed.saved()}
+            told["built"] = torch.tensor([self._built])
+            saved |= {f"tables.{name}": t for name, t in told.items()}
+        return saved
+
+    def restore(self, saved: dict[str, Tensor]) -> None:
+        """Become what ``saved`` has told; the layer is empty.
+
+        Raises:
+            CheckpointError: the tables are not such as the layer has, or not those of its keys.
+        """
+        super().restore(saved)
+        told = {n.removeprefix("tables."): t for n, t in saved.items() if n.startswith("tables.")}
+        if not told:
+            return
+        assert self.keys is not None
+        self._built = int(told["built"])
+        self.hashed = HashTables.restore(
+            self.keys.transpose(1, 2), told, bits=self.bits, tables=self.count, seed=self.seed,
+            leftpad=self.leftpad,
+        )  # fmt: skip
+        self._known = self.keys
+
     def _build(self) -> None:
         """Make tables of all keys, around those of the prompt."""
         assert self.keys is not None

@@ -11,6 +11,7 @@ from bitnet_triton.models.bitnet import (
     set_attention,
 )
 from bitnet_triton.models.fuse import fuse, unfuse
+from bitnet_triton.models.saved_cache import load_cache, save_cache
 from bitnet_triton.models.swap import use_ternary_kernels
 from bitnet_triton.models.switch import disable, enable
 
@@ -30,7 +31,9 @@ __all__ = [
     "disable",
     "enable",
     "fuse",
+    "load_cache",
     "merge_adapters",
+    "save_cache",
     "set_attention",
     "unfuse",
     "use_ternary_kernels",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from bitnet_triton.errors import CheckpointError
 from bitnet_triton.kernels.common.checks import (
     check_device,
     check_dtype,
@@ -119,6 +121,49 @@ class HashTables:
             )  # fmt: skip
             made._sort_in(keys)
         return made
+
+    def saved(self) -> dict[str, Tensor]:
+        """Return what ``restore`` needs beside keys, padding and settings."""
+        names = ("centre", "norms", "ids", "offsets", "bounds", "tail")
+        return {name: getattr(self, name) for name in names}
+
+    @classmethod
+    def restore(
+        cls, keys: Tensor, saved: dict[str, Tensor], *,
+        bits: int, tables: int, seed: int, leftpad: Tensor | None = None,
+    ) -> HashTables:  # fmt: skip
+        """Make tables again of what ``saved`` has told, with their planes as "planes".
+
+        Raises:
+            CheckpointError: they have other settings, or are not those of ``keys``.
+        """
+        (B, T, Hk, D), L, W = keys.shape, tables, (1 << bits) + 1
+        planes = hash_planes(D, bits, tables, seed, keys.device)
+        n, S = saved["ids"].shape[-1], saved["offsets"].shape[0]
+        wanted = {
+            "planes": (planes.shape, torch.float32), "centre": ((B, Hk, D), torch.float32),
+            "norms": ((B, Hk, saved["norms"].shape[-1]), torch.float32),
+            "ids": ((B, Hk, L, n), torch.uint16), "offsets": ((S, B, Hk, L, W), torch.int32),
+            "bounds": ((S + 1,), torch.int32),
+            "tail": ((B, Hk, L, saved["tail"].shape[-1]), torch.int16),
+        }  # fmt: skip
+        for name, (shape, dtype) in wanted.items():
+            t = saved[name]
+            if t.shape != shape or t.dtype != dtype:
+                raise CheckpointError(
+                    f"`{name}`: expected {dtype} {list(shape)}, got {t.dtype} {list(t.shape)}"
+                )
+        starts = saved["bounds"].tolist()
+        lengths = [end - start for start, end in pairwise(starts)]
+        covers = starts[0] == 0 and starts[-1] == n <= T <= n + saved["tail"].shape[-1]
+        if not covers or min(lengths, default=1) < 1 or max(lengths, default=1) > SEGMENT:
+            raise CheckpointError(f"`bounds`: expected segments of {T} rows, got {starts}")
+        if not torch.equal(saved["planes"], planes):
+            raise CheckpointError(f"`planes`: expected those of seed {seed}")
+        if saved["norms"].shape[-1] < T:
+            raise CheckpointError(f"`norms`: expected {T} rows")
+        told = {name: t for name, t in saved.items() if name in wanted and name != "planes"}
+        return cls(bits, tables, seed, keys, leftpad, planes, length=T, **told)
 
     def append(self, keys: Tensor) -> None:
         """Take in further keys [B T Hk D], without changing the centre.

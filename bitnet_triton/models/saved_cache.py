@@ -1,0 +1,151 @@
+"""A cache that holds a prompt, in a safetensors file: read once, continued by other processes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from bitnet_triton.attention import AttentionPlan
+from bitnet_triton.cache import GrowingLayer, TablesLayer
+from bitnet_triton.errors import CheckpointError
+from bitnet_triton.models.bitnet.planned import build_cache
+
+_FORMAT = "bitnet_triton cache 1"
+
+
+def save_cache(model: Any, cache: Cache, path: str | os.PathLike) -> None:
+    """Write a cache, with the tables of its layers, into a file that ``load_cache`` reads.
+
+    Args:
+        model: the ``BitNetForCausalLM`` whose cache it is.
+        cache: with layers that keep everything, all of which have seen the same tokens.
+        path: of the file.
+
+    Raises:
+        ValueError: the cache is empty, or a layer drops tokens or keeps what is not told here.
+    """
+    tensors: dict[str, Tensor] = {}
+    layers = []
+    for index, layer in enumerate(cache.layers):
+        if not isinstance(layer, GrowingLayer) or not layer.held or _keeps_more(layer):
+            raise ValueError(
+                f"`cache`: layer {index}: expected tokens in a layer that keeps all of them, and "
+                f"no more than tables or bounds beside their keys, got {type(layer).__name__}"
+            )
+        told = layer.saved()
+        layers.append({"kind": type(layer).__name__, "tensors": sorted(told)})
+        # what is shared would be refused, and files want it in one piece
+        tensors |= {f"{index}.{name}": t.detach().clone() for name, t in told.items()}
+    tensors = {name: t.contiguous().cpu() for name, t in tensors.items()}
+    about = {"model": _digest_of_model(model), "attention": _attention(model), "layers": layers}
+    text = json.dumps(about)
+    metadata = {"format": _FORMAT, "about": text, "digest": _digest(tensors, text)}
+    save_file(tensors, os.fspath(path), metadata=metadata)
+
+
+def load_cache(model: Any, path: str | os.PathLike) -> Cache:
+    """Read a cache that ``save_cache`` has written, onto the device of ``model``.
+
+    Everything is checked before a layer is filled: a file that was made by another model, for other
+    attention, or whose contents have changed is refused as a whole.
+
+    Raises:
+        CheckpointError: the file is none, is damaged, or does not fit the model or its attention.
+    """
+    tensors, metadata = _read(path)
+    if metadata.get("format") != _FORMAT or not {"about", "digest"} <= metadata.keys():
+        raise CheckpointError(f"{path}: expected a file of `save_cache`, {_FORMAT!r}")
+    if metadata["digest"] != _digest(tensors, metadata["about"]):
+        raise CheckpointError(f"{path}: its contents are not those that were written")
+    about = json.loads(metadata["about"])
+    if about["attention"] != _attention(model):
+        raise CheckpointError(
+            f"{path}: expected attention {_attention(model)}, got {about['attention']}"
+        )
+    if about["model"] != _digest_of_model(model):
+        raise CheckpointError(f"{path}: it was made by another model")
+    plan: AttentionPlan | None = getattr(model, "attention_plan", None)
+    cache = build_cache(plan, model.config.num_hidden_layers)
+    found = [{"kind": type(layer).__name__} for layer in cache.layers]
+    if found != [{"kind": layer["kind"]} for layer in about["layers"]]:
+        raise CheckpointError(f"{path}: its layers are not those of the model's attention")
+    parts = [
+        {name: tensors[f"{index}.{name}"] for name in layer["tensors"]}
+        for index, layer in enumerate(about["layers"])
+    ]
+    _check(parts, model, path)
+    for layer, part in zip(cast("list[GrowingLayer]", cache.layers), parts):
+        layer.restore({name: t.to(model.device) for name, t in part.items()})
+    return cache
+
+
+def _keeps_more(layer: GrowingLayer) -> bool:
+    """Tell whether a layer has state that ``saved`` does not tell and ``update`` does not make."""
+    from bitnet_triton.cache import UnitsLayer
+
+    return type(layer) not in (GrowingLayer, TablesLayer, UnitsLayer)
+
+
+def _read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(os.fspath(path), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: expected a safetensors file ({error})") from error
+
+
+def _check(parts: list[dict[str, Tensor]], model: Any, path: str | os.PathLike) -> None:
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    D = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    like = parts[0]["keys"]
+    for index, part in enumerate(parts):
+        for name in ("keys", "values"):
+            t = part[name]
+            if t.dtype != model.dtype or t.shape != (like.shape[0], heads, like.shape[2], D):
+                raise CheckpointError(
+                    f"{path}: {index}.{name}: expected {model.dtype} [B {heads} T {D}], equal in "
+                    f"all layers, got {t.dtype} {list(t.shape)}"
+                )
+
+
+def _attention(model: Any) -> Any:
+    plan: AttentionPlan | None = getattr(model, "attention_plan", None)
+    return None if plan is None else json.loads(json.dumps(plan.to_config()))
+
+
+def _digest_of_model(model: Any) -> str:
+    """Return a digest of what keys depend on: the config, and the first bytes of each parameter."""
+    config = {
+        name: getattr(model.config, name, None)
+        for name in (
+            "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+            "head_dim", "rope_parameters", "rms_norm_eps", "vocab_size", "intermediate_size",
+        )
+    }  # fmt: skip
+    found = hashlib.sha256(json.dumps([config, str(model.dtype)], default=str).encode())
+    for name, t in sorted(model.named_parameters()):
+        # linears of a fused model are merged; norms and embeddings stay as they were
+        if t.ndim == 1 or "embed" in name:
+            found.update(_bytes(t.detach().flatten()[:4096]))
+    return found.hexdigest()
+
+
+def _digest(tensors: dict[str, Tensor], text: str) -> str:
+    found = hashlib.sha256(text.encode())
+    for name, t in sorted(tensors.items()):
+        found.update(f"{name} {t.dtype} {list(t.shape)}".encode())
+        found.update(_bytes(t))
+    return found.hexdigest()
+
+
+def _bytes(t: Tensor) -> bytes:
+    return t.contiguous().cpu().view(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b""
