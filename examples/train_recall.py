@@ -2,7 +2,7 @@
 
 It learns the tasks of ``bitnet_triton.training.tasks``, mixed with the documentation of the
 standard library. Each row of a step is packed with texts of many lengths; they grow from 512 to
-4096 tokens, each time that most answers are right.
+4096 tokens (on a GPU from 1024 to 16384), each time that most answers are right.
 
     python examples/train_recall.py train --output runs/recall
     bitnet-triton pack runs/recall runs/recall-packed --dtype bfloat16
@@ -42,7 +42,6 @@ from bitnet_triton.training.tasks import TASKS, Prompt, Task, TextTokens, build
 from bitnet_triton.training.tasks.haystack import docstrings
 from bitnet_triton.training.tasks.words import MARKERS, NAMES, NUMBERS, Names
 
-CONTEXT = 4096
 VOCABULARY = 1024
 END_OF_TEXT = "<|endoftext|>"
 # Words with one leading space, single digits, runs of punctuation, line ends with their indent
@@ -63,13 +62,30 @@ class Preset:
     row: int
     rate: float
     start: int
+    context: int
 
 
 PRESETS = {
-    "cpu": Preset(hidden=256, intermediate=512, layers=3, heads=4, row=2048, rate=6e-4, start=512),
-    # for a GPU: eight times the parameters, and rows of many texts; no figure of it is published
+    "cpu": Preset(
+        hidden=256,
+        intermediate=512,
+        layers=3,
+        heads=4,
+        row=2048,
+        rate=6e-4,
+        start=512,
+        context=4096,
+    ),
+    # for a GPU: eight times the parameters, four times the context; no figure of it is published
     "gpu": Preset(
-        hidden=512, intermediate=1536, layers=6, heads=8, row=32768, rate=6e-4, start=1024
+        hidden=512,
+        intermediate=1536,
+        layers=6,
+        heads=8,
+        row=32768,
+        rate=6e-4,
+        start=1024,
+        context=16384,
     ),
 }
 # The tasks as they are drawn in training: of any density, and asking for all that they hid
@@ -132,7 +148,7 @@ def head_start(model: BitNetForCausalLM) -> None:
     first.v_proj.weight[2 * head :], first.o_proj.weight[:, 2 * head :] = 0.0, 0.0
 
     # pairs that turn less than a third of a circle in the whole context
-    slow = [i for i in range(half) if frequency[i] * CONTEXT < 2]
+    slow = [i for i in range(half) if frequency[i] * config.max_position_embeddings < 2]
     for number, layer in enumerate(layers[1:]):
         attention, count = layer.self_attn, config.num_attention_heads // (1 + number)
         layer.input_layernorm.weight.fill_(4.0)
@@ -165,7 +181,7 @@ def sparsity(rng: random.Random, least: int) -> int:
     return round(least * 2 ** rng.triangular(0, 6, 0))
 
 
-def train_tokenizer() -> PreTrainedTokenizerFast:
+def train_tokenizer(context: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE whose names, numbers and markers are one token each."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -192,7 +208,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,
-        model_max_length=CONTEXT,
+        model_max_length=context,
         clean_up_tokenization_spaces=False,
     )
 
@@ -206,7 +222,7 @@ def new_model(preset: Preset) -> BitNetForCausalLM:
         num_hidden_layers=preset.layers,
         num_attention_heads=preset.heads,
         num_key_value_heads=preset.heads,
-        max_position_embeddings=CONTEXT,
+        max_position_embeddings=preset.context,
         tie_word_embeddings=True,
         bos_token_id=0,
         eos_token_id=0,
@@ -374,7 +390,8 @@ class Training:
 
     def grow(self, right: float) -> None:
         """Double the longest text if enough answers are right."""
-        if right > GROW_AT and self.longest < CONTEXT and self.step - self.grown > 100:
+        context = self.model.config.max_position_embeddings
+        if right > GROW_AT and self.longest < context and self.step - self.grown > 100:
             self.longest, self.grown = 2 * self.longest, self.step - 1
 
 
@@ -401,7 +418,7 @@ def train(
     output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     if not (output / "tokenizer.json").exists():
-        train_tokenizer().save_pretrained(output)
+        train_tokenizer(sizes.context).save_pretrained(output)
     tokens = TextTokens(AutoTokenizer.from_pretrained(output), held_out=False)
     model = new_model(sizes)
     head_start(model)

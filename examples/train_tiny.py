@@ -4,16 +4,19 @@ The text is what any machine with Python has: the sources of the standard librar
 documentation strings. Two per cent of the files, chosen by a hash of their names, are held out.
 
     python examples/train_tiny.py train --output runs/tiny
-    python examples/train_tiny.py evaluate runs/tiny
-    bitnet-triton pack runs/tiny runs/tiny-packed
+    python examples/train_tiny.py extend --source runs/tiny --output runs/tiny-4096
+    python examples/train_tiny.py evaluate runs/tiny-4096
+    bitnet-triton pack runs/tiny-4096 runs/tiny-packed
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+import random
 import statistics
 import sysconfig
+import tempfile
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -39,14 +42,20 @@ from transformers import (
     TrainingArguments,
 )
 
+import bitnet_triton as bt
 from bitnet_triton import BitNetConfig, BitNetForCausalLM
 from bitnet_triton.kernels import quantize_weight
+from bitnet_triton.models.convert import convert_checkpoint
 from bitnet_triton.nn import BitLinear
 
-CONTEXT = 1024
+CONTEXT, LONG_CONTEXT = 1024, 4096
+LONG_THETA = (
+    50000.0  # RoPE base: four times the length, and the slow pairs turn no further than before
+)
 VOCABULARY = 4096
 END_OF_TEXT = "<|endoftext|>"
 HELD_OUT_PERCENT = 2
+EIGHTHS = 8
 # Tables of code points and installed packages: no prose, and not the same on every machine
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "encodings", "__pycache__"}
 # Words with one leading space, single digits, runs of punctuation, line ends with their indent
@@ -140,6 +149,45 @@ class Blocks(Dataset):
         return {"input_ids": block, "labels": block}
 
 
+class Stretches(Dataset):
+    """Stretches of the long context, each out of one file, in a random order without end."""
+
+    def __init__(self, files: list[Tensor], count: int) -> None:
+        self.files, self.count = [f for f in files if len(f) >= LONG_CONTEXT], count
+        self.weights = [len(f) - LONG_CONTEXT + LONG_CONTEXT // 4 for f in self.files]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        rng = random.Random(index)
+        (tokens,) = rng.choices(self.files, self.weights)
+        start = rng.randint(0, len(tokens) - LONG_CONTEXT)
+        stretch = tokens[start : start + LONG_CONTEXT].long()
+        stretch[0] = 0  # a window begins with the end-of-text token, as a prompt does
+        return {"input_ids": stretch, "labels": stretch}
+
+
+@torch.no_grad()
+def spread_masters(model: torch.nn.Module, seed: int) -> None:
+    """Give masters that packing has made equal back a distribution, with the codes they have.
+
+    Where all masters of a code are equal, all of them would have to go the same long way to the
+    next code, and would arrive together.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for layer in model.modules():
+        if isinstance(layer, BitLinear):
+            codes, scale = quantize_weight(layer.weight)
+            noise = torch.rand(codes.shape, generator=generator)
+            small = 0.45 * (2 * noise - 1) * (codes == 0)
+            large = 0.6 * (codes != 0)
+            tail = -(1 - noise).log() * (codes != 0)
+            # what is above 0.6 is stretched so that the mean of all, which is the scale, stays
+            tail *= (codes.numel() - small.abs().sum() - large.sum()) / tail.sum()
+            layer.weight.copy_(scale * (small + codes * (large + tail)))
+
+
 def tokenize(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[Tensor]:
     """Encode texts, each behind an end-of-text token."""
     encoded = tokenizer.backend_tokenizer.encode_batch_fast(texts)
@@ -210,7 +258,11 @@ class Speed(TrainerCallback):
 
 
 class TernaryTrainer(Trainer):
-    """Trainer with the two-stage learning rate of BitNet b1.58."""
+    """Trainer with the two-stage learning rate of BitNet b1.58, or its second stage alone."""
+
+    def __init__(self, *, one_stage: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.one_stage = one_stage
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: Optimizer | None = None
@@ -219,26 +271,69 @@ class TernaryTrainer(Trainer):
         warmup = self.args.get_warmup_steps(num_training_steps)
 
         def factor(step: int) -> float:
-            stage = 1.0 if step < num_training_steps // 2 else 2 / 3
+            stage = 1.0 if self.one_stage or step < num_training_steps // 2 else 2 / 3
             return min(1.0, (step + 1) / warmup) * stage * (1 - step / num_training_steps)
 
         self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
         return self.lr_scheduler
 
 
-def bits_per_byte(
-    model: BitNetForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str]
-) -> float:
-    """Return the loss on ``texts``, in windows of the context that do not overlap."""
-    nats = 0.0
+def bits_by_position(
+    model: BitNetForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str], context: int
+) -> tuple[Tensor, Tensor]:
+    """Return bits and bytes of ``texts`` for each position in windows that do not overlap.
+
+    Returns:
+        Two tensors [context - 1], sums over all windows of what the position before predicts.
+    """
+    words = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    sizes = torch.tensor([len(word) for word in words])  # a letter of the alphabet is one byte
+    bits, size = (torch.zeros(context - 1, dtype=torch.float64) for _ in range(2))
     for tokens in track(tokenize(tokenizer, texts), "Held-out files", len(texts), console=console):
         # each window begins with the token that the last one ended with: every token counts once
-        for start in range(0, len(tokens) - 1, CONTEXT - 1):
-            window = tokens[start : start + CONTEXT].long().unsqueeze(0)
+        for start in range(0, len(tokens) - 1, context - 1):
+            window = tokens[start : start + context].long()
             with torch.inference_mode():
-                logits = model(window, use_cache=False).logits[0, :-1].float()
-            nats += torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum").item()
-    return nats / math.log(2) / sum(len(text.encode()) for text in texts)
+                logits = model(window[None], use_cache=False).logits[0, :-1].float()
+            nats = torch.nn.functional.cross_entropy(logits, window[1:], reduction="none")
+            bits[: len(nats)] += nats.double() / math.log(2)
+            size[: len(nats)] += sizes[window[1:]]
+    return bits, size
+
+
+def training_arguments(
+    output: Path, steps: int, batch_size: int, learning_rate: float, compile: bool, **others: Any
+) -> TrainingArguments:
+    """Return what both trainings have in common, and the others."""
+    return TrainingArguments(
+        output_dir=str(output),
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        learning_rate=learning_rate,
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        optim="adamw_torch_fused",
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        torch_compile=compile,
+        save_total_limit=2,
+        report_to="none",
+        seed=0,
+        **{"logging_steps": 20, "save_steps": min(200, steps), **others},
+    )
+
+
+def load_masters(source: Path) -> BitNetForCausalLM:
+    """Load a model to train on: its own masters, or some that packed weights may have come from."""
+    model = BitNetForCausalLM.from_pretrained(source, dtype=torch.float32)
+    if any(isinstance(layer, BitLinear) for layer in model.modules()):
+        return model
+    with tempfile.TemporaryDirectory() as folder:
+        masters = Path(folder) / "masters"
+        convert_checkpoint(source, masters, to="masters", dtype=torch.float32)
+        model = BitNetForCausalLM.from_pretrained(masters, dtype=torch.float32)
+    spread_masters(model, seed=0)
+    return model
 
 
 @app.command()
@@ -267,25 +362,10 @@ def train(
 
     torch.manual_seed(0)
     model = new_model()
-    arguments = TrainingArguments(
-        output_dir=str(output),
-        max_steps=steps,
-        per_device_train_batch_size=batch_size,
-        learning_rate=learning_rate,
-        adam_beta2=0.95,
-        weight_decay=0.1,
+    arguments = training_arguments(
+        output, steps, batch_size, learning_rate, compile, weight_decay=0.1,
         warmup_steps=min(200, steps // 10 + 1),
-        max_grad_norm=1.0,
-        optim="adamw_torch_fused",
-        bf16=True,
-        use_cpu=not torch.cuda.is_available(),
-        torch_compile=compile,
-        logging_steps=20,
-        save_steps=min(200, steps),
-        save_total_limit=2,
-        report_to="none",
-        seed=0,
-    )
+    )  # fmt: skip
     trainer = TernaryTrainer(
         model=model,
         args=arguments,
@@ -300,19 +380,72 @@ def train(
 
 
 @app.command()
-def evaluate(
-    model: Annotated[Path, typer.Argument(help="Folder of the model, packed or not.")],
+def extend(
+    output: Annotated[Path, typer.Option(help="Folder for checkpoints and the result.")],
+    source: Annotated[Path, typer.Option(help="The model to go on with.")] = Path(bt.TINY_MODEL),
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 300,
+    batch_size: Annotated[int, typer.Option(help="Stretches in a step.")] = 1,
+    learning_rate: Annotated[float, typer.Option(help="Peak.")] = 4e-4,
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
+    compile: Annotated[bool, typer.Option(help="Compile the model: faster steps.")] = True,
     files: Annotated[int | None, typer.Option(help="Only the first files, for a trial.")] = None,
 ) -> None:
-    """Print the loss on the held-out files in bits per byte.
+    """Go on training with stretches of 4096 tokens out of long files, and a larger RoPE base.
+
+    Example: python examples/train_tiny.py extend --output runs/tiny-4096
+    """
+    tokenizer = AutoTokenizer.from_pretrained(source, model_max_length=LONG_CONTEXT)
+    tokenizer.save_pretrained(output)
+    model = load_masters(source)
+    model.config.max_position_embeddings = LONG_CONTEXT
+    model.config.rope_parameters = {"rope_type": "default", "rope_theta": LONG_THETA}
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    model.config._attn_implementation = "bitnet_triton"
+    trainer = TernaryTrainer(
+        model=model,
+        args=training_arguments(
+            output, steps, batch_size, learning_rate, compile, weight_decay=0.0,
+            warmup_steps=steps // 10 + 1, logging_steps=10, save_steps=min(25, steps),
+        ),
+        train_dataset=Stretches(
+            tokenize(tokenizer, read_texts(held_out=False, files=files)), steps * batch_size
+        ),
+        callbacks=[Speed(batch_size * LONG_CONTEXT)],
+        one_stage=True,
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=resume or None)
+    model.config.use_cache = True  # Trainer turned it off; generation needs it
+    trainer.save_model()
+    tokenizer.save_pretrained(output)
+    console.print(f"Saved master weights and tokenizer to {output}")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="Folder of the model, packed or not.")],
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of a window.  [default: the model's context]")
+    ] = None,
+    files: Annotated[int | None, typer.Option(help="Only the first files, for a trial.")] = None,
+) -> None:
+    """Print the loss on the held-out files in bits per byte, in all and by position.
 
     Example: python examples/train_tiny.py evaluate runs/tiny
     """
     loaded = BitNetForCausalLM.from_pretrained(model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(model)
     texts = read_texts(held_out=True, files=files)
-    loss = bits_per_byte(loaded.eval(), tokenizer, texts)
-    console.print(f"{loss:.4f} bits per byte on {len(texts)} held-out files")
+    context = context or loaded.config.max_position_embeddings
+    bits, size = bits_by_position(loaded.eval(), tokenizer, texts, context)
+    loss = (bits.sum() / size.sum()).item()
+    console.print(
+        f"{loss:.4f} bits per byte on {len(texts)} held-out files, {size.sum():.0f} bytes, windows "
+        f"of {context} tokens"
+    )
+    for part, (b, s) in enumerate(zip(bits.chunk(EIGHTHS), size.chunk(EIGHTHS))):
+        start = part * len(bits.chunk(EIGHTHS)[0])
+        loss = (b.sum() / s.sum()).item()
+        console.print(f"positions {start + 1:4d} to {start + len(b):4d}: {loss:.4f}")
 
 
 if __name__ == "__main__":

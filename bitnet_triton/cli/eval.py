@@ -24,7 +24,10 @@ console = Console(highlight=False)
 
 def evaluate(
     model: Annotated[
-        str, typer.Option(help="A folder; `recall` and `tiny` are the embedded models.")
+        str,
+        typer.Option(
+            help="A folder or a name on the Hub; `recall` and `tiny` are the embedded models."
+        ),
     ] = "recall",
     task: Annotated[
         list[str] | None, typer.Option(help="One of several.  [default: all tasks]")

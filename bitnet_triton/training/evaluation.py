@@ -21,6 +21,7 @@ from bitnet_triton.training.footprint import measure_footprint
 from bitnet_triton.training.perplexity import bits, windows
 from bitnet_triton.training.results import Report, Store, summarise
 from bitnet_triton.training.settings import CACHES, Setting, parse_setting
+from bitnet_triton.training.subject import folder_of
 from bitnet_triton.training.tasks import TASKS, TextTokens, check_tasks
 
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -54,7 +55,7 @@ class Job:
 
 
 def evaluate(
-    model: str | os.PathLike,
+    model: BitNetForCausalLM | str | os.PathLike,
     tasks: Sequence[str] | None = None,
     lengths: Sequence[int] = (2048,),
     depths: Sequence[float] = DEPTHS,
@@ -74,7 +75,9 @@ def evaluate(
     taken from a name (``training.footprint``).
 
     Args:
-        model: folder of a BitNet checkpoint, with its tokenizer.
+        model: what ``BitNetForCausalLM.from_pretrained`` takes, the folder of a checkpoint or a
+            name on the Hub; or such a model in memory, which stays as it is, with the tokenizer of
+            the place it was loaded from.
         tasks: names out of ``training.tasks.TASKS``. Default: all.
         lengths: of the prompts, in tokens, with questions and answers.
         depths: where the fact that is asked for goes, 0 to 1, in turns; empty: anywhere.
@@ -90,14 +93,21 @@ def evaluate(
         progress: called after each batch.
 
     Raises:
-        ValueError: a task or depth is unknown, a length is beyond the model's, or a model refuses a
-            setting; before anything is measured.
+        TypeError: ``model`` is none that can be measured, or a setting is none.
+        ValueError: there is no such model, a task or depth is unknown, a length is beyond the
+            model's, or a model refuses a setting; before anything is measured.
     """
-    job = Job(
-        os.fspath(model), check_tasks(TASKS if tasks is None else tasks), list(lengths),
-        list(depths), [_setting(setting) for setting in settings],
-        samples, seed, question, text,
-    )  # fmt: skip
+    chosen = check_tasks(TASKS if tasks is None else tasks), list(lengths), list(depths)
+    wanted = [_setting(setting) for setting in settings]
+    _check_values(chosen[2], wanted, samples, question)
+    with folder_of(model) as folder:
+        job = Job(folder, *chosen, wanted, samples, seed, question, text)
+        return _run(job, batch_size, output, progress)
+
+
+def _run(
+    job: Job, batch_size: int, output: str | os.PathLike | None, progress: Progress | None
+) -> Report:
     tokens = _check(job)
     store = Store(None if output is None else Path(output), job.describe())
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -147,8 +157,7 @@ def _setting(value: Setting | str) -> Setting:
 
 
 def _check(job: Job) -> TextTokens:
-    """Refuse what cannot be measured, and try each setting on a short text."""
-    _check_values(job)
+    """Refuse what the model cannot be measured with, and try each setting on a short text."""
     config = BitNetConfig.from_pretrained(job.folder)
     for setting in job.settings:
         longest = config.max_position_embeddings * max(1, setting.rope.get("factor", 1))
@@ -167,18 +176,18 @@ def _check(job: Job) -> TextTokens:
     return tokens
 
 
-def _check_values(job: Job) -> None:
+def _check_values(
+    depths: list[float], settings: list[Setting], samples: int, question: str
+) -> None:
     """Refuse what no model could be measured with."""
-    if not Path(job.folder).is_dir():
-        raise ValueError(f"`model`: expected a folder with a model, got {job.folder}")
-    if job.question not in QUESTIONS:
-        raise ValueError(f"`question`: expected {' or '.join(QUESTIONS)}, got {job.question!r}")
-    if job.samples < 1:
-        raise ValueError(f"`samples`: expected at least 1, got {job.samples}")
-    for depth in job.depths:
+    if question not in QUESTIONS:
+        raise ValueError(f"`question`: expected {' or '.join(QUESTIONS)}, got {question!r}")
+    if samples < 1:
+        raise ValueError(f"`samples`: expected at least 1, got {samples}")
+    for depth in depths:
         if not 0 <= depth <= 1:
             raise ValueError(f"`depths`: expected 0 to 1, got {depth}")
-    names = [setting.name for setting in job.settings]
+    names = [setting.name for setting in settings]
     if len(set(names)) < len(names):
         raise ValueError(f"`settings`: expected different names, got {', '.join(names)}")
 

@@ -55,6 +55,22 @@ def test_trains_resumes_and_logs(script, tmp_path, monkeypatch):
     assert model(**tokenizer("import", return_tensors="pt")).logits.isfinite().all()
 
 
+@pytest.mark.slow
+def test_the_preset_for_a_gpu_trains_at_a_small_size(script, tmp_path, monkeypatch):
+    gpu = script.PRESETS["gpu"]
+    small = replace(
+        gpu, hidden=gpu.hidden // 4, intermediate=gpu.intermediate // 4, row=512, start=256
+    )
+    monkeypatch.setitem(script.PRESETS, "gpu", small)
+    monkeypatch.setattr(script, "LOG_EVERY", 1)
+    run(script, tmp_path, "--preset", "gpu", "--steps", "2")
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    config = bt.BitNetConfig.from_pretrained(tmp_path)
+    assert config.max_position_embeddings == 16384
+    assert (config.num_hidden_layers, config.num_attention_heads) == (gpu.layers, gpu.heads)
+
+
 def test_a_head_start_copies_before_any_training(script, tokens):
     torch.manual_seed(0)
     model = script.new_model(script.PRESETS["cpu"])
@@ -89,7 +105,7 @@ def test_rows_are_full_and_know_their_answers(script, tokens):
 
 
 def test_the_tokenizer_loses_nothing_and_has_a_token_for_each_word(script):
-    tokenizer = script.train_tokenizer()
+    tokenizer = script.train_tokenizer(4096)
     for text in ["ünïcödé \t x\n\n\n    if a:\r\n", "", "\n[note] bafek 07\nfoo"]:
         ids = tokenizer(text)["input_ids"]
         assert ids[0] == tokenizer.bos_token_id

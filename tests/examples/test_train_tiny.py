@@ -1,10 +1,12 @@
 """The training script runs, resumes and evaluates, on a few files."""
 
 import importlib.util
+import math
 import re
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import bitnet_triton as bt
@@ -18,7 +20,7 @@ def script():
     spec = importlib.util.spec_from_file_location("train_tiny", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.CONTEXT = 64
+    module.CONTEXT, module.LONG_CONTEXT = 64, 128
     return module
 
 
@@ -42,6 +44,52 @@ def test_trains_resumes_and_evaluates(script, tmp_path):
     bt.BitNetForCausalLM.from_pretrained(folder)
     (loss,) = re.findall(r"([\d.]+) bits per byte on 6", run(script, "evaluate", str(folder)))
     assert 2 < float(loss) < 12  # three steps learn little; a guess is 12 bits a token
+
+
+@pytest.mark.slow
+def test_packed_weights_are_trained_on_with_a_longer_context(script, tmp_path):
+    folder = tmp_path / "long"
+    extend = ["extend", "--output", str(folder), "--no-compile", "--learning-rate", "1e-5"]
+    run(script, *extend, "--steps", "1")
+    run(script, *extend, "--steps", "2", "--resume")
+    model = bt.BitNetForCausalLM.from_pretrained(folder)
+    assert model.config.max_position_embeddings == 128
+    assert model.config.rope_parameters["rope_theta"] == script.LONG_THETA
+    # it knows what the packed model had learned
+    losses = re.findall(r"([\d.]+) bits per byte", run(script, "evaluate", str(folder)))
+    assert float(losses[0]) < 2.5
+    output = run(script, "evaluate", str(folder), "--context", "64")
+    assert len(re.findall(r"positions +\d+ to +\d+: [\d.]+", output)) == 8
+
+
+def test_masters_made_of_packed_weights_have_their_codes_and_differ(script):
+    packed = bt.BitNetForCausalLM.from_pretrained(bt.TINY_MODEL)
+    layers = {n: m for n, m in packed.named_modules() if hasattr(m, "ternary_weight")}
+    model = script.load_masters(Path(bt.TINY_MODEL))
+    masters = {n: m.weight for n, m in model.named_modules() if isinstance(m, script.BitLinear)}
+    assert layers.keys() == masters.keys()
+    for name, weight in masters.items():
+        found, scale = script.quantize_weight(weight)
+        assert torch.equal(found, layers[name].ternary_weight.codes())
+        torch.testing.assert_close(found * scale, layers[name].dequantize().float())
+        for code in (0, 1):
+            some = weight[found == code]
+            assert some.std() > 0.1 * scale
+
+
+def test_bits_count_every_token_and_byte_once(script):
+    tokenizer = script.AutoTokenizer.from_pretrained(bt.TINY_MODEL)
+    model = bt.BitNetForCausalLM.from_pretrained(bt.TINY_MODEL)
+    texts = ["def naïve(x):\n    return x\n" * 9, "import os\n"]
+    bits, size = script.bits_by_position(model, tokenizer, texts, 32)
+    assert size.sum() == sum(len(text.encode()) for text in texts)
+    whole, _ = script.bits_by_position(model, tokenizer, texts, 512)
+    ids = tokenizer(texts[1], return_tensors="pt").input_ids
+    first = model(ids, labels=ids).loss.item() * (ids.shape[1] - 1) / math.log(2)
+    ids = tokenizer(texts[0], return_tensors="pt").input_ids
+    second = model(ids, labels=ids).loss.item() * (ids.shape[1] - 1) / math.log(2)
+    assert whole.sum().item() == pytest.approx(first + second, rel=1e-3)
+    assert bits.sum() > whole.sum()
 
 
 def test_the_held_out_files_are_never_trained_on(script):

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoTokenizer
 
 import bitnet_triton as bt
-from bitnet_triton.training import Setting, combine, evaluation, parse_setting
+from bitnet_triton.training import Setting, combine, evaluation, parse_setting, subject
 from bitnet_triton.training.answers import ask, make_prompts
 from bitnet_triton.training.evaluation import load
 from bitnet_triton.training.perplexity import bits, windows
@@ -163,7 +163,9 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
         ({"settings": [{"full": 1}]}, "`settings`: expected"),
         ({"question": "both"}, "`question`: expected prompt or decode, got 'both'"),
         ({"samples": 0}, "`samples`: expected at least 1"),
-        ({"model": "nowhere"}, "`model`: expected a folder with a model, got nowhere"),
+        ({"model": "no/such/place"}, "`model`: expected a folder .* got no/such/place"),
+        ({"model": 7}, "`model`: expected a model, a folder or a name, got int"),
+        ({"model": torch.nn.Linear(2, 2)}, "`model`: expected a BitNetForCausalLM.* got Linear"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_anything_runs(tmp_path, arguments, message):
@@ -171,6 +173,50 @@ def test_what_cannot_be_measured_is_refused_before_anything_runs(tmp_path, argum
     with pytest.raises((ValueError, TypeError), match=message):
         bt.evaluate(**arguments)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_model_in_memory_is_measured_as_its_folder_is_and_stays_as_it_is():
+    model = bt.BitNetForCausalLM.from_pretrained(bt.RECALL_MODEL)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    settings = ["full", "sliding:window=32"]
+    there = bt.evaluate(bt.RECALL_MODEL, ["recall"], settings=settings, **QUICK)
+    here = bt.evaluate(model, ["recall"], settings=settings, **QUICK)
+    assert here.scores == there.scores
+    assert here.footprints == there.footprints
+    assert model.attention_plan is None
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_changed_weights_of_a_model_in_memory_count():
+    model = bt.BitNetForCausalLM.from_pretrained(bt.RECALL_MODEL)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.normal_()
+    report = bt.evaluate(model, ["passkey"], **QUICK)
+    assert report.scores["checkpoint"]["passkey"][256].mean < 0.5
+
+
+def test_a_model_in_memory_without_a_tokenizer_is_refused():
+    model = bt.BitNetForCausalLM.from_pretrained(bt.RECALL_MODEL)
+    model.name_or_path = model.config.name_or_path = "no/such/place"
+    with pytest.raises(ValueError, match="`model`: no tokenizer was found at 'no/such/place'"):
+        bt.evaluate(model, ["passkey"], **QUICK)
+
+
+def test_a_name_on_the_hub_is_downloaded(monkeypatch):
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(bt.RECALL_MODEL)
+
+    monkeypatch.setattr(subject, "snapshot_download", download)
+    report = bt.evaluate("someone/recall", ["passkey"], **QUICK)
+    assert report.scores["checkpoint"]["passkey"][256].mean > 0.5
+    ((name, patterns),) = asked
+    assert name == "someone/recall"
+    assert "*.safetensors" in patterns
 
 
 def test_rope_may_take_a_model_beyond_its_length():
