@@ -194,7 +194,7 @@ def units_of(k: Tensor, units: Units, rows: Rows, context: AttentionContext) -> 
     """Return the units of keys [B Tk Hk D], from the memory of the layer if it keeps them."""
     memory = context.memory
     if isinstance(memory, UnitsLayer) and units in memory.units:
-        return memory.sums(units)
+        return memory.sums(units).to(k.dtype)  # under autocast it holds wider keys
     if rows.starts is None:
         return pool_keys(k, units=units, leftpad=rows.leftpad)
     return pool_keys(k.flatten(0, 1), units=units, cu_seqlens=rows.starts)

@@ -320,3 +320,16 @@ def test_packed_texts_choose_each_for_itself():
             for first, end in ((0, 9), (9, 30)):
                 alone = model(ids[:, first:end], use_cache=False).logits
                 torch.testing.assert_close(packed[:, first:end], alone, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("attention", [{**POOLED, "selected": 5}, {**QUEST, "budget": 20}])
+def test_autocast_reads_a_cache_of_wider_keys(attention):
+    """Rotated keys stay float32, and the units made of them; all are chosen: none by a rounding."""
+    model = bt.BitNetForCausalLM(bt.BitNetConfig(**SIZES, attention=attention)).eval()
+    ids = torch.randint(3, 96, (2, 19))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        whole = model(ids, use_cache=False).logits.float()
+        cache = model(ids[:, :11], use_cache=True).past_key_values
+        assert cache.layers[0].keys.dtype == torch.float32
+        found = model(ids[:, 11:], past_key_values=cache).logits.float()
+    assert (found - whole[:, 11:]).norm() <= 0.1 * whole[:, 11:].norm()
