@@ -7,6 +7,7 @@ import torch
 
 import bitnet_triton as bt
 from bitnet_triton.cache import streaming
+from bitnet_triton.kernels.lsh_sampling import tables
 from bitnet_triton.models.fused.recording import Recording
 
 SLIDING = {"mode": "sliding", "window": 5, "sinks": 2}
@@ -145,6 +146,37 @@ def test_a_windows_memory_is_written_anew_in_place(load, token_ids, replays):
     assert close(steps(bt.fuse(model), ids, 8, 54), expected)
     assert len(replays) == 53
     assert len(set(replays)) == 1  # though it was full three times
+
+
+def test_a_full_tail_of_tables_is_sorted_between_steps(load, token_ids, replays, monkeypatch):
+    monkeypatch.setattr(tables, "TAIL", 8)
+    model, ids = load(LSH), token_ids(2, 47)
+    expected = steps(model, ids, 7, 40, prompt_len=7)
+    assert close(steps(bt.fuse(model), ids, 7, 40, prompt_len=7), expected)
+    assert len(replays) >= 28
+    assert 4 <= len(set(replays)) <= 6  # tables move in memory when they grow
+
+
+def test_a_prompt_goes_on_densely_behind_generated_tokens(load, token_ids, replays):
+    """Without ``prompt_len`` a token belongs to the prompt, whatever was generated before."""
+    model, ids = load(LSH), token_ids(1, 40)
+
+    def run(model):
+        with torch.inference_mode():
+            cache = model(ids[:, :12], use_cache=True).past_key_values
+            found = [
+                model(ids[:, t : t + 1], past_key_values=cache, **kwargs).logits
+                for t, kwargs in enumerate([{"prompt_len": 12}] * 9 + [{}] * 9, start=12)
+            ]
+        return torch.cat(found, 1)
+
+    expected = run(model)
+    bt.set_attention(model, "full")
+    dense = run(model)
+    bt.set_attention(model, LSH)
+    assert not close(expected[:, :9], dense[:, :9])
+    assert close(run(bt.fuse(model)), expected)
+    assert len(set(replays)) >= 2
 
 
 def test_a_stream_starts_again_in_place(load, token_ids, replays, monkeypatch):
