@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,10 @@ from bitnet_triton.kernels.native_sparse.forward import _compressed_attention_fw
 from bitnet_triton.kernels.native_sparse.launchers import Results, empty_results
 from bitnet_triton.runtime import cdiv, launch
 from bitnet_triton.runtime.autotune import Tiles, head_size, tiles
+from bitnet_triton.runtime.device import smallest_dot
 
+# heads of float32 on a GPU that attend and choose in one pass
+_WIDEST_FLOAT32 = 64
 # the smallest tile of rows
 _FEW_ROWS = 16
 # programs that go through all tiles, for each thread of a CPU and each multiprocessor of a GPU
@@ -29,6 +33,20 @@ _PROGRAMS_A_THREAD, _PROGRAMS_A_MULTIPROCESSOR, _MULTIPROCESSORS = 4, 4, 132
 
 def launch_forward(q: Tensor, k: Tensor, v: Tensor, call: SparseCall) -> Results:
     """Map q, k, v to out in the dtype of ``q``, lse in float32, and indices in int32."""
+    if call.attend and call.select and _needs_two_passes(q, v):
+        out, lse, _ = _launch_forward(q, k, v, replace(call, select=False))
+        only = replace(call, attend=False, keeps_lse=False)
+        return out, lse, _launch_forward(q, k, v, only)[2]
+    return _launch_forward(q, k, v, call)
+
+
+def _needs_two_passes(q: Tensor, v: Tensor) -> bool:
+    """Tell whether attention and choice together have no room in the registers of a GPU."""
+    is_wide = max(q.shape[-1], v.shape[-1]) > _WIDEST_FLOAT32
+    return q.dtype == torch.float32 and smallest_dot(q.device) > 1 and is_wide
+
+
+def _launch_forward(q: Tensor, k: Tensor, v: Tensor, call: SparseCall) -> Results:
     out, lse, indices = empty_results(q, k, v, call)
     rows = call.rows(q)
     if call.leftpad is not None:

@@ -34,7 +34,7 @@ GPU: Table = {
         128: {"BLOCK_M": 16, "BLOCK_N": 64, "ROWS": 16, "num_warps": 8, "num_stages": 1},
         256: {"BLOCK_M": 16, "BLOCK_N": 32, "ROWS": 16, "num_warps": 4, "num_stages": 1},
         FLOAT32 + 64: {"BLOCK_M": 16, "BLOCK_N": 16, "ROWS": 4, "num_warps": 4, "num_stages": 1},
-        FLOAT32 + 128: {"BLOCK_M": 16, "BLOCK_N": 16, "ROWS": 16, "num_warps": 8, "num_stages": 1},
+        FLOAT32 + 128: {"BLOCK_M": 16, "BLOCK_N": 16, "ROWS": 4, "num_warps": 4, "num_stages": 1},
     },
     "compressed_attention_bwd_dq": {
         128: {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
