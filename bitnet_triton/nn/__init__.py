@@ -1,6 +1,7 @@
 """Layers with parameters, built from ops."""
 
 from bitnet_triton.nn.bit_linear import BitLinear, PackedBitLinear, count_packed
+from bitnet_triton.nn.feature_maps import Hedgehog, Performer, elu_plus_one
 from bitnet_triton.nn.head import (
     Int8Head,
     OutputHead,
@@ -14,12 +15,15 @@ from bitnet_triton.nn.norm import RMSNorm
 
 __all__ = [
     "BitLinear",
+    "Hedgehog",
     "Int8Head",
     "MergedLinears",
     "OutputHead",
     "PackedBitLinear",
+    "Performer",
     "RMSNorm",
     "count_packed",
+    "elu_plus_one",
     "quantize_head",
     "resized_head",
     "unquantize_head",

@@ -322,6 +322,25 @@ def test_without_memory_a_token_reads_only_itself(device, backend):
     torch.testing.assert_close(out, weight * v.repeat_interleave(2, 2), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.peer
+@pytest.mark.parametrize("T", [1, 100])
+def test_the_gated_delta_rule_is_that_of_transformers(T, device, backend):
+    qwen = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
+    inputs = {name: t.to(device) for name, t in draw("gated delta", T=T, H=2).items()}
+    inputs["q"] = normalize(inputs["q"], dim=-1)
+    out, state = ours()(inputs)
+    q, k, v, log_decay, beta, initial = inputs.values()
+    for name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
+        settings = {"initial_state": initial, "output_final_state": True}
+        theirs, last = getattr(qwen, name)(3 * q, k, v, log_decay, beta, **settings)
+        torch.testing.assert_close(3 * out, theirs, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(state, last, atol=1e-5, rtol=1e-4)
+        theirs, _ = getattr(qwen, name)(
+            5 * q, 7 * k, v, log_decay, beta, use_qk_l2norm_in_kernel=True, **settings
+        )
+        torch.testing.assert_close(out, theirs, atol=1e-4, rtol=1e-3)
+
+
 def test_strided_inputs_are_read_as_they_lie(device, backend):
     inputs = {name: t.to(device) for name, t in draw("gated delta", T=40).items()}
     dout, dstate = (t.to(device) for t in draw_gradients(inputs))
