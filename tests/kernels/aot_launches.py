@@ -266,6 +266,8 @@ def launch_native_sparse(D, dtype, group):
     call = SparseCall(blocks, D**-0.5, 4096, select=True)
     out, lse, _ = sparse_launch.launch_forward(q, k, k, call)
     sparse_launch.launch_backward(out, q, k, k, out, lse, call)
+    choice = SparseCall(blocks, D**-0.5, 4096, attend=False, select=True, keeps_lse=False)
+    sparse_launch.launch_forward(q, k, k, choice)
     gates = meta(1, 4096, H, 3, dtype=dtype)
     launch_gated_sum_bwd(launch_gated_sum(out, out, out, gates), out, out, out, gates)
     cos = meta(4096, D, dtype=dtype)

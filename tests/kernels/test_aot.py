@@ -57,6 +57,7 @@ OVERLAPPED = (
     "int8_linear_fwd", "int8_linear_topk_fwd", "merge_best", "top_blocks_fwd", "top_blocks_merge",
     "pool_keys", "block_index_step", "lsh_hash", "lsh_mean_direction", "lsh_probe", "lsh_gather",
     "verified_draw", "selected_blocks_fwd_rows", "linear_attention_decode",
+    "compressed_attention_decode", "compress_step", "sparse_gates",
 )  # fmt: skip
 MANY_TOKENS = ("ternary_linear_fwd", "bit_linear_fwd", "bit_linear_fwd_from_codes")
 FLOAT_PRODUCTS = (
@@ -67,6 +68,8 @@ FLOAT_PRODUCTS = (
     "exact_attention_bwd_dkdv", "exact_attention_select", "top_blocks_fwd",
     "lsh_gather", "verified_draw",
     "selected_blocks_fwd_rows", "selected_blocks_bwd_dq_rows", "selected_blocks_bwd_dkdv",
+    "compressed_attention_fwd", "compressed_attention_bwd_dq", "compressed_attention_bwd_dkdv",
+    "compressed_attention_decode",
 )  # fmt: skip
 # that multiply in float32, and in TF32 what came as bfloat16 or float16
 WIDE_PRODUCTS = (

@@ -53,7 +53,7 @@ def _launch_forward(q: Tensor, k: Tensor, v: Tensor, call: SparseCall) -> Result
         out.zero_()
         lse.fill_(float("-inf"))
         indices.fill_(-1)
-    config = _row_tiles("compressed_attention_fwd", q, v)
+    config = _row_tiles("compressed_attention_fwd" + ("" if call.attend else "_choice"), q, v)
     blocks, (B, Tq), Hk = call.blocks, _sizes(q), k.shape[-2]
     M, lines = config["BLOCK_M"], triton.next_power_of_2(blocks.ratio)
     config["ROWS"] = min(config["ROWS"], M)

@@ -11,6 +11,9 @@ CPU: Table = {
     "compressed_attention_fwd": {  # the size of a head, here and below
         ANY: {"BLOCK_M": 128, "BLOCK_N": 128, "ROWS": 8},
     },
+    "compressed_attention_fwd_choice": {  # without attention
+        ANY: {"BLOCK_M": 128, "BLOCK_N": 128, "ROWS": 8},
+    },
     "compressed_attention_bwd_dq": {ANY: {"BLOCK_M": 128, "BLOCK_N": 128}},
     "compressed_attention_bwd_dkdv": {ANY: {"BLOCK_M": 128, "BLOCK_N": 128}},
     "compressed_attention_decode": {ANY: {"BLOCK_N": 64}},
@@ -35,6 +38,11 @@ GPU: Table = {
         256: {"BLOCK_M": 16, "BLOCK_N": 32, "ROWS": 16, "num_warps": 4, "num_stages": 1},
         FLOAT32 + 64: {"BLOCK_M": 16, "BLOCK_N": 16, "ROWS": 4, "num_warps": 4, "num_stages": 1},
         FLOAT32 + 128: {"BLOCK_M": 16, "BLOCK_N": 16, "ROWS": 4, "num_warps": 4, "num_stages": 1},
+    },
+    "compressed_attention_fwd_choice": {
+        128: {"BLOCK_M": 16, "BLOCK_N": 64, "ROWS": 16, "num_warps": 8, "num_stages": 1},
+        256: {"BLOCK_M": 16, "BLOCK_N": 32, "ROWS": 16, "num_warps": 4, "num_stages": 1},
+        FLOAT32 + 128: {"BLOCK_M": 16, "BLOCK_N": 16, "ROWS": 4, "num_warps": 8, "num_stages": 1},
     },
     "compressed_attention_bwd_dq": {
         128: {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
