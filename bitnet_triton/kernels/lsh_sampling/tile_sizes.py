@@ -15,10 +15,10 @@ CPU: Table = {
 
 GPU: Table = {
     "lsh_hash": {
-        ANY: {"BLOCK_M": 32, "BLOCK_L": 32, "num_warps": 4, "num_stages": 1},
+        ANY: {"BLOCK_M": 32, "BLOCK_L": 16, "num_warps": 4, "num_stages": 1},
     },
     "lsh_mean_direction": {ANY: {"num_warps": 4}},
-    "lsh_build": {ANY: {"BLOCK_N": 128, "BLOCK_W": 1024, "num_warps": 4, "num_stages": 1}},
+    "lsh_build": {ANY: {"BLOCK_N": 32, "BLOCK_W": 1024, "num_warps": 4, "num_stages": 1}},
     "lsh_probe": {
         ANY: {
             "BLOCK_N": 128,
@@ -30,13 +30,14 @@ GPU: Table = {
         },
     },
     "lsh_gather": {
+        64: {"BLOCK_N": 32, "AHEAD": 0, "num_warps": 4, "num_stages": 1},
         128: {"BLOCK_N": 32, "AHEAD": 0, "num_warps": 8, "num_stages": 1},
         256: {"BLOCK_N": 16, "AHEAD": 0, "num_warps": 4, "num_stages": 1},
-        FLOAT32 + 64: {"BLOCK_N": 32, "AHEAD": 0, "num_warps": 4, "num_stages": 1},
+        FLOAT32 + 64: {"BLOCK_N": 16, "AHEAD": 0, "num_warps": 4, "num_stages": 1},
         ANY: {"BLOCK_N": 16, "AHEAD": 0, "num_warps": 8, "num_stages": 1},
     },
     "verified_draw": {
-        ANY: {"BLOCK_N": 32, "BLOCK_J": 256, "BLOCK_C": 1024, "num_warps": 4, "num_stages": 1},
+        ANY: {"BLOCK_N": 16, "BLOCK_J": 256, "BLOCK_C": 1024, "num_warps": 4, "num_stages": 1},
     },
 }
 
