@@ -8,6 +8,7 @@ own formula in float64, on a sample of queries: outputs, and the gradient of the
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,7 @@ _PASSES = {"forward": 1.0, "backward": 2.5, "forward+backward": 3.5, "decode": 1
 # longer ones take FlexAttention minutes to compile and run
 _MOST_FLEX = 32768
 _BY_HEAD = 2**26
+_STEPS = 32
 
 Attend = Callable[..., Tensor]
 
@@ -180,8 +182,16 @@ def _flex(inputs: Inputs) -> Work:
 
 
 def _selected(inputs: Inputs) -> Work:
+    choices = itertools.cycle([inputs.indices])
+    if inputs.passes == "decode":
+        # each step has blocks of its own to read, beside which the last ones leave the caches
+        T, (Hk, S) = inputs.k.shape[1], inputs.indices.shape[2:]
+        random, size = torch.Generator().manual_seed(0), (_STEPS - 1, 1, 1, Hk, S)
+        others = torch.randint(T // BLOCKS.selection, size, generator=random).to(inputs.k.device)
+        choices = itertools.cycle([inputs.indices, *others.to(torch.int32)])
+
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return selected_block_attention(q, k, v, inputs.indices, block=BLOCKS.selection)
+        return selected_block_attention(q, k, v, next(choices), block=BLOCKS.selection)
 
     keys = _read_keys(inputs, BLOCKS.selected * BLOCKS.selection)
     formula = functools.partial(_selected_formula, indices=inputs.indices)
@@ -302,11 +312,13 @@ def case() -> Case:
         providers={
             "native_sparse": Provider(
                 "native_sparse_attention", _native_sparse, _TOLERANCE,
-                note="whole: compression, its attention, choice, chosen blocks, window, gates",
+                note="whole: compression, its attention, choice, chosen blocks, window, gates; in "
+                "decoding the same query again, what it reads stays in a cache that has room",
             ),
             "selected": Provider(
                 "selected_block_attention", _selected, _TOLERANCE,
-                note=f"{BLOCKS.selected} blocks of {BLOCKS.selection} that are given",
+                note=f"{BLOCKS.selected} blocks of {BLOCKS.selection} that are given, each step of "
+                "decoding others",
             ),
             "dense": Provider("flash_attention", _dense, _TOLERANCE, note="dense, causal"),
             "sdpa": Provider("torch SDPA", _sdpa, _TOLERANCE, note="dense, causal"),
