@@ -12,6 +12,7 @@ from bench.cases import (
     attention_modes,
     bit_linear,
     int8_linear,
+    linear_attention,
     make_case,
     model,
     sparse_attention,
@@ -59,6 +60,18 @@ def test_sparse_attention_providers_agree_with_their_formulas(passes):
     assert limits["dense"] == limits["sdpa"] == 1
     read = 1024 if passes == "decode" else (1024 * 1025 / 2 + 176 * 1024) / 1200
     assert limits["selected"] == (1200 if passes == "decode" else 1201 / 2) / read
+
+
+@pytest.mark.parametrize("passes", ["forward+backward", "decode"])
+def test_linear_attention_providers_agree_with_float64(passes):
+    case = linear_attention.case()
+    point = {"passes": passes, "dtype": "fp32", "T": 70, "H": 2, "D": 16}
+    rows = measure_point(case, point, case.providers, SETTINGS)
+    expected = dict.fromkeys(case.providers, "timed")
+    if passes == "decode":
+        expected["softmax"] = "missing"
+        assert rows[0].details["state_bytes"] == 2 * 16 * 16 * 4
+    assert {row.provider: row.status for row in rows} == expected, [row.reason for row in rows]
 
 
 @pytest.mark.parametrize("output", ["logits", "best"])
