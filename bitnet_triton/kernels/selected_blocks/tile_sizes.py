@@ -46,7 +46,8 @@ GPU: Table = {
         **_ROWS_FLOAT32,
     },
     "selected_blocks_order": {
-        ANY: {"BLOCK_T": 64, "num_warps": 4},
+        # other sets spill on one NVIDIA target or another
+        ANY: {"BLOCK_T": 16, "num_warps": 1},
     },
     "selected_blocks_bwd_dq_rows": {
         128: {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
