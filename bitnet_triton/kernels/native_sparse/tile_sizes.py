@@ -70,7 +70,12 @@ SM_90: Table = {
     },
 }
 
+# What is not as on NVIDIA, where registers and shared memory are others
 HIP: Table = {
+    "compressed_attention_bwd_dkdv": {
+        **_BACKWARD,
+        128: {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
+    },
     "compressed_attention_fwd": {
         **GPU["compressed_attention_fwd"],
         128: {"BLOCK_M": 32, "BLOCK_N": 32, "ROWS": 32, "num_warps": 4, "num_stages": 1},
