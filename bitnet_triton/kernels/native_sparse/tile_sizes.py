@@ -31,17 +31,18 @@ _BACKWARD: dict[int, Tiles] = {
 
 GPU: Table = {
     "compress_blocks_fwd": {ANY: {"BLOCK_N": 16, "num_warps": 4}},
-    "compress_blocks_bwd_dx": {ANY: {"BLOCK_N": 16, "num_warps": 4}},
+    "compress_blocks_bwd_dx": {ANY: {"BLOCK_N": 16, "num_warps": 8}},
     "compress_blocks_bwd_dw": {ANY: {"BLOCK_N": 16, "num_warps": 4}},
     "compressed_attention_fwd": {
+        64: {"BLOCK_M": 16, "BLOCK_N": 64, "ROWS": 4, "num_warps": 8, "num_stages": 1},
         128: {"BLOCK_M": 16, "BLOCK_N": 64, "ROWS": 16, "num_warps": 8, "num_stages": 1},
-        256: {"BLOCK_M": 16, "BLOCK_N": 32, "ROWS": 16, "num_warps": 4, "num_stages": 1},
+        256: {"BLOCK_M": 16, "BLOCK_N": 16, "ROWS": 4, "num_warps": 8, "num_stages": 1},
         FLOAT32 + 64: {"BLOCK_M": 16, "BLOCK_N": 16, "ROWS": 4, "num_warps": 4, "num_stages": 1},
         FLOAT32 + 128: {"BLOCK_M": 16, "BLOCK_N": 16, "ROWS": 4, "num_warps": 4, "num_stages": 1},
     },
     "compressed_attention_fwd_choice": {
-        128: {"BLOCK_M": 16, "BLOCK_N": 64, "ROWS": 16, "num_warps": 8, "num_stages": 1},
-        256: {"BLOCK_M": 16, "BLOCK_N": 32, "ROWS": 16, "num_warps": 4, "num_stages": 1},
+        128: {"BLOCK_M": 16, "BLOCK_N": 64, "ROWS": 4, "num_warps": 8, "num_stages": 1},
+        256: {"BLOCK_M": 16, "BLOCK_N": 32, "ROWS": 4, "num_warps": 8, "num_stages": 1},
         FLOAT32 + 128: {"BLOCK_M": 16, "BLOCK_N": 16, "ROWS": 4, "num_warps": 8, "num_stages": 1},
     },
     "compressed_attention_bwd_dq": {
@@ -78,6 +79,7 @@ HIP: Table = {
     },
     "compressed_attention_fwd": {
         **GPU["compressed_attention_fwd"],
+        64: {"BLOCK_M": 32, "BLOCK_N": 32, "ROWS": 32, "num_warps": 4, "num_stages": 1},
         128: {"BLOCK_M": 32, "BLOCK_N": 32, "ROWS": 32, "num_warps": 4, "num_stages": 1},
     },
 }
