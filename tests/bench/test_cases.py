@@ -74,6 +74,17 @@ def test_linear_attention_providers_agree_with_float64(passes):
     assert {row.provider: row.status for row in rows} == expected, [row.reason for row in rows]
 
 
+def test_sampling_tells_its_error_beside_its_bound():
+    case = make_case("sampling")
+    chosen = case.select_providers(["dense", "lsh_proposal_8x75", "verified_0.1"])
+    rows = measure_point(case, {"T": 2500, "H": 4, "Hk": 2, "D": 32}, chosen, SETTINGS)
+    assert [(row.provider, row.status) for row in rows] == [(name, "timed") for name in chosen]
+    for row in rows[1:]:
+        assert 0 < row.details["error"] < 1
+        assert row.details["most_speedup"] == pytest.approx(1 / row.details["rows_share"])
+    assert rows[1].details["table_bytes"] > 2 * 75 * 2500 * 2
+
+
 @pytest.mark.parametrize("output", ["logits", "best"])
 def test_int8_linear_providers_agree(output):
     case = int8_linear.case()
