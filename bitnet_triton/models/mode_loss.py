@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+logger = logging.getLogger("bitnet_triton")
 
 
 def take_mode_loss(decoder: nn.Module) -> Tensor | None:
@@ -17,14 +22,27 @@ def take_mode_loss(decoder: nn.Module) -> Tensor | None:
         decoder: with ``layers``.
     """
     found = []
+    for module in _modules_with_loss(decoder):
+        found.append(module.loss)
+        module.loss = None
+    return torch.stack(found).sum() if found else None
+
+
+def _modules_with_loss(decoder: nn.Module) -> Iterator[Any]:
     for layer in getattr(decoder, "layers", ()):
         attention = layer.self_attn
         for name in getattr(attention, "brought", ()):
             module: Any = getattr(attention, name)
             if getattr(module, "loss", None) is not None:
-                found.append(module.loss)
-                module.loss = None
-    return torch.stack(found).sum() if found else None
+                yield module
+
+
+@functools.cache
+def _tell_untaken_loss() -> None:
+    logger.warning(
+        "attention modes have a loss of their own, and a call without `labels` has none to add it "
+        "to: they learn nothing unless you add `model.take_mode_loss()` to yours"
+    )
 
 
 def check_checkpointing(decoder: nn.Module) -> None:
@@ -47,7 +65,7 @@ def check_checkpointing(decoder: nn.Module) -> None:
 
 
 def add_mode_loss(
-    decoder: nn.Module, outputs: Any, labels: Tensor, items: int | Tensor | None
+    decoder: nn.Module, outputs: Any, labels: Tensor | None, items: int | Tensor | None
 ) -> tuple[Any, Tensor | None]:
     """Add to the loss of a model what its modes left.
 
@@ -55,7 +73,8 @@ def add_mode_loss(
         decoder: of the model.
         outputs: of the model, a tuple with the loss first, or with a field of that name; the latter
             is changed in place.
-        labels: int64 [B T].
+        labels: int64 [B T]; None: the model has no loss, and theirs are left where they are, which
+            the log says once.
         items: labels that the loss is a mean over, where it is one over several calls
             (``num_items_in_batch`` of transformers' Trainer). The modes' losses are means over a
             call: this one counts by its share of them.
@@ -63,6 +82,11 @@ def add_mode_loss(
     Returns:
         The outputs, and without its gradient what was added; None: nothing.
     """
+    check_checkpointing(decoder)
+    if labels is None:
+        if next(_modules_with_loss(decoder), None) is not None:
+            _tell_untaken_loss()
+        return outputs, None
     loss = take_mode_loss(decoder)
     if loss is None:
         return outputs, None

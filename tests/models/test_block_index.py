@@ -8,6 +8,7 @@ import torch
 
 import bitnet_triton as bt
 from bitnet_triton.models.convert import convert_checkpoint
+from bitnet_triton.models.mode_loss import _tell_untaken_loss
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 100, "num_hidden_layers": 2,
@@ -44,6 +45,22 @@ def test_outputs_that_are_a_tuple_have_the_loss_of_the_index():
     torch.testing.assert_close(found[0], outputs.loss)
     assert model.mode_loss > 0
     torch.testing.assert_close(gradients(model, found[0]), expected)
+
+
+def test_a_loss_of_ones_own_can_take_that_of_the_index(caplog):
+    model, ids = changed().train(), torch.randint(3, 96, (2, 21))
+    expected = gradients(model, model(ids, labels=ids).loss)
+    _tell_untaken_loss.cache_clear()
+    with caplog.at_level("WARNING", logger="bitnet_triton"):
+        for _ in range(2):
+            logits = model(ids).logits
+    assert [r.message for r in caplog.records if "take_mode_loss" in r.message]
+    assert len(caplog.records) == 1
+    own = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(gradients(model, own + model.take_mode_loss()), expected)
+    assert model.take_mode_loss() is None
+    model.eval()(ids)
+    assert model.take_mode_loss() is None
 
 
 def test_checkpointing_keeps_the_loss_of_the_index_or_is_refused():

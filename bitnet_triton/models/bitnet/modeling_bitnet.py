@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import transformers.models.bitnet.modeling_bitnet as hf
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
@@ -26,7 +26,10 @@ from bitnet_triton.models.bitnet.planned import (
 from bitnet_triton.models.checkpoint import check_checkpoint, check_folder, check_suffixes
 from bitnet_triton.models.fuse import fuse_after_loading, introduce
 from bitnet_triton.models.fused.model import FUSED_MODELS, FusedModel
-from bitnet_triton.models.mode_loss import add_mode_loss, check_checkpointing
+from bitnet_triton.models.mode_loss import (
+    add_mode_loss,
+    take_mode_loss,
+)
 from bitnet_triton.models.overflow import tell_overflow
 from bitnet_triton.models.packing import follow_packing
 from bitnet_triton.models.planned_attention import give_plan
@@ -245,7 +248,8 @@ class BitNetForCausalLM(_TernaryModel, hf.BitNetForCausalLM):
 
     Attributes:
         mode_loss: what the modes of the attention layers added to the loss of the last call in
-            training, without its gradient; None: nothing.
+            training, without its gradient; None: nothing. A call without labels has no loss to add
+            it to: ``take_mode_loss`` gives it for a loss of your own.
     """
 
     mode_loss: Tensor | None = None
@@ -303,13 +307,22 @@ class BitNetForCausalLM(_TernaryModel, hf.BitNetForCausalLM):
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
-        if labels is not None and plan is not None and self.training:
-            check_checkpointing(self.base_model)
+        if plan is not None and self.training and is_grad_enabled():
             items = kwargs.get("num_items_in_batch")
             outputs, self.mode_loss = add_mode_loss(self.base_model, outputs, labels, items)
         logits = outputs[0] if labels is None else outputs[1]
         tell_overflow(logits, inputs_embeds if input_ids is None else input_ids)
         return outputs
+
+    def take_mode_loss(self) -> Tensor | None:
+        """Return what the modes of the last call in training want added to a loss, once.
+
+        For losses that are computed outside: a call with ``labels`` has added it already.
+
+        Returns:
+            A scalar with its gradient; None: there is nothing to add.
+        """
+        return take_mode_loss(self.base_model)
 
     def prepare_inputs_for_generation(
         self, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
