@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +46,18 @@ def _depths(make: Any, report: Report) -> Any:
                 for depth in range(DEPTH_BINS)
             ]
             image = axis.imshow(cells, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-            axis.set_xticks(range(len(lengths)), [str(n) for n in lengths], fontsize=6)
+            axis.set_xticks(range(len(lengths)), [str(n) for n in lengths], fontsize=6, rotation=60)
             axis.set_yticks([])
             if row == 0:
                 axis.set_title(task, fontsize=8)
             if column == 0:
                 axis.set_ylabel(setting, fontsize=6, rotation=0, ha="right", va="center")
     figure.colorbar(image, ax=axes, label="accuracy", shrink=0.6)
-    figure.supxlabel("tokens; from top to bottom: depth of the fact, 0 to 1", fontsize=8)
+    figure.supxlabel(
+        "tokens; from top to bottom: depth of the fact, 0 to 1",
+        fontsize=8,
+        y=-0.3 / figure.get_figheight(),
+    )
     return figure
 
 
@@ -61,14 +67,17 @@ def _cell(score: Any, depth: int) -> float:
 
 
 def _costs(make: Any, report: Report) -> Any:
-    """Draw mean accuracy against keys read by a generated token, and against memory held.
+    """Draw mean accuracy against keys read and against memory held.
 
-    Points are numbered, because many lie upon each other; a list on the right says which is which.
+    The keys are those of the token that the first word of an answer comes from: the last one of the
+    prompt, or a generated one where questions are. Points are numbered, because many lie upon each
+    other; a list on the right says which is which.
     """
     length = max(report.run["lengths"])
+    of_prompt = report.run["question"] == "prompt"
     figure = make(figsize=(12, 5))
     left, right = figure.subplots(1, 2, sharey=True)
-    places: list[dict[tuple[float, float], list[str]]] = [{}, {}]
+    places: list[list[tuple[float, float, str]]] = [[], []]
     names = []
     for number, setting in enumerate(report.scores, 1):
         plain = mean_score(report, setting, length, hard=False)
@@ -76,23 +85,52 @@ def _costs(make: Any, report: Report) -> Any:
         if plain is None or cost is None:
             continue
         names.append(f"{number}  {setting}")
-        for at, value in zip(places, (cost["rows_decode"], cost["cache_bytes"] / 1e6)):
-            at.setdefault((round(value, 1), round(plain, 2)), []).append(str(number))
-    for axis, points in zip((left, right), places):
-        for point, numbers in points.items():
-            axis.plot(*[[value] for value in point], "o", color="tab:blue", alpha=0.7)
+        rows = cost["rows_prompt" if of_prompt else "rows_decode"]
+        for at, value in zip(places, (rows, cost["cache_bytes"] / 1e6)):
+            at.append((value, plain, str(number)))
+    for axis, points, scale in zip((left, right), places, (math.log2, float)):
+        for x, y, _ in points:
+            axis.plot([x], [y], "o", color="tab:blue", alpha=0.7)
+        for (x, y), numbers in labels(points, scale).items():
             axis.annotate(
-                " ".join(numbers), point, fontsize=7, rotation=60, xytext=(2, 4),
+                " ".join(numbers), (x, y), fontsize=7, rotation=60, xytext=(2, 4),
                 textcoords="offset points",
             )  # fmt: skip
     left.set_xscale("log", base=2)
-    left.set_xlabel("keys that a generated token reads (mean over layers and heads)")
+    who = "the last token of a prompt" if of_prompt else "a generated token"
+    left.set_xlabel(f"keys that {who} reads (mean over layers and heads)")
     right.set_xlabel("cache of one sequence, MB")
     left.set_ylabel("mean accuracy, tasks that are not hard")
     left.set_ylim(-0.03, 1.3)
-    figure.text(0.92, 0.9, "\n".join(names), fontsize=7, va="top")
+    left.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
+    figure.text(0.95, 0.9, "\n".join(names), fontsize=7, va="top")
     figure.suptitle(f"{length} tokens", fontsize=10)
     return figure
+
+
+def labels(
+    points: Sequence[tuple[float, float, str]], scale: Callable[[float], float] = float
+) -> dict[tuple[float, float], list[str]]:
+    """Join the labels of points that lie so near each other that they could not be read.
+
+    Args:
+        points: x, y and label.
+        scale: of the x axis.
+
+    Returns:
+        where each joined label stands, at the first of its points, and what it says.
+    """
+    xs = [scale(x) for x, _, _ in points]
+    wide = max(xs, default=0.0) - min(xs, default=0.0)
+    found: dict[tuple[float, float], list[str]] = {}
+    for x, y, label in points:
+        for (at_x, at_y), names in found.items():
+            if abs(scale(x) - scale(at_x)) <= 0.03 * wide and abs(y - at_y) <= 0.06:
+                names.append(label)
+                break
+        else:
+            found[x, y] = [label]
+    return found
 
 
 def mean_score(report: Report, setting: str, length: int, *, hard: bool) -> float | None:

@@ -1,9 +1,11 @@
 """Lines on disk, intervals, and sums."""
 
 import json
+import math
 
 import pytest
 
+from bitnet_triton.training.plots import labels
 from bitnet_triton.training.results import Store, summarise, wilson
 
 RUN = {"tasks": ["passkey"], "lengths": [64], "settings": [{"name": "full"}], "seed": 0}
@@ -67,3 +69,10 @@ def test_bits_are_added_before_they_are_divided():
     assert text["bits_per_byte"] == 2
     assert text["perplexity"] == 2**5
     assert text["bits_per_byte_by_position"] == [1, 40 / 15]
+
+
+def test_labels_that_would_lie_upon_each_other_are_one():
+    points = [(256, 0.02, "1"), (257, 0.0, "2"), (4096, 1.0, "3"), (4096, 0.5, "4"), (41, 1, "5")]
+    assert labels(points, math.log2) == {
+        (256, 0.02): ["1", "2"], (4096, 1.0): ["3"], (4096, 0.5): ["4"], (41, 1): ["5"],
+    }  # fmt: skip
