@@ -252,7 +252,7 @@ def launch_sampling(D, dtype, T=4096, H=20, Hk=5, bits=10, tables=148):
             exact=(4, 64), scale=0.1, angles=angles, kind=share, leftpad=used, used=used,
         )  # fmt: skip
     bounds = meta(1, T // 32, Hk, 2 * D, dtype=dtype)
-    # the choice of 32 pages has 8 bytes of local memory for heads of 64 values on sm_100 and sm_120,
+    # the choice of 32 pages has 8 bytes of local memory for heads of 64 on sm_100 and sm_120,
     # and in float32 any choice of pages of 32
     pages = 16 if D == 64 else 32
     if (D, dtype) != (64, F32):

@@ -261,7 +261,8 @@ def test_every_tile_size_in_the_table_is_compiled_above(family):
         for kernel, configurations in table.items()
         for tiles in configurations
     }
-    assert set(launched) == expected
+    # and others: tiles of few rows are no larger than these
+    assert set(launched) >= expected
 
 
 def tile_options(launch):
