@@ -74,6 +74,7 @@ TORCH = Peer(
         "flash_attention": "scaled_dot_product_attention, FlexAttention",
         "int8_linear": "F.linear, _weight_int8pack_mm",
         "triton_cpu": "the function that does the same",
+        "sparse_attention": "scaled_dot_product_attention, FlexAttention",
     },
 )
 TRANSFORMERS = Peer(
@@ -86,6 +87,7 @@ TRANSFORMERS = Peer(
         "flash_attention": "eager attention",
         "model": "bitlinear and autobitlinear",
         "generate": "autobitlinear with a static cache",
+        "linear_attention": "torch_chunk_gated_delta_rule",
     },
 )
 LLAMA_CPP = Peer(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ class CompressedLayer(GrowingLayer):
         more: further stores by name, [B Hk capacity D]: "compressed_keys" and "compressed_values"
             have a place for each block, all others one for each token.
     """
+
+    is_savable: ClassVar[bool] = False  # files have no word for compressed blocks
 
     def __init__(self, block: int, stride: int) -> None:
         super().__init__()

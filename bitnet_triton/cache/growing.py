@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ class GrowingLayer(DynamicLayer, KeyValueMemory):
     concatenates, as the base class does, because graphs may still need the shorter tensors.
     """
 
+    is_savable: ClassVar[bool] = True
     key_store: Tensor | None = None
     value_store: Tensor | None = None
     # the views that the last update made: as long as they are held, the stores begin with them

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ class IndexLayer(UnitsLayer):
         switches: as in ``UnitsLayer``.
         codes: keep codes.
     """
+
+    is_savable: ClassVar[bool] = False  # files have no word for index keys
 
     def __init__(self, units: Iterable[Units], switches: Iterable[int], codes: bool) -> None:
         super().__init__(units, switches)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -60,8 +61,10 @@ class Memory(CacheLayerMixin):
         tokens: how many it has seen, padding included.
         rebases: whether positions may start again, if those of all layers do.
         shift: int64 [B], how far rotary positions lag behind those of the text; None: not at all.
+        is_savable: whether ``saved`` tells all that it keeps.
     """
 
+    is_savable: ClassVar[bool] = False
     tokens: int = 0
     rebases: bool = False
     shift: Tensor | None = None
@@ -188,6 +191,16 @@ class Memory(CacheLayerMixin):
             sink_query: whether ``decode`` gets its argument of that name.
         """
         return "its cache has no recorded step"
+
+    # --- files
+
+    def saved(self) -> dict[str, Tensor]:
+        """Return what ``restore`` needs to make an ``is_savable`` memory again, by name."""
+        raise NotImplementedError
+
+    def restore(self, saved: dict[str, Tensor]) -> None:
+        """Become what ``saved`` has told; the memory is empty."""
+        raise NotImplementedError
 
     # --- taking back
 

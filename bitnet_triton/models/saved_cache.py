@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from bitnet_triton.attention import AttentionPlan
-from bitnet_triton.cache import GrowingLayer, TablesLayer
+from bitnet_triton.cache import Memory
 from bitnet_triton.errors import CheckpointError
 from bitnet_triton.models.bitnet.planned import build_cache
 
@@ -34,8 +34,8 @@ def save_cache(model: Any, cache: Cache, path: str | os.PathLike) -> None:
     """
     tensors: dict[str, Tensor] = {}
     layers = []
-    for index, layer in enumerate(cache.layers):
-        if not isinstance(layer, GrowingLayer) or not layer.held or _keeps_more(layer):
+    for index, layer in enumerate(cast("list[Any]", cache.layers)):
+        if not getattr(layer, "is_savable", False) or not layer.get_seq_length():
             raise ValueError(
                 f"`cache`: layer {index}: expected tokens in a layer that keeps all of them, and "
                 f"no more than tables or bounds beside their keys, got {type(layer).__name__}"
@@ -82,16 +82,9 @@ def load_cache(model: Any, path: str | os.PathLike) -> Cache:
         for index, layer in enumerate(about["layers"])
     ]
     _check(parts, model, path)
-    for layer, part in zip(cast("list[GrowingLayer]", cache.layers), parts):
+    for layer, part in zip(cast("list[Memory]", cache.layers), parts):
         layer.restore({name: t.to(model.device) for name, t in part.items()})
     return cache
-
-
-def _keeps_more(layer: GrowingLayer) -> bool:
-    """Tell whether a layer has state that ``saved`` does not tell and ``update`` does not make."""
-    from bitnet_triton.cache import UnitsLayer
-
-    return type(layer) not in (GrowingLayer, TablesLayer, UnitsLayer)
 
 
 def _read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -191,7 +191,9 @@ def test_peers_are_found_or_skipped_by_name():
 
 def test_every_case_has_a_peer_and_every_peer_a_case_or_a_reason():
     compared = {case for peer in PEERS for case in peer.compared_in}
-    assert compared == set(CASES)
+    # sampling stands beside our own dense attention: nobody else decodes so on a CPU;
+    # training_memory is a command of its own
+    assert compared == {*CASES, "training_memory"} - {"sampling"}
     assert all(bool(peer.compared_in) != bool(peer.reason) for peer in PEERS)
 
 
