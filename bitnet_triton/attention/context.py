@@ -20,12 +20,15 @@ class LayerInputs:
     Attributes:
         hidden_states: [B T K], normed; None from a fused layer whose modes do not read them.
         rotary: cosines and sines of the tokens' positions, each [B or 1, T, D].
-        memory: the cache layer of this layer, ``update`` behind it; None: no cache.
+        memory: the cache layer of this layer, ``update`` behind it; None: no cache, or one that is
+            not of this package.
+        is_cached: whether the call has a cache of any kind.
     """
 
     hidden_states: Tensor | None
     rotary: tuple[Tensor, Tensor]
     memory: Any = None
+    is_cached: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,8 +83,13 @@ class AttentionContext:
 
     @property
     def memory(self) -> Any:
-        """The cache layer, with the tokens of this call in it; None without a cache."""
+        """The cache layer, with the tokens of this call in it; None without one of ours."""
         return None if self.inputs is None else self.inputs.memory
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether the call has a cache, of this package or of another one."""
+        return self.inputs is not None and self.inputs.is_cached
 
     def phase(self, Tq: int) -> str | None:
         """Return "prefill" or "decode"; None for a call with tokens of both, or of unknown ones."""

@@ -84,6 +84,20 @@ class Tokens:
             object.__setattr__(self, "_packed", packed)
         return cast("Tokens", self.__dict__["_packed"])
 
+    def stand_at(self, position_ids: Tensor) -> bool:
+        """Tell whether positions [B or 1, Tq] are the columns, counted from the first real token.
+
+        All layers of a call have these tokens: values are looked at once.
+        """
+        if "_stand" not in self.__dict__:
+            column = self.offset + torch.arange(position_ids.shape[1], device=position_ids.device)
+            place = column if self.leftpad is None else column - self.leftpad[:, None]
+            is_right = (position_ids == place) | (place < 0)
+            if self.used_q is not None:
+                is_right = is_right | (column - self.offset >= self.used_q[:, None])
+            object.__setattr__(self, "_stand", bool(is_right.all()))
+        return cast("bool", self.__dict__["_stand"])
+
     def contiguous(self) -> Tokens:
         """Return itself: transformers asks it of the masks that ``generate`` prepares."""
         return self

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from bitnet_triton.cache.growing import GrowingLayer
-from bitnet_triton.cache.key_values import may_write
+from bitnet_triton.cache.key_values import POSITION, may_write
+from bitnet_triton.cache.memory import Call
 from bitnet_triton.kernels import Mask
 
+POSITIONS = "positions"
 _FEWEST = 64  # places that are added to a store at least
 
 
@@ -22,7 +24,8 @@ class CompressedLayer(GrowingLayer):
     into the stores that ``room`` gives it, and says by ``take_in`` how far it has come. Blocks are
     counted from the first real token of each row, so what is valid of them follows from the number
     of tokens. Tokens that nobody has taken in yet, because another mode has read them, are taken in
-    by the next call.
+    by the next call. By ``place`` it hears of each call where the rotary embedding has put the
+    tokens: keys of a block are turned back by that.
 
     Args:
         block: tokens of a compression block.
@@ -31,7 +34,9 @@ class CompressedLayer(GrowingLayer):
     Attributes:
         taken: how many tokens, padding included, have been taken in.
         more: further stores by name, [B Hk capacity D]: "compressed_keys" and "compressed_values"
-            have a place for each block, all others one for each token.
+            have a place for each block, all others one for each token; "positions", int32 with one
+            head of one entry, says where the rotary embedding has put it.
+        placed: of how many tokens, padding included, the positions are known.
     """
 
     is_savable: ClassVar[bool] = False  # files have no word for compressed blocks
@@ -39,17 +44,53 @@ class CompressedLayer(GrowingLayer):
     def __init__(self, block: int, stride: int) -> None:
         super().__init__()
         self.block, self.stride = block, stride
-        self.taken = 0
+        self.taken = self.placed = 0
         self.more: dict[str, Tensor] = {}
+        self._last_position: int | None = None  # once somebody has looked
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append keys and values [B Hk T D]; return all of them."""
-        taken = self.taken
+        known = self.taken, self.placed
         found = super().update(key_states, value_states, *args, **kwargs)
-        self.taken = taken  # they still have to be taken in
+        self.taken, self.placed = known  # somebody still has to tell of them
         return found
+
+    def place(self, positions: Tensor) -> Tensor:
+        """Keep the positions [B or 1, T] of the latest T tokens; to do it again changes nothing.
+
+        Returns:
+            Those of all tokens, int32 [B held].
+
+        Raises:
+            ValueError: of tokens before them nobody has told.
+        """
+        assert self.keys is not None
+        end = self.held
+        start = end - positions.shape[1]
+        if self.placed < start:
+            raise ValueError(
+                f"`past_key_values`: of tokens {self.placed} to {start} no positions are known; "
+                "they were taken in under another attention"
+            )
+        new = positions.int().expand(self.keys.shape[0], -1)[..., None, None]  # [B T 1 1]
+        store = self.room(POSITIONS, new, end)[:, 0, :, 0]
+        store[:, start:end] = new[..., 0, 0]
+        self.placed, self._last_position = end, None
+        return store[:, :end]
+
+    def last_position(self) -> int:
+        """Return the largest one; waits for the device once after ``place``."""
+        if self._last_position is None:
+            self._last_position = int(self.more[POSITIONS][:, :, : self.placed].max())
+        return self._last_position
+
+    def places(self, call: Call) -> Tensor:
+        """Return slot, position, padding and length of each row, int32 [4 B]."""
+        places = super().places(call)
+        self._last_position = max(self.last_position(), int(places[POSITION].max()))
+        return places
 
     def take_in(self) -> None:
         """Count all tokens that are held as taken in."""
@@ -86,13 +127,13 @@ class CompressedLayer(GrowingLayer):
 
     def is_ready(self, B: int, dtype: torch.dtype, device: torch.device) -> bool:
         """Tell whether it holds tokens of B rows, all of them taken in."""
-        return self.taken == self.held and super().is_ready(B, dtype, device)
+        return self.taken == self.placed == self.held and super().is_ready(B, dtype, device)
 
     def reserve(self, new: int) -> None:
         """Make room for ``new`` tokens behind those that the layer holds, and for their blocks."""
-        taken = self.taken
+        known = self.taken, self.placed
         super().reserve(new)
-        self.taken = taken
+        self.taken, self.placed = known
         tokens = self.held + new
         for name, store in list(self.more.items()):
             places = self.blocks(tokens) if name.startswith("compressed") else tokens
@@ -106,6 +147,7 @@ class CompressedLayer(GrowingLayer):
         """Count ``new`` tokens as held and taken in, which somebody has written."""
         super().advance(new)
         self.taken += new
+        self.placed += new
 
     def address(self) -> tuple[Tensor, ...]:
         """Return all stores."""
@@ -115,12 +157,14 @@ class CompressedLayer(GrowingLayer):
         """Forget the latest tokens, as many as minus ``tokens_to_remove`` says."""
         super().crop(tokens_to_remove)
         self.taken = min(self.taken, self.get_seq_length())
+        self.placed = min(self.placed, self.get_seq_length())
 
     def reset(self) -> None:
         """Forget all tokens, and give the memory back."""
         super().reset()
-        self.taken = 0
+        self.taken = self.placed = 0
         self.more = {}
+        self._last_position = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Take the rows ``beam_idx`` [B], for beam search."""

@@ -145,6 +145,10 @@ class Memory(CacheLayerMixin):
         """
         raise NotImplementedError
 
+    def last_position(self) -> int:
+        """Return the largest rotary position that a step reads beside that of the new token."""
+        return 0
+
     def advance(self, new: int) -> None:
         """Count ``new`` tokens as held, which a step has written."""
         self.tokens += new

@@ -50,7 +50,7 @@ def layer_inputs(
     # transformers' dynamic caches have no layer before its first tokens
     layers = [] if cache is None else cache.layers[attention.layer_idx :][:1]
     memory = next((layer for layer in layers if isinstance(layer, Memory)), None)
-    return LayerInputs(hidden_states, position_embeddings, memory)
+    return LayerInputs(hidden_states, position_embeddings, memory, is_cached=cache is not None)
 
 
 def give_plan(decoder: nn.Module, plan: AttentionPlan) -> None:

@@ -278,7 +278,8 @@ def launch_native_sparse(D, dtype, group):
     cos = meta(4096, D, dtype=dtype)
     launch_compress_step(
         x, x, k, k, blocks=blocks, weights=(weights, weights), places=(None, None), cos=cos,
-        sin=cos, leftpad=length, used=length, position=length,
+        sin=cos, positions=meta(1, 4096, dtype=torch.int32), leftpad=length, used=length,
+        position=length,
     )  # fmt: skip
     launch_compressed_decode(
         q[:, :1], k, k, blocks=blocks, scale=0.1, tokens=4096, leftpad=length, used=length

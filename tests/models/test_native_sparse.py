@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 from accelerate import cpu_offload
+from transformers.cache_utils import Cache, DynamicCache
 
 import bitnet_triton as bt
 from bitnet_triton.attention.modes.native_sparse import NativeSparse
@@ -31,6 +32,7 @@ YARN = {
         "original_max_position_embeddings": 32,
     }
 }  # fmt: skip
+JUMPS = {"shared": SPARSE, "own keys": OWN, "decode": {"prefill": "full", "decode": SPARSE}}
 PADDED = torch.tensor([[0, 0, 0, 1, 9, 30, 7], [1, 5, 23, 71, 8, 40, 6]])
 MASK = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1] * 7])
 
@@ -96,25 +98,40 @@ def look_into(model, names):
     return seen
 
 
+def positions_with_jumps(B, T):
+    """Return positions that jump between any two tokens, once backwards."""
+    steps = torch.randint(1, 9, (B, T))
+    steps[:, T // 2] = -3
+    return 5 + steps.cumsum(-1)
+
+
 def rotate(x, positions, model):
     cos, sin = model.model.rotary_emb(x, positions[None])
     half = torch.cat([-x[..., 8:], x[..., :8]], dim=-1)
     return x * cos[:, :, None] + half * sin[:, :, None]
 
 
-@pytest.mark.parametrize("sizes", [{}, YARN], ids=["plain", "yarn"])
-@pytest.mark.parametrize("attention", [SPARSE, OWN], ids=["shared", "own keys"])
-def test_it_computes_what_the_paper_says(attention, sizes):
+@pytest.mark.parametrize(
+    ("attention", "sizes", "at"),
+    [
+        (SPARSE, YARN, torch.arange(23)),
+        (OWN, {}, torch.arange(23)),
+        (SPARSE, {}, positions_with_jumps(1, 23)[0]),
+        (OWN, YARN, positions_with_jumps(1, 23)[0]),
+    ],
+    ids=["shared, yarn", "own keys", "shared, jumps", "own keys, yarn, jumps"],
+)
+def test_it_computes_what_the_paper_says(attention, sizes, at):
     """By the formula: keys compressed before they are rotated, to the first token of a block."""
     model, ids = changed(attention, **sizes).eval(), torch.randint(3, 96, (1, 23))
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "attn_sub_norm"]
     own = [f"native_sparse.{b}_{p}_proj" for b in ("compressed", "window") for p in "kv"]
     seen = look_into(model, names + (own if attention is OWN else []))
     with torch.no_grad():
-        model(ids, use_cache=False)
+        model(ids, torch.ones_like(ids), at[None], use_cache=False)  # with a mask: one text
         part, (hidden, _) = model.model.layers[0].self_attn.native_sparse, seen["q_proj"]
         heads = {k: out.unflatten(-1, (-1, 16)) for k, (_, out) in seen.items() if "o_p" not in k}
-        at, raw = torch.arange(23), [heads["k_proj"], heads["v_proj"]]
+        raw = [heads["k_proj"], heads["v_proj"]]
         q, k = (rotate(heads[name], at, model) for name in ("q_proj", "k_proj"))
         kw, vw = k, heads["v_proj"]
         if attention is OWN:
@@ -125,7 +142,7 @@ def test_it_computes_what_the_paper_says(attention, sizes):
             kinds = {"weights": compressor.weights, "positions": compressor.positions}
             kinds["mlp"] = tuple(compressor.mlp) or None
             made.append(compress_blocks(x, block=4, stride=2, **kinds))
-        kc = rotate(made[0], 2 * torch.arange(made[0].shape[1]), model)
+        kc = rotate(made[0], at[::2][: made[0].shape[1]], model)
         gates = torch.sigmoid(hidden @ part.gates.weight.T + part.gates.bias).unflatten(-1, (4, 3))
         expected, _ = native_sparse_reference(
             q, k, heads["v_proj"], kc, made[1], gates, blocks=NativeSparse(**dict(list(
@@ -235,10 +252,11 @@ def test_its_parameters_are_trained(compression):
             assert parameter.grad.abs().sum() > 0, name
 
 
-def test_packed_texts_are_read_alone():
+@pytest.mark.parametrize("starts", [(0, 0, 0), (3, 40, 7)], ids=["from 0", "from anywhere"])
+def test_packed_texts_are_read_alone(starts):
     model = changed(SPARSE, quantization_config=None).eval()
     ids = torch.randint(3, 96, (1, 30))
-    places = torch.cat([torch.arange(n) for n in (13, 1, 16)])[None]
+    places = torch.cat([start + torch.arange(n) for start, n in zip(starts, (13, 1, 16))])[None]
     with torch.no_grad():
         packed = model(ids, position_ids=places, use_cache=False).logits
         alone = [model(part, use_cache=False).logits for part in ids.split((13, 1, 16), dim=1)]
@@ -419,3 +437,51 @@ def test_everything_selected_is_dense_attention_in_the_op_of_the_mode():
         q, k = (rotate(t, torch.arange(40), model) for t in heads[:2])
         expected = flash_attention(q, k, heads[2]).flatten(2)
     torch.testing.assert_close(seen["attn_sub_norm"][0], expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("attention", JUMPS.values(), ids=JUMPS)
+def test_blocks_across_a_jump_of_positions_are_turned_back_by_their_own(attention):
+    """A later call begins elsewhere than the former ended, also within it, row by row."""
+    model = changed(attention, quantization_config=None).eval()
+    ids, at = torch.randint(3, 96, (2, 30)), positions_with_jumps(2, 30)
+    with torch.no_grad():
+        told = {"prompt_len": 17} if "decode" in attention else {}
+        whole = model(ids, torch.ones_like(ids), at, use_cache=False, **told).logits
+        cache, parts = None, []
+        for some in torch.arange(30).split([10, 7, 1, 1, 1, 10]):
+            out = model(ids[:, some], position_ids=at[:, some], past_key_values=cache, **told)
+            cache, parts = out.past_key_values, [*parts, out.logits]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-4, rtol=1e-4)
+
+
+def test_recorded_steps_turn_blocks_across_a_jump_back_by_their_own_positions(folder, replays):
+    """Also by ones behind all that a recording had angles for."""
+    model, ids, at = load(folder(SPARSE)), torch.randint(3, 96, (2, 60)), torch.arange(60)
+    at = torch.stack([at * 2 + 1, at + (at > 20) * 40])
+    at[:, 40:46] += 900
+    with torch.no_grad():
+        whole = model(ids, torch.ones_like(ids), at, use_cache=False).logits
+        cache, parts = None, []
+        for some in torch.arange(60).split([9, *[1] * 31, 6, *[1] * 14]):
+            out = model(ids[:, some], position_ids=at[:, some], past_key_values=cache)
+            cache, parts = out.past_key_values, [*parts, out.logits]
+    assert close(torch.cat(parts, 1), whole)
+    assert len(replays) >= 40
+
+
+def test_only_its_own_cache_goes_along_with_positions_of_ones_own(folder):
+    """Another one tells of keys and not of the positions by which they are turned back."""
+    model, ids = load(folder(SPARSE)), torch.randint(3, 96, (2, 12))
+    with torch.no_grad():
+        cache = DynamicCache()
+        parts = [model(part, past_key_values=cache).logits for part in ids.split(6, dim=1)]
+        assert close(torch.cat(parts, 1), model(ids).logits)
+        for at in (torch.arange(30, 34)[None], torch.tensor([[12, 13, 14, 17]])):
+            with pytest.raises(ValueError, match=r"`position_ids`: .*native_sparse' takes others"):
+                model(ids[:, :4], position_ids=at, past_key_values=cache)
+        model = bt.set_attention(model, "full")
+        cache = Cache(layers=[CompressedLayer(4, 2) for _ in range(2)])
+        model(ids, past_key_values=cache)
+        bt.set_attention(model, SPARSE)
+        with pytest.raises(ValueError, match="of tokens 0 to 12 no positions are known"):
+            model(ids[:, :1], past_key_values=cache)

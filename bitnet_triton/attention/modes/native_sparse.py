@@ -19,6 +19,7 @@ from bitnet_triton.attention.masked import check_served
 from bitnet_triton.attention.mode import Mode, Reads, Step, StepLayer, StepTensors
 from bitnet_triton.attention.sparse_parts import COMPRESSIONS, SparseParts
 from bitnet_triton.cache import CompressedLayer, Memory
+from bitnet_triton.cache.compressed import POSITIONS
 from bitnet_triton.cache.key_values import LEFTPAD, POSITION, USED
 from bitnet_triton.kernels import (
     Mask,
@@ -124,6 +125,11 @@ class NativeSparse(Mode):
             )
         return CompressedLayer(self.block, self.stride)
 
+    def remember(self, k: Tensor, context: AttentionContext) -> None:
+        """Keep the positions of a call that another mode answers: its blocks are made later."""
+        if isinstance(context.memory, CompressedLayer) and context.positions is not None:
+            context.memory.place(context.positions)
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
         """Map q [B Tq H D] and k, v [B Tk Hk D] to [B Tq H D]."""
         self._check(context)
@@ -170,9 +176,10 @@ class NativeSparse(Mode):
             raise ValueError(f"`attention`: {self.name!r} has no bounded scores and no sinks")
         if context.module is None or context.frequencies is None or context.positions is None:
             raise ValueError(f"`attention`: {self.name!r} needs a layer that tells of its rotation")
-        if torch.compiler.is_compiling() and isinstance(context.tokens.offset, Tensor):
+        is_own = isinstance(context.memory, CompressedLayer)
+        if torch.compiler.is_compiling() and context.is_cached and not is_own:
             raise ValueError(
-                f"`attention`: {self.name!r} takes no static cache in a compiled graph"
+                f"`attention`: {self.name!r} takes no other cache than its own in a compiled graph"
             )
 
     def step(self, memory: Memory, layer: StepLayer) -> Step | str:
@@ -215,7 +222,8 @@ def _step_of(mode: NativeSparse, memory: CompressedLayer, layer: StepLayer) -> S
         k, v = (memory.more[name].transpose(1, 2) for name in (KEYS, VALUES))
         launch_compress_step(
             keys, values, k, v, blocks=blocks, weights=weights, places=embeddings, cos=step.cos,
-            sin=step.sin, leftpad=left, used=used, position=places[POSITION],
+            sin=step.sin, positions=memory.more[POSITIONS][:, 0, :, 0], leftpad=left, used=used,
+            position=places[POSITION],
         )  # fmt: skip
         compressed, indices = launch_compressed_decode(
             q, k, v, blocks=blocks, scale=scale, tokens=keys.shape[1], leftpad=left, used=used
@@ -265,6 +273,7 @@ class _Call:
                 f"`past_key_values`: holds blocks of {memory.block} tokens, one every "
                 f"{memory.stride}, attention {mode.name!r} has {mode.block} and {mode.stride}"
             )
+        self.positions = self._all_positions()
         self.raw = None if mode.shared_kv else module.projected("compressed", context.hidden_states)
 
     def window_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -272,7 +281,7 @@ class _Call:
         if self.mode.shared_kv:
             return None, None
         keys, values = self.module.projected("window", self.context.hidden_states)
-        keys = _rotated(keys.to(k.dtype), *self._angles(self._positions(keys.shape[1])))
+        keys = _rotated(keys.to(k.dtype), *self._angles(self.positions[:, -keys.shape[1] :]))
         return self._kept("window_keys", keys), self._kept("window_values", values.to(v.dtype))
 
     def compressed(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -321,23 +330,27 @@ class _Call:
         store[:, :, start : self.used] = new.transpose(1, 2)
         return store[:, :, : self.used].transpose(1, 2)
 
-    def _positions(self, tokens: int) -> Tensor:
-        """Return where the rotary embedding has put the last ``tokens`` tokens, [B or 1, tokens].
-
-        Those of a text follow one another, so that only packed ones have to be told apart.
-        """
-        positions = self.context.positions
-        assert positions is not None
-        if tokens == positions.shape[1]:
-            return positions
-        back = torch.arange(tokens - 1, -1, -1, device=positions.device)
-        return positions[:, -1:] - back
+    def _all_positions(self) -> Tensor:
+        """Return where the rotary embedding has put each token of the text, [B or 1, used]."""
+        new = self.context.positions
+        assert new is not None
+        if self.memory is not None:
+            return self.memory.place(new)
+        if not self.context.is_cached:
+            return new
+        # another cache tells of no positions
+        if not self.context.tokens.stand_at(new):
+            raise ValueError(
+                f"`position_ids`: attention {self.mode.name!r} takes others than those of the "
+                "columns with the cache alone that the model makes"
+            )
+        left, columns = self.context.tokens.leftpad, torch.arange(self.used, device=new.device)
+        return columns[None] if left is None else columns - left[:, None]
 
     def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return cosines and sines [.. D] of positions as the model rotates by, in float32."""
         assert self.context.frequencies is not None
-        # padding has positions below 0, or any
-        angle = positions.clamp_min(0)[..., None].float() * self.context.frequencies.float()
+        angle = positions[..., None].float() * self.context.frequencies.float()
         angle = torch.cat([angle, angle], dim=-1)
         scale = self.context.rotary_scale or 1.0
         return scale * angle.cos(), scale * angle.sin()
@@ -350,8 +363,7 @@ class _Call:
     def _all_blocks(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Compress everything at once."""
         mode, lengths = self.mode, self.lengths
-        positions = self._positions(k.shape[1])
-        cos, sin = self._angles(positions)
+        cos, sin = self._angles(self.positions)
         if self.raw is None:
             k = self._turned_back(k, cos, sin)
         sizes: Any = {"block": mode.block, "stride": mode.stride}
@@ -402,7 +414,7 @@ class _Call:
         start = start.clamp_max(used - mode.block).long()
         index = (start[..., None] + torch.arange(mode.block, device=device)).flatten(1)
         rows = torch.arange(B, device=device)[:, None]
-        positions = self._positions(used).expand(B, -1)
+        positions = self.positions.expand(B, -1)
         sizes = {"block": mode.block, "stride": mode.block}
         tokens = k[rows, index]
         if self.raw is None:

@@ -187,19 +187,21 @@ def _sum_places(
 @triton.jit
 def _compress_step_kernel(
     # tensors: keys [B C Hk D], values [B C Hk DV]; k, v [B N Hk D], which get a block; weights
-    # [Hk BLOCK] or None: the mean; places [Hk BLOCK D] or None; cos, sin [P D]
+    # [Hk BLOCK] or None: the mean; places [Hk BLOCK D] or None; cos, sin [P D]; positions int32
+    # [B C], which get that of the newest token
     keys_ptr, values_ptr, k_ptr, v_ptr, k_weights_ptr, v_weights_ptr, k_places_ptr, v_places_ptr,
-    cos_ptr, sin_ptr,
+    cos_ptr, sin_ptr, positions_ptr,
     # int32 [B]: the first token that is no padding, one past the last one, its position
     leftpad_ptr, used_ptr, position_ptr,
     # strides, in elements
+    positions_stride_b,
     keys_stride_b, keys_stride_t, keys_stride_h, values_stride_b, values_stride_t, values_stride_h,
     k_stride_b, k_stride_n, k_stride_h, v_stride_b, v_stride_n, v_stride_h,
     # compile-time
     DEPENDENT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr,
     STRIDE: tl.constexpr,
 ):  # fmt: skip
-    """Compress the block that the newest token completes, if it does.
+    """Keep the position of the newest token, and compress the block that it completes, if it does.
 
     Keys are turned back to where they came from, summed, and turned to the block's first token. A
     rotary embedding that scales is undone as well, and then scales the sum.
@@ -213,6 +215,10 @@ def _compress_step_kernel(
     batch = tl.program_id(1).to(tl.int64)
     left = tl.load(leftpad_ptr + batch)
     used = tl.load(used_ptr + batch)
+    newest = tl.load(position_ptr + batch)
+    positions_ptr += batch * positions_stride_b
+    # one program writes, and none reads it
+    tl.store(positions_ptr + used - 1, newest, mask=head == 0)
     n = (used - left - BLOCK) // STRIDE
     if (used - left < BLOCK) | (n * STRIDE != used - left - BLOCK):
         return
@@ -227,9 +233,10 @@ def _compress_step_kernel(
         v_weights_at = v_weights_ptr + head * BLOCK
     a, weights = _sum_tokens(at, keys_stride_t, k_weights_at, r, 0, HALF, BLOCK, BLOCK_R, BLOCK_H)
     b, _ = _sum_tokens(at, keys_stride_t, k_weights_at, r, HALF, HALF, BLOCK, BLOCK_R, BLOCK_H)
-    place = tl.load(position_ptr + batch) + 1 - BLOCK
-    cos = load_rows(cos_ptr, place + r, D, r < BLOCK, HALF, BLOCK_H).to(tl.float32)
-    sin = load_rows(sin_ptr, place + r, D, r < BLOCK, HALF, BLOCK_H).to(tl.float32)
+    place = tl.load(positions_ptr + first + r, mask=r < BLOCK - 1, other=0)
+    place = tl.where(r == BLOCK - 1, newest, place)
+    cos = load_rows(cos_ptr, place, D, r < BLOCK, HALF, BLOCK_H).to(tl.float32)
+    sin = load_rows(sin_ptr, place, D, r < BLOCK, HALF, BLOCK_H).to(tl.float32)
     size = cos * cos + sin * sin
     share = weights[:, None] / tl.where(size > 0, size, 1.0)
     low = tl.sum((a * cos + b * sin) * share, axis=0)  # [BLOCK_H]
@@ -240,7 +247,7 @@ def _compress_step_kernel(
         places = k_places_ptr + head * BLOCK * D
         low += _sum_places(places, D, weights, r, 0, HALF, BLOCK, BLOCK_H)
         high += _sum_places(places, D, weights, r, HALF, HALF, BLOCK, BLOCK_H)
-    turn = place.to(tl.int64) * D + dims
+    turn = tl.sum(tl.where(r == 0, place, 0)).to(tl.int64) * D + dims
     cos_first = tl.load(cos_ptr + turn, mask=in_half, other=0.0).to(tl.float32)
     sin_first = tl.load(sin_ptr + turn, mask=in_half, other=0.0).to(tl.float32)
     to = k_ptr + batch * k_stride_b + n.to(tl.int64) * k_stride_n + head * k_stride_h + dims
@@ -262,9 +269,11 @@ def _compress_step_kernel(
 def launch_compress_step(
     keys: Tensor, values: Tensor, k: Tensor, v: Tensor, *, blocks: SparseBlocks,
     weights: tuple[Tensor | None, Tensor | None], places: tuple[Tensor | None, Tensor | None],
-    cos: Tensor, sin: Tensor, leftpad: Tensor, used: Tensor, position: Tensor,
+    cos: Tensor, sin: Tensor, positions: Tensor, leftpad: Tensor, used: Tensor, position: Tensor,
 ) -> None:  # fmt: skip
     """Write the block that the newest token completes into k and v, by launches alone.
+
+    Its position is written behind those of the former ones.
 
     Args:
         keys: [B C Hk D], rotated, and values [B C Hk Dv]: views whose last dimension is contiguous.
@@ -276,14 +285,16 @@ def launch_compress_step(
         places: embeddings of the places in a block, of keys and of values, [Hk block D], or None.
         cos: [P D], the rotary embedding of all positions, and sin.
         sin: likewise.
+        positions: int32 [B C], of each token in the rotary embedding.
         leftpad: int32 [B], the first token that is no padding.
         used: int32 [B], one past the last one.
         position: int32 [B], of the last one in the rotary embedding.
     """
     (B, _, Hk, D), DV = keys.shape, values.shape[-1]
     launch(_compress_step_kernel, (Hk, B))(
-        keys, values, k, v, *weights, *places, cos, sin, leftpad, used, position,
-        *keys.stride()[:3], *values.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        keys, values, k, v, *weights, *places, cos, sin, positions, leftpad, used, position,
+        positions.stride(0), *keys.stride()[:3], *values.stride()[:3], *k.stride()[:3],
+        *v.stride()[:3],
         D=D, DV=DV, BLOCK=blocks.block, STRIDE=blocks.stride,
         **tiles("compress_step", D, keys.device), **dependent(keys.device),
     )  # fmt: skip

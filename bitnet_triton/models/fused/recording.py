@@ -36,7 +36,7 @@ class RecordedStep:
         addresses: of the memory of each layer.
         places: int32 [rows B] on the CPU, what the memories tell, group below group.
         rows: of each layer, which rows of ``places`` are those of its memory.
-        last_position: the largest one of the batch, in the rotary embedding.
+        last_position: the largest one that is read, in the rotary embedding.
     """
 
     modes: tuple[Mode, ...]
@@ -58,9 +58,12 @@ class RecordedStep:
         # numbers of one memory say nothing about another that tells other places
         keys = [(type(memory).places, memory.places_key()) for memory in memories]
         parts: dict[Any, Tensor] = {}
+        position = call.position
+        last = int(position.max()) if isinstance(position, Tensor) else position
         for key, memory in zip(keys, memories):
             if key not in parts:
                 parts[key] = memory.places(call)
+                last = max(last, memory.last_position())
         starts, count = {}, 0
         for key, part in parts.items():
             starts[key] = slice(count, count + part.shape[0])
@@ -69,8 +72,6 @@ class RecordedStep:
         # pinned, a GPU reads them by itself: nothing waits
         places = torch.empty((count, B), dtype=torch.int32, pin_memory=pinned)
         torch.cat(list(parts.values()), out=places)
-        position = call.position
-        last = int(position.max()) if isinstance(position, Tensor) else position
         return cls(modes, addresses, places, tuple([starts[key] for key in keys]), last)
 
 
