@@ -2,8 +2,8 @@
 
 Keys come in topics: neighbours are alike, heads of a group ask for much the same, and a query likes
 some topics; part of the weight lies on few keys and the rest is spread. Every call takes the next
-of several queries, each with a sample of its own, so that rows come from memory and not from the
-cache of the call before. All steps are recorded, as in a model. Nothing that samples is compared
+query of a ring, each with a sample and a recorded step of its own, so that rows come from memory
+and not from the cache of the call before. All steps are recorded, as in a model. Nothing that samples is compared
 with a tolerance: its error against dense attention stands in its details, with the share of rows
 that were read, the most that reading fewer bytes could gain, and what tables hold and take to make.
 """
@@ -25,7 +25,7 @@ from bench.case import Case, Point, Provider, Settings, Work
 from bitnet_triton.kernels import HashTables, Mask, flash_attention, pool_keys
 from bitnet_triton.runtime import capture
 
-_QUERIES = 8
+_QUERIES = 32  # together they read far more than a processor's cache holds, from 32k rows on
 _TOPIC = 64  # neighbouring tokens
 _TOLERANCE = 8e-3
 _SINKS, _RECENT = 4, 64

@@ -3,7 +3,8 @@
 One program takes one segment of the rows, or the tail behind all segments, for one list of rows: of
 a query head, or of a group. In a segment it goes through one bucket of each table and counts how
 often it meets a row; a row is listed when it is met for the second time. Buckets hold a row once,
-so a tile of one bucket writes no counter twice, and lists come in the same order on every device.
+so a tile of one bucket writes no counter twice, and lists come in the same order on every device. A
+CPU takes row after row: what a tile saves, the compaction of its few new rows costs.
 The tail is not sorted: its codes are compared.
 """
 
@@ -31,16 +32,44 @@ def _append(list_ptr, count, values, is_new) -> tl.tensor:
 
 
 @triton.jit
-def _fetch_buckets(
-    codes_ptr, ids_ptr, offsets_ptr, n, L, W, BLOCK_L: tl.constexpr, LINES: tl.constexpr
+def _fetch_bucket(
+    codes_ptr, ids_ptr, offsets_ptr, table, n, L, W, AHEAD: tl.constexpr, LINES: tl.constexpr
 ) -> None:
-    """Ask for the first rows of each bucket: a load that is not used fetches."""
-    for first in range(0, L, BLOCK_L):
-        table = first + tl.arange(0, BLOCK_L)
-        code = tl.load(codes_ptr + table, mask=table < L, other=0).to(tl.int32) & 0xFFFF
-        begin = tl.load(offsets_ptr + table * W + code, mask=table < L, other=0)
-        at = ids_ptr + table.to(tl.int64) * n + begin
-        tl.load(at[:, None] + tl.arange(0, LINES)[None, :] * 32, volatile=True)
+    """Ask for the first rows of the bucket of a table, and for where one further on starts.
+
+    A load that is not used fetches, from any address.
+    """
+    later = tl.minimum(table + AHEAD, L - 1)
+    code = tl.load(codes_ptr + later).to(tl.int32) & 0xFFFF
+    tl.load(offsets_ptr + later * W + code + tl.arange(0, 1), volatile=True)
+    table = tl.minimum(table, L - 1)
+    code = tl.load(codes_ptr + table).to(tl.int32) & 0xFFFF
+    begin = tl.load(offsets_ptr + table * W + code)
+    at = ids_ptr + tl.cast(table, tl.int64) * n + begin
+    tl.load(at + tl.arange(0, LINES) * 32, volatile=True)
+
+
+@triton.jit
+def _meet_one(met_ptr, rows_ptr, count, at, once) -> tl.tensor:
+    """Count that the row at an address is met, and list it if that is for the second time."""
+    row = tl.load(at).to(tl.int32)
+    met = tl.load(met_ptr + row).to(tl.int32)
+    tl.store(met_ptr + row, tl.where(met < once, once, _LISTED).to(tl.uint8))
+    tl.store(rows_ptr + count, row.to(rows_ptr.dtype.element_ty), mask=met == once)
+    return count + (met == once).to(tl.int32)
+
+
+@triton.jit
+def _meet_many(met_ptr, rows_ptr, count, at, left, once, BLOCK_N: tl.constexpr) -> tl.tensor:
+    """Do the same for the first ``left`` of a tile of rows, which has no row twice."""
+    lanes = tl.arange(0, BLOCK_N)
+    row = tl.load(at + lanes, mask=lanes < left, other=0).to(tl.int32)
+    met = tl.load(met_ptr + row, mask=lanes < left, other=0).to(tl.int32)
+    now = tl.where(met < once, once, _LISTED)
+    tl.store(met_ptr + row, now.to(tl.uint8), mask=lanes < left)
+    count = _append(rows_ptr, count, row, met == once)
+    tl.debug_barrier()
+    return count
 
 
 @triton.jit
@@ -50,28 +79,27 @@ def _probe_segment(
 ) -> tl.tensor:  # fmt: skip
     """List the rows of a segment that are met twice in the tables of one query head."""
     if AHEAD:
-        _fetch_buckets(codes_ptr, ids_ptr, offsets_ptr, n, L, W, 32, AHEAD)
+        for table in range(AHEAD):
+            _fetch_bucket(codes_ptr, ids_ptr, offsets_ptr, table, n, L, W, AHEAD, 4)
     places = tl.arange(0, BLOCK_C)
     for i in range(0, size, BLOCK_C):
         tl.store(met_ptr + i + places, tl.zeros((BLOCK_C,), tl.uint8), mask=i + places < size)
     tl.debug_barrier()
     count = size * 0
-    lanes = tl.arange(0, BLOCK_N)
     for table in range(L):
+        if AHEAD:
+            _fetch_bucket(codes_ptr, ids_ptr, offsets_ptr, table + AHEAD, n, L, W, AHEAD, 4)
         code = tl.load(codes_ptr + table).to(tl.int32) & 0xFFFF
         bucket = offsets_ptr + table * W + code
         end = tl.load(bucket + 1)
+        at = ids_ptr + tl.cast(table, tl.int64) * n
         # once met by query head g of the list; then it is listed
         once = table // TABLES * 2 + 1
         for i in range(tl.load(bucket), end, BLOCK_N):
-            is_row = i + lanes < end
-            at = ids_ptr + tl.cast(table, tl.int64) * n + i + lanes
-            row = tl.load(at, mask=is_row, other=0).to(tl.int32)
-            met = tl.load(met_ptr + row, mask=is_row, other=0).to(tl.int32)
-            now = tl.where(met < once, once, _LISTED)
-            tl.store(met_ptr + row, now.to(tl.uint8), mask=is_row)
-            count = _append(rows_ptr, count, row, met == once)
-            tl.debug_barrier()
+            if BLOCK_N == 1:
+                count = _meet_one(met_ptr, rows_ptr, count, at + i, once)
+            else:
+                count = _meet_many(met_ptr, rows_ptr, count, at + i, end - i, once, BLOCK_N)
     return count
 
 
