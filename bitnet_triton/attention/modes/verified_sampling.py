@@ -7,13 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
-from bitnet_triton.attention.checks import check_number
+from bitnet_triton.attention.checks import check_known, check_number
 from bitnet_triton.attention.context import AttentionContext
 from bitnet_triton.attention.mode import Mode, Reads, Step, StepLayer, StepTensors
 from bitnet_triton.attention.sampled import Attend, SamplingMode
 from bitnet_triton.cache import Memory, UnitsLayer
 from bitnet_triton.cache.key_values import LEFTPAD, USED
 from bitnet_triton.kernels import Units, pool_keys, top_blocks, verified_sampling_attention
+from bitnet_triton.kernels.lsh_sampling.verified import TAILS
 
 _LAYERS = 1 << 10  # seeds of the layers lie side by side
 
@@ -35,6 +36,7 @@ class VerifiedSampling(SamplingMode):
         local: latest ones, the one that is being filled included.
         base: keys that tell how far terms lie apart, and the fewest that are drawn.
         seed: of the draw; equal seeds give equal tokens.
+        tails: "normal" or "sampled", what the ``base`` keys may have missed.
     """
 
     epsilon: float = 0.05
@@ -43,8 +45,9 @@ class VerifiedSampling(SamplingMode):
     selected: int = 32
     initial: int = 1
     local: int = 3
-    base: int = 128
+    base: int = 256
     seed: int = 0
+    tails: str = "normal"
 
     def __post_init__(self) -> None:
         for name in ("epsilon", "delta"):
@@ -61,6 +64,7 @@ class VerifiedSampling(SamplingMode):
             ("selected", self.initial + self.local),
         ):  # fmt: skip
             check_number(name, getattr(self, name), least)
+        check_known("'tails'", self.tails, TAILS)
         if self.seed >= 1 << 20:
             raise ValueError(f"`attention`: 'seed': expected less than 2**20, got {self.seed}")
 
@@ -117,7 +121,7 @@ class VerifiedSampling(SamplingMode):
             "epsilon": self.epsilon, "delta": self.delta, "page": self.page,
             "selected": self.selected, "initial": self.initial, "local": self.local,
             "base": self.base, "seed": self._seed(context.layer), "scale": context.scale,
-            "bounds": bounds, "leftpad": left,
+            "tails": self.tails, "bounds": bounds, "leftpad": left,
         }  # fmt: skip
 
     def sampled_step(self, memory: Memory, layer: StepLayer) -> Step | None:
@@ -133,7 +137,7 @@ class VerifiedSampling(SamplingMode):
             call = Verified(
                 memory.unit_stores[self.units], step.places[LEFTPAD], step.places[USED], self.page,
                 self.selected, self.initial, self.local, self.base, self._seed(layer.index),
-                self.epsilon, self.delta, layer.scale,
+                self.tails, self.epsilon, self.delta, layer.scale,
             )  # fmt: skip
             return triton_verified(q, keys, values, call)[0]
 

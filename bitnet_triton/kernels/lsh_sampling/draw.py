@@ -9,10 +9,14 @@ count that are rows. Nothing but the seed and the length decides about the order
 
 from __future__ import annotations
 
+import math
+from statistics import NormalDist
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import libdevice
 
 from bitnet_triton.kernels.common.attention import load_rows
 from bitnet_triton.kernels.common.dependent import dependent, wait_for_inputs
@@ -68,6 +72,28 @@ def _draw_rows(
 
 
 @triton.jit
+def _log_below(y) -> tl.tensor:
+    """Return the logarithm of how probably a normal number is below y."""
+    a = tl.maximum(-y, 0.0) * 0.7071067811865476
+    far = tl.log(0.5 * libdevice.erfcx(a)) - a * a
+    near = tl.log(0.5 + 0.5 * tl.erf(tl.maximum(y, 0.0) * 0.7071067811865476))
+    return tl.where(y < 0, far, near)
+
+
+@triton.jit
+def _normal_spread(mean, variance, size, left, deviations, log_sure) -> tl.tensor:
+    """Return the variance of exponentials of normal numbers, as ``normal_spread_reference``."""
+    variance *= 1 + deviations * tl.sqrt(2.0 / size)
+    deviation = tl.sqrt(variance)
+    log_left = tl.maximum(tl.log(tl.maximum(left, 1).to(tl.float32)) + log_sure, 1.0)
+    far = tl.sqrt(2 * log_left)
+    most = far - (tl.log(log_left) + 2.5310242469692907) / (2 * far)
+    first = tl.exp(tl.minimum(mean + variance / 2 + _log_below(most - deviation), 40.0))
+    second = tl.exp(tl.minimum(2 * (mean + variance) + _log_below(most - 2 * deviation), 80.0))
+    return tl.maximum(second - first * first, 0.0)
+
+
+@triton.jit
 def _verified_draw_kernel(
     # tensors: q [B 1 H D]; k [B Tk Hk D]; lse float32 [B 1 H P] in base 2, of what is read in any
     # case, in the first READ of P parts; pages int32 [B Hk SELECTED]; flags uint8 [B Hk pages];
@@ -77,12 +103,12 @@ def _verified_draw_kernel(
     leftpad_ptr, used_ptr,
     # strides, in elements
     q_stride_b, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
-    # sizes and scalars: rows of the base sample, z
-    Tk, all_pages, capacity, base, seed, deviations, epsilon, scale_log2,
+    # sizes and scalars: rows of the base sample, z, -log of how probably more is allowed
+    Tk, all_pages, capacity, base, seed, deviations, log_sure, epsilon, scale_log2,
     # compile-time
     DEPENDENT: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SELECTED: tl.constexpr,
-    PAGE: tl.constexpr, READ: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr,
+    PAGE: tl.constexpr, READ: tl.constexpr, PARTS: tl.constexpr, NORMAL: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(DEPENDENT)
     BLOCK_D: tl.constexpr = triton.next_power_of_2(D)
@@ -135,6 +161,10 @@ def _verified_draw_kernel(
     squares = tl.zeros((ROWS,), tl.float32)
     cubes = tl.zeros((ROWS,), tl.float32)
     fourths = tl.zeros((ROWS,), tl.float32)
+    # and of the exponents, from one of them on
+    anchor = tl.zeros((ROWS,), tl.float32)
+    exponents = tl.zeros((ROWS,), tl.float32)
+    exponent_squares = tl.zeros((ROWS,), tl.float32)
     for i in range(0, base, BLOCK_N):
         lanes = i + tl.arange(0, BLOCK_N)
         row = tl.load(base_ptr + lanes, mask=lanes < base, other=0)
@@ -150,6 +180,11 @@ def _verified_draw_kernel(
         fourths = fourths * shrink * shrink * shrink * shrink
         fourths += tl.sum(terms * terms * terms * terms, 1)
         top = new_top
+        if NORMAL:
+            anchor = tl.where(i == 0, new_top, anchor)
+            off = tl.where((lanes < base)[None, :], scores - anchor[:, None], 0.0)
+            exponents += tl.sum(off, 1)
+            exponent_squares += tl.sum(off * off, 1)
 
     p = tl.arange(0, BLOCK_P)
     at = lse_ptr + ((batch * Hk * GROUP + head) * PARTS)[:, None] + p[None, :]
@@ -162,9 +197,18 @@ def _verified_draw_kernel(
     fourth = fourths - 4 * mean * cubes + 6 * mean * mean * squares - 3 * mean * mean * mean * total
     doubt = tl.maximum(fourth / size - variance * variance, 0.0) / size
     spread = variance + deviations * tl.sqrt(doubt)
+    if NORMAL:
+        # of exponents in base e, and from the pivot on
+        exponent = exponents / size
+        exponent_variance = exponent_squares - exponents * exponent
+        exponent_variance = tl.maximum(exponent_variance, 0.0) / tl.maximum(base - 1, 1)
+        exponent = tl.where(base > 0, exponent + anchor - top, 0.0) * 0.6931471805599453
+        exponent_variance *= 0.4804530139182014
+        normal = _normal_spread(exponent, exponent_variance, size, left, deviations, log_sure)
+        spread = tl.maximum(spread, normal)
     # b >= (z sigma n / (epsilon D))**2 of rows that are put back, fewer of those that are not
     asked = deviations / epsilon * left / tl.maximum(read + left * mean, 1e-30)
-    asked = asked * asked * spread
+    asked = tl.minimum(asked * asked * spread, 1e30)
     asked = asked / (1 + asked / tl.maximum(left, 1))
     wanted = tl.max(tl.where(is_head, tl.ceil(asked), 0.0), axis=0)
     wanted = tl.minimum(tl.maximum(wanted.to(tl.int32), base), left)
@@ -178,6 +222,7 @@ def _verified_draw_kernel(
 def launch_draw(
     q: Tensor, k: Tensor, parts: Parts, pages: Tensor, *,
     read: int, page: int, base: int, deviations: float, epsilon: float, seed: int, scale: float,
+    tails: str,
     leftpad: Tensor | None, used: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Draw as many rows as the error asks for, by launches alone.
@@ -194,6 +239,7 @@ def launch_draw(
         epsilon: as what share of the sum.
         seed: below 2**31.
         scale: multiplies the scores.
+        tails: what terms the base sample may have missed, as ``verified_sampling_attention``.
         leftpad: int32 [B], the first row that is no padding; None: the first one.
         used: int32 [B], one past the last row; None: all.
 
@@ -205,13 +251,15 @@ def launch_draw(
     base_rows, rows = (torch.empty((B, Hk, Tk), dtype=torch.int32, device=device) for _ in range(2))
     counts = torch.empty((B, Hk, 1), dtype=torch.int32, device=device)
     weights = torch.empty((B, Hk, 1), dtype=torch.float32, device=device)
+    log_sure = -math.log(2 * NormalDist().cdf(-deviations))
     launch(_verified_draw_kernel, (Hk, B))(
         q, k, parts.lse, pages, flags, base_rows, rows, counts, weights,
         leftpad, used,
         q.stride(0), q.stride(2), *k.stride()[:3],
-        Tk, flags.shape[-1], Tk, base, seed, deviations, epsilon, score_factors(scale, None)[0],
+        Tk, flags.shape[-1], Tk, base, seed, deviations, log_sure, epsilon,
+        score_factors(scale, None)[0],
         GROUP=H // Hk, D=D, SELECTED=pages.shape[-1], PAGE=page, READ=read,
-        PARTS=parts.lse.shape[-1],
+        PARTS=parts.lse.shape[-1], NORMAL=tails == "normal",
         ROWS=max(triton.next_power_of_2(H // Hk), smallest_dot(device)),
         **tiles("verified_draw", D, device), **dependent(device),
     )  # fmt: skip

@@ -19,6 +19,8 @@ from bitnet_triton.kernels.top_blocks import Units, pool_keys
 from bitnet_triton.kernels.top_blocks.op import top_blocks
 from bitnet_triton.runtime import Implementation, register_op, select
 
+TAILS = ("normal", "sampled")
+
 
 @dataclass(frozen=True, eq=False)
 class Verified:
@@ -36,6 +38,7 @@ class Verified:
         seed: of the draw.
         epsilon: error of the sum of exponentials, as a share of it.
         delta: how probably it may be larger.
+        tails: one of ``TAILS``.
         scale: multiplies the scores.
     """
 
@@ -48,6 +51,7 @@ class Verified:
     local: int
     base: int
     seed: int
+    tails: str
     epsilon: float
     delta: float
     scale: float
@@ -62,11 +66,13 @@ class Verified:
         cls, tensors: list[Tensor | None], numbers: list[int], factors: list[float]
     ) -> Verified:
         """Put together what ``flatten`` took apart."""
-        return cls(*tensors, *numbers, *factors)  # type: ignore[arg-type]
+        *counts, tails = numbers
+        return cls(*tensors, *counts, TAILS[tails], *factors)  # type: ignore[arg-type, call-arg]
 
     def flatten(self) -> tuple:
         """Take it apart into the arguments of ``build``."""
-        numbers = [self.page, self.selected, self.initial, self.local, self.base, self.seed]
+        counts = [self.page, self.selected, self.initial, self.local, self.base, self.seed]
+        numbers = [*counts, TAILS.index(self.tails)]
         tensors = [self.bounds, self.leftpad, self.used]
         return tensors, numbers, [self.epsilon, self.delta, self.scale]
 
@@ -105,8 +111,8 @@ def triton_verified(
     launch_gather(q, k, v, Rows(pages[:, 0], page=page), parts, part0=0, **rows)
     drawn, counts, weights = launch_draw(
         q, k, parts, pages, read=splits, page=page, base=call.base, deviations=call.deviations,
-        epsilon=call.epsilon, seed=call.seed, scale=call.scale, leftpad=call.leftpad,
-        used=call.used,
+        epsilon=call.epsilon, seed=call.seed, scale=call.scale, tails=call.tails,
+        leftpad=call.leftpad, used=call.used,
     )  # fmt: skip
     listed = Rows(drawn, counts, log_weights=weights)
     launch_gather(q, k, v, listed, parts, part0=splits, **rows)
@@ -138,7 +144,7 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, call: Verified) -> tuple[Tensor,
             chosen, drawn, _ = verified_rows_reference(
                 own_q, own_k, pages[b, 0, head], page=call.page, base=call.base,
                 deviations=call.deviations, epsilon=call.epsilon, seed=call.seed, head=head,
-                scale=call.scale,
+                scale=call.scale, tails=call.tails,
             )  # fmt: skip
             found, sums = verified_reference(own_q, own_k, own_v, chosen, drawn, call.scale)
             out[b, 0, group], lse[b, group, 0] = found.to(q.dtype), sums
@@ -179,8 +185,9 @@ def verified_sampling_attention(  # noqa: PLR0913 - what is read in any case, an
     selected: int = 32,
     initial: int = 1,
     local: int = 3,
-    base: int = 128,
+    base: int = 256,
     seed: int = 0,
+    tails: str = "normal",
     scale: float | None = None,
     bounds: Tensor | None = None,
     leftpad: Tensor | None = None,
@@ -191,9 +198,9 @@ def verified_sampling_attention(  # noqa: PLR0913 - what is read in any case, an
     How many rows are drawn follows from their spread (arXiv:2510.05688): so many that the sum of
     exponentials is off by a share of more than ``epsilon`` with probability ``delta`` at most, by
     the central limit theorem and the spread of ``base`` rows that are drawn apart, its own
-    uncertainty added. The bound is that of the denominator alone. Each drawn row has the weight
-    ``rest / drawn``; numerator and denominator are right in the mean. For decoding; not
-    differentiable.
+    uncertainty and terms that so few rows may miss added. The bound is that of the denominator
+    alone. Each drawn row has the weight ``rest / drawn``; numerator and denominator are right in
+    the mean. For decoding; not differentiable.
 
     Args:
         q: [B 1 H D] float16, bfloat16 or float32, rotated.
@@ -208,6 +215,9 @@ def verified_sampling_attention(  # noqa: PLR0913 - what is read in any case, an
         local: latest ones, the unfinished one included.
         base: rows that tell how far terms lie apart, and the fewest that are drawn; at least 2.
         seed: of the draw, 0 up to 2**31 - 1; equal seeds and lengths draw equal rows.
+        tails: what ``base`` rows may have missed. "normal": scores go on as a normal law has it,
+            up to the largest of so many. "sampled": nothing; fewer rows, and errors beyond
+            ``epsilon`` more often than ``delta`` where few rows that no page tells of weigh most.
         scale: multiplies the scores. Default: ``D ** -0.5``.
         bounds: [B pages Hk 2 D], what ``pool_keys`` makes of ``k``. Default: they are made.
         leftpad: int32 [B], the first row that is no padding.
@@ -236,6 +246,8 @@ def verified_sampling_attention(  # noqa: PLR0913 - what is read in any case, an
             raise TypeError(f"`{name}`: expected an integer, got {type(count).__name__}")
         if count < least or count >= 2**31:
             raise ValueError(f"`{name}`: expected at least {least}, below 2**31, got {count}")
+    if tails not in TAILS:
+        raise ValueError(f"`tails`: expected one of {', '.join(TAILS)}, got {tails!r}")
     if bounds is None:
         bounds = pool_keys(k, units=units_of(page), leftpad=leftpad)
     check_tensor("bounds", bounds)
@@ -246,7 +258,7 @@ def verified_sampling_attention(  # noqa: PLR0913 - what is read in any case, an
         wanted = f"[B pages Hk 2D] with at least {k.shape[1] // page} pages, D={k.shape[3]}"
         raise ValueError(f"`bounds`: expected {wanted}, got {list(bounds.shape)}")
     call = Verified(
-        bounds, leftpad, used, page, selected, initial, local, base, seed,
+        bounds, leftpad, used, page, selected, initial, local, base, seed, tails,
         epsilon, delta, q.shape[-1] ** -0.5 if scale is None else scale,
     )  # fmt: skip
     return attend_verified(q, k, v, call)

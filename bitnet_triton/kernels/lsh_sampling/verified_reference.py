@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -35,15 +36,39 @@ def permutation_reference(n: int, key: int) -> Tensor:
     return x[x < n]
 
 
+def normal_spread_reference(exponents: Tensor, count: int, deviations: float) -> Tensor:
+    """Return the variance [...] of ``count`` exponentials of normal numbers, from a sample of them.
+
+    A few large terms hide from a small sample; exponents tell of them, as they go on like those
+    that were seen. With mean m and variance s**2 of ``exponents`` [... base], the latter the
+    largest that such a sample may well come from (its standard error is s**2 sqrt(2 / base)), and x
+    what the largest of ``count`` standard normal numbers exceeds with a probability of 1 - Phi(z)
+    on both sides, E e^(j y) up to m + s x is e^(j m + j**2 s**2 / 2) Phi(x - j s).
+    """
+    base = exponents.shape[-1]
+    mean = exponents.mean(-1)
+    variance = (exponents - mean[..., None]).square().sum(-1) / max(base - 1, 1)
+    variance = variance * (1 + deviations * math.sqrt(2 / base))
+    log_count = max(math.log(count / NormalDist().cdf(-deviations) / 2), 1.0)
+    far = math.sqrt(2 * log_count)
+    most = far - (math.log(log_count) + math.log(4 * math.pi)) / (2 * far)
+    below = torch.special.log_ndtr
+    first = mean + variance / 2 + below(most - variance.sqrt())
+    second = 2 * (mean + variance) + below(most - 2 * variance.sqrt())
+    return (second.clamp_max(80).exp() - (2 * first.clamp_max(40)).exp()).clamp_min(0)
+
+
 def budget_reference(
-    scores: Tensor, rest: Tensor, base: Tensor, deviations: float, epsilon: float, least: int
-) -> int:
+    scores: Tensor, rest: Tensor, base: Tensor, deviations: float, epsilon: float, least: int,
+    tails: str,
+) -> int:  # fmt: skip
     """Return how many of the rows ``rest`` the sum of exponentials has to be estimated from.
 
     By the central limit theorem (section 4): ``b >= (z n sigma / (epsilon D))**2``, less what
     drawing without replacement saves; the largest of the heads that share the rows. The variance of
     the base sample is no more than an estimate, poor where few terms are large: ``sigma**2`` is
-    that with ``z sqrt((m4 - m2**2) / base)`` on top, z times its own standard error.
+    that with ``z sqrt((m4 - m2**2) / base)`` on top, z times its own standard error; and with
+    "normal" ``tails`` at least ``normal_spread_reference``.
 
     Args:
         scores: [G n], scaled, of all rows.
@@ -52,6 +77,7 @@ def budget_reference(
         deviations: z, by how many standard errors the sum may be off.
         epsilon: as what share of the sum.
         least: the fewest rows.
+        tails: "normal" or "sampled".
     """
     count = int(rest.sum())
     if not count:
@@ -63,6 +89,9 @@ def budget_reference(
     variance = off.square().sum(-1) / max(len(base) - 1, 1)
     doubt = (off.pow(4).mean(-1) - variance.square()).clamp_min(0) / len(base)
     spread = variance + deviations * doubt.sqrt()
+    if tails == "normal":
+        normal = normal_spread_reference(scores[:, base] - pivot, count, deviations)
+        spread = torch.maximum(spread, normal)
     asked = (deviations / epsilon * count / estimate).square() * spread
     asked = (asked / (1 + asked / count)).amax()
     return min(max(math.ceil(asked), min(least, count)), count)
@@ -71,6 +100,7 @@ def budget_reference(
 def verified_rows_reference(
     q: Tensor, k: Tensor, pages: Tensor, *,
     page: int, base: int, deviations: float, epsilon: float, seed: int, head: int, scale: float,
+    tails: str,
 ) -> tuple[Tensor, Tensor, int]:  # fmt: skip
     """Return which rows one group of heads reads in any case, and which it draws.
 
@@ -85,6 +115,7 @@ def verified_rows_reference(
         seed: of the call.
         head: number of the key head.
         scale: multiplies the scores.
+        tails: "normal" or "sampled".
 
     Returns:
         bool [n], the rows of the pages; the numbers of those that are drawn, each of which stands
@@ -98,7 +129,7 @@ def verified_rows_reference(
         (permutation_reference(n, each).to(k.device) for each in (key, mix(key)))
     )  # fmt: skip
     told = first[:base]
-    budget = budget_reference(q @ k.T * scale, rest, told, deviations, epsilon, base)
+    budget = budget_reference(q @ k.T * scale, rest, told, deviations, epsilon, base, tails)
     return chosen, second[:budget], len(told)
 
 
