@@ -256,7 +256,7 @@ def launch_sampling(D, dtype, T=4096, H=20, Hk=5, bits=10, tables=148):
     # and in float32 any choice of pages of 32
     pages = 16 if D == 64 else 32
     if (D, dtype) != (64, F32):
-        call = Verified(bounds, used, used, 32, pages, 1, 3, 128, 3, 0.1, 0.1, 0.1)
+        call = Verified(bounds, used, used, 32, pages, 1, 3, 256, 3, "normal", 0.1, 0.1, 0.1)
         triton_verified(q, k, k, call)
 
 
