@@ -91,7 +91,7 @@ def _share_of_planes(cosine) -> tl.tensor:
 
 
 @triton.jit
-def _probability(cosine, BITS: tl.constexpr, TABLES: tl.constexpr) -> tl.tensor:
+def _probability(cosine, tables, BITS: tl.constexpr) -> tl.tensor:
     """Return how probably a key is met in two tables or more, as ``probability_reference``."""
     p = _share_of_planes(tl.minimum(tl.maximum(cosine, -1.0), 1.0))
     x = p
@@ -105,27 +105,27 @@ def _probability(cosine, BITS: tl.constexpr, TABLES: tl.constexpr) -> tl.tensor:
     small = 1.0 + 0 * x
     for i in tl.static_range(9):
         # terms j = 11 .. 3 of the binomial sum, each by the one before
-        small = 1 + small * ratio * (max(TABLES - 10 + i, 0) / (11 - i))
-    small *= TABLES * (TABLES - 1) / 2 * x * x * tl.exp((TABLES - 2) * log_none)
-    large = 1 - tl.exp((TABLES - 1) * log_none) * (1 + (TABLES - 1) * x)
-    return tl.where(TABLES * x < 1, small, large)
+        small = 1 + small * ratio * (tl.maximum(tables - 10 + i, 0.0) / (11 - i))
+    small *= tables * (tables - 1) / 2 * x * x * tl.exp((tables - 2) * log_none)
+    large = 1 - tl.exp((tables - 1) * log_none) * (1 + (tables - 1) * x)
+    return tl.where(tables * x < 1, small, large)
 
 
 @triton.jit
 def _log_weight(
     dots, q, centre, norms, is_head, direction_norm, dots_direction,
-    KIND: tl.constexpr, BITS: tl.constexpr, TABLES: tl.constexpr,
+    tables, KIND: tl.constexpr, BITS: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """Return in base 2 what divides rows by how probable they were, [ROWS or 1, BLOCK_N]."""
     if KIND == PROPOSAL:
         cosine = dots_direction / (direction_norm * norms)[None, :]
-        u = _probability(cosine, BITS, TABLES)
+        u = _probability(cosine, tables, BITS)
     else:
         q = q.to(tl.float32)
         length = tl.sqrt(tl.sum(q * q, axis=1))
         shift = tl.sum(q * centre[None, :], axis=1)
         cosine = (dots - shift[:, None]) / tl.maximum(length[:, None] * norms[None, :], 1e-30)
-        u = _probability(cosine, BITS, TABLES)
+        u = _probability(cosine, tables, BITS)
         if KIND == UNION:
             u = tl.where(is_head[:, None], u, 0.0)
             u = tl.reduce(u, 0, _either)[None, :]
@@ -246,11 +246,11 @@ def _lsh_gather_kernel(
     q_stride_b, q_stride_h, k_stride_b, k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h,
     norms_stride_b, norms_stride_h,
     # sizes and scalars
-    Tk, S, capacity, part0, sinks, recent, scale_log2,
+    Tk, S, capacity, part0, sinks, recent, scale_log2, tables,
     # compile-time
     DEPENDENT: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
     DV: tl.constexpr, KIND: tl.constexpr, PAGE: tl.constexpr, BITS: tl.constexpr,
-    TABLES: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
+    SPLITS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr, AHEAD: tl.constexpr, TURNS: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(DEPENDENT)
@@ -350,7 +350,7 @@ def _lsh_gather_kernel(
             norms = tl.load(norms_ptr + row, mask=is_row, other=1.0)  # [BLOCK_N]
             more = _log_weight(
                 dots, q, centre, tl.maximum(norms, 1e-30), is_head, direction_norm,
-                (towards - direction_shift)[None, :], KIND, BITS, TABLES,
+                (towards - direction_shift)[None, :], tables, KIND, BITS,
             )  # fmt: skip
             scores += tl.where(is_exact, 0.0, more)
         scores = tl.where(is_row[None, :], scores, float("-inf"))
@@ -445,9 +445,10 @@ def launch_gather(
         q.stride(0), q.stride(2), *k.stride()[:3], *v.stride()[:3],
         *((0, 0) if angles is None else angles.norms.stride()[:2]),
         Tk, S, rows.rows.shape[-1], part0, sinks, recent, score_factors(scale, None)[0],
+        2.0 if angles is None else float(angles.tables),  # a float: no kernel for each number
         GROUP=H // Hk, HEADS=heads, D=D, DV=DV,
         KIND=LISTED.value if angles is None else KINDS[kind].value, PAGE=rows.page,
-        BITS=1 if angles is None else angles.bits, TABLES=2 if angles is None else angles.tables,
+        BITS=1 if angles is None else angles.bits,
         SPLITS=splits, PARTS=parts.lse.shape[-1],
         ROWS=max(triton.next_power_of_2(heads), smallest_dot(q.device)),
         **config, **dependent(q.device),
