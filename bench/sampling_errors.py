@@ -28,6 +28,7 @@ from bitnet_triton import RECALL_MODEL, BitNetForCausalLM
 from bitnet_triton.attention.modes.full import Full
 from bitnet_triton.kernels import (
     HashTables,
+    SignCodes,
     lsh_sampling_attention,
     pool_keys,
     top_blocks,
@@ -113,13 +114,16 @@ def by_hashes(query: Query, budget: tuple[int, int], share: str) -> Iterator[tup
         yield out[0, 0], read.sum(-1).double().mean().item()
 
 
-def by_errors(query: Query, epsilon: float) -> Iterator[tuple[Tensor, float]]:
-    """Sample as many rows as the error asks for, beside an eightieth of them in pages."""
-    selected, base = max(query.tokens // 80 // PAGE, 4), 64
+def by_errors(query: Query, epsilon: float, find: str) -> Iterator[tuple[Tensor, float]]:
+    """Sample as many rows as the error asks for, beside a fiftieth of them in pages."""
+    local, base = RECENT // PAGE + 1, 64
+    selected = 1 + local + query.tokens // 50 // PAGE
+    signs = SignCodes.build(query.k) if find == "signs" else None
     for seed in range(SEEDS):
         out, _, drawn = verified_sampling_attention(
             query.q, query.k, query.v, epsilon=epsilon, delta=0.1, page=PAGE, selected=selected,
-            initial=1, local=RECENT // PAGE + 1, base=base, seed=seed, scale=query.scale,
+            initial=1, local=local, base=base, seed=seed, scale=query.scale,
+            signs=signs,
         )  # fmt: skip
         # of the rows that tell the spread only keys are read
         yield out[0, 0], selected * PAGE + base / 2 + drawn.double().mean().item()
@@ -130,7 +134,8 @@ METHODS: dict[str, tuple[Callable[..., Iterator[tuple[Tensor, float]]], tuple]] 
     "pages (quest)": (by_pages, SHARES),
     "lsh_sampling own": (lambda q, b: by_hashes(q, b, "own"), HASHES),
     "lsh_sampling proposal": (lambda q, b: by_hashes(q, b, "proposal"), HASHES),
-    "verified_sampling": (by_errors, EPSILONS),
+    "verified_sampling": (lambda q, e: by_errors(q, e, "bounds"), EPSILONS),
+    "verified, by signs": (lambda q, e: by_errors(q, e, "signs"), EPSILONS),
 }
 
 
@@ -204,8 +209,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--output", type=Path, default=Path("bench/results/sampling_errors.json"))
     parser.add_argument("--tokens", type=int, default=4096, help="of the real prompts")
-    parser.add_argument("--synthetic", type=int, default=32768, help="keys of the synthetic ones")
-    parser.add_argument("--prompts", type=int, default=4, help="of each task")
+    parser.add_argument("--synthetic", type=int, default=16384, help="keys of the synthetic ones")
+    parser.add_argument("--prompts", type=int, default=3, help="of each task")
     given = parser.parse_args()
     rows = measure(f"synthetic, {given.synthetic}", synthetic(given.synthetic))
     for task in PROMPTS:

@@ -14,6 +14,7 @@ from bitnet_triton.kernels.linear_attention import linear_attention
 from bitnet_triton.kernels.linear_attention.launchers import LINEAR_BWD, LINEAR_FWD
 from bitnet_triton.kernels.lsh_sampling import (
     HashTables,
+    SignCodes,
     lsh_sampling_attention,
     verified_sampling_attention,
 )
@@ -111,6 +112,7 @@ __all__ = [
     "Int8Weight",
     "Mask",
     "MergedTernaryWeight",
+    "SignCodes",
     "SparseBlocks",
     "TernaryWeight",
     "Units",

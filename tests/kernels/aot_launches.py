@@ -40,6 +40,7 @@ from bitnet_triton.kernels.lsh_sampling.hash import (
     launch_mean_direction,
 )
 from bitnet_triton.kernels.lsh_sampling.probe import launch_probe
+from bitnet_triton.kernels.lsh_sampling.select import launch_sign_scores
 from bitnet_triton.kernels.lsh_sampling.verified import Verified, triton_verified
 from bitnet_triton.kernels.native_sparse import launch as sparse_launch
 from bitnet_triton.kernels.native_sparse import pool as sparse_pool
@@ -251,6 +252,8 @@ def launch_sampling(D, dtype, T=4096, H=20, Hk=5, bits=10, tables=148):
             q, k, k, Rows(rows, counts, bounds), Parts.empty(q, 17, D), part0=0,
             exact=(4, 64), scale=0.1, angles=angles, kind=share, leftpad=used, used=used,
         )  # fmt: skip
+    if (D, dtype) == (128, BF16):
+        launch_sign_scores(meta(1, H, D // 16, dtype=torch.int16), tail[:, :, : D // 16])
     bounds = meta(1, T // 32, Hk, 2 * D, dtype=dtype)
     # the choice of 32 pages has 8 bytes of local memory for heads of 64 on sm_100 and sm_120,
     # and in float32 any choice of pages of 32

@@ -56,7 +56,7 @@ OVERLAPPED = (
     "flash_attention_decode_pattern", "flash_attention_decode_merge", "split_activations_fwd",
     "int8_linear_fwd", "int8_linear_topk_fwd", "merge_best", "top_blocks_fwd", "top_blocks_merge",
     "pool_keys", "block_index_step", "lsh_hash", "lsh_mean_direction", "lsh_probe", "lsh_gather",
-    "verified_draw", "selected_blocks_fwd_rows", "linear_attention_decode",
+    "sign_scores",    "verified_draw", "selected_blocks_fwd_rows", "linear_attention_decode",
     "compressed_attention_decode", "compress_step", "sparse_gates",
 )  # fmt: skip
 MANY_TOKENS = ("ternary_linear_fwd", "bit_linear_fwd", "bit_linear_fwd_from_codes")

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from bitnet_triton.kernels import flash_attention, verified_sampling_attention
+from bitnet_triton.kernels import SignCodes, flash_attention, verified_sampling_attention
+from bitnet_triton.kernels.lsh_sampling.signs import sign_pages, sign_scores
 from bitnet_triton.kernels.lsh_sampling.verified import units_of
 from bitnet_triton.kernels.lsh_sampling.verified_reference import (
     budget_reference,
@@ -208,6 +209,72 @@ def test_a_heavy_row_that_no_page_has_shows_as_a_larger_budget(device, backend):
         k[0, t, 0] = q[0, 0, 0] * 2.5 / q.norm() * math.sqrt(32)
     *_, after = verified_sampling_attention(q, k, v, bounds=blind, **settings)
     assert after.item() > before.item()
+
+
+@pytest.mark.parametrize("D", [64, 40])
+def test_signs_score_by_the_bits_that_codes_share(D, device, backend):
+    q, k, _ = draw(2, 90, 4, 2, D, device=device)
+    signs = SignCodes.build(k, seed=3)
+    planes = signs.planes.transpose(0, 1).flatten(0, 1).double()  # [16 W, D]
+    assert signs.codes.shape == (2, 2, -(-D // 16), 90)
+    torch.testing.assert_close(planes[:D] @ planes[:D].T, torch.eye(D).double(), atol=1e-6, rtol=0)
+    keys = (k - k.mean(1, keepdim=True)).double() @ planes.T > 0  # [B T Hk 16 W]
+    asked = (q.double() @ planes.T > 0)[:, 0].unflatten(1, (2, 2))  # [B Hk G 16 W]
+    same = (keys[:, :, :, None] == asked[:, None]).sum((-2, -1)).transpose(1, 2)
+    scores = sign_scores(q, signs.codes, signs.planes)
+    # a product that lies on a plane up to rounding may turn
+    assert ((scores - same).abs() <= 1).all()
+    assert (scores == same).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+def test_pages_by_signs_are_those_with_the_row_most_alike(padded, device, backend):
+    q, k, v = draw(2, 90, 4, 2, 64, device=device)
+    left = torch.tensor([0, 21], dtype=torch.int32, device=device) if padded else None
+    used = torch.tensor([90, 77], dtype=torch.int32, device=device)
+    signs = SignCodes.build(k, leftpad=left)
+    settings = {"page": 8, "selected": 6, "initial": 1, "local": 2, "leftpad": left, "used": used}
+    found = sign_pages(q, signs, **settings)
+    scores = sign_scores(q, signs.codes, signs.planes)
+    for b in range(2):
+        first = 0 if left is None else int(left[b])
+        for head in range(2):
+            rows = scores[b, head, first : int(used[b])]
+            best = torch.stack([page.max() for page in rows.split(8)])
+            forced = [0, len(best) - 2, len(best) - 1]
+            chosen = found[b, 0, head].tolist()
+            assert chosen == sorted(set(chosen))
+            assert set(forced) <= set(chosen)
+            others = [page for page in range(len(best)) if page not in chosen]
+            free = [page for page in chosen if page not in forced]
+            assert best[free].min() >= best[others].max()
+    out, _, counts = verified_sampling_attention(
+        q, k, v, **settings, epsilon=1e-6, delta=0.1, base=4, signs=signs
+    )
+    dense = flash_attention(q[:1], k[:1], v[:1])
+    assert (counts[0] == 90 - 5 * 8 - 2).all()  # everything else is drawn
+    assert_close("out", out[:1], dense.double(), rms=4e-6, worst=1e-5)
+
+
+def test_signs_find_a_key_that_bounds_of_pages_miss():
+    torch.manual_seed(0)
+    q, k, _ = draw(1, 8192, 1, 1, 64)
+    k[0, 5000, 0] = 2 * q[0, 0, 0]
+    settings = {"page": 32, "selected": 8, "initial": 1, "local": 1}
+    pages = sign_pages(q, SignCodes.build(k), **settings, leftpad=None, used=None)
+    assert 5000 // 32 in pages.flatten().tolist()
+
+
+def test_signs_of_other_keys_are_refused():
+    q, k, v = draw(1, 40, 2, 1, 16)
+    with pytest.raises(ValueError, match=r"`signs\.codes`: expected"):
+        verified_sampling_attention(q, k, v, signs=SignCodes.build(k[:, 1:]))
+    with pytest.raises(TypeError, match="`signs`: expected SignCodes, got Tensor"):
+        verified_sampling_attention(q, k, v, signs=k)
+    with pytest.raises(ValueError, match="`signs`: pages are chosen by them or by `bounds`"):
+        verified_sampling_attention(
+            q, k, v, signs=SignCodes.build(k), bounds=pool_keys(k, units=units_of(32))
+        )
 
 
 def test_padding_changes_no_row(device, backend):

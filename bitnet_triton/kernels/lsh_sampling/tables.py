@@ -100,7 +100,7 @@ class HashTables:
             ValueError: shapes do not fit, or a number is out of range.
             BackendUnavailableError: the forced backend cannot run.
         """
-        _check_keys(keys, leftpad)
+        check_keys(keys, leftpad)
         for name, value, least, most in (("bits", bits, 1, MOST_BITS), ("tables", tables, 2, None)):
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"`{name}`: expected an integer, got {type(value).__name__}")
@@ -112,7 +112,7 @@ class HashTables:
         with torch.no_grad():
             made = cls(
                 bits, tables, seed, keys[:, :0], leftpad,
-                hash_planes(D, bits, tables, seed, device), _centre(keys, leftpad),
+                hash_planes(D, bits, tables, seed, device), mean_of_keys(keys, leftpad),
                 torch.empty((B, Hk, T + TAIL), device=device),
                 torch.empty((B, Hk, tables, 0), dtype=torch.uint16, device=device),
                 torch.empty((0, B, Hk, tables, (1 << bits) + 1), dtype=torch.int32, device=device),
@@ -172,7 +172,7 @@ class HashTables:
             TypeError: they have another dtype.
             ValueError: shapes do not fit.
         """
-        _check_keys(keys, None)
+        check_keys(keys, None)
         check_dtype("keys", keys, self.keys.dtype)
         B, _, Hk, D = self.keys.shape
         check_shape("keys", keys, "B T Hk D", B=B, Hk=Hk, D=D)
@@ -413,7 +413,8 @@ def check_query(q: Tensor, tables: HashTables, share: str) -> None:
         )
 
 
-def _check_keys(keys: Tensor, leftpad: Tensor | None) -> None:
+def check_keys(keys: Tensor, leftpad: Tensor | None) -> None:
+    """Raise what is wrong with keys [B T Hk D]."""
     check_tensor("keys", keys)
     check_dtype("keys", keys, *FLOATS)
     check_shape("keys", keys, "B T Hk D")
@@ -426,7 +427,7 @@ def _check_keys(keys: Tensor, leftpad: Tensor | None) -> None:
         check_device("leftpad", leftpad, keys.device)
 
 
-def _centre(keys: Tensor, leftpad: Tensor | None) -> Tensor:
+def mean_of_keys(keys: Tensor, leftpad: Tensor | None) -> Tensor:
     """Return the mean of keys [B T Hk D] without the padding, float32 [B Hk D]."""
     if leftpad is None:
         return keys.mean(1, dtype=torch.float32)

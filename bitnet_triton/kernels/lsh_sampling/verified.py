@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bitnet_triton.kernels.common.checks import check_device, check_dtype, check_shape, check_tensor
 from bitnet_triton.kernels.common.linear import FLOATS
+from bitnet_triton.kernels.lsh_sampling.signs import SignCodes, check_signs, sign_pages
 from bitnet_triton.kernels.lsh_sampling.verified_reference import (
     verified_reference,
     verified_rows_reference,
@@ -27,7 +28,8 @@ class Verified:
     """Everything but q, k and v.
 
     Attributes:
-        bounds: [B pages Hk 2 D], largest and smallest entries of the keys of each page.
+        bounds: [B pages Hk 2 D], largest and smallest entries of the keys of each page; int32
+            [B 1 Hk selected]: the pages are chosen already.
         leftpad: int32 [B], the first row that is no padding; None: the first one.
         used: int32 [B], one past the last row; None: all.
         page: rows of a page.
@@ -100,11 +102,13 @@ def triton_verified(
     from bitnet_triton.kernels.top_blocks.forward import launch_top_blocks
 
     Hk, page = k.shape[2], call.page
-    pages = launch_top_blocks(
-        q, call.bounds, units=units_of(page), block=page, selected=call.selected,
-        initial=call.initial, local=call.local, sets=Hk, tokens=k.shape[1], leftpad=call.leftpad,
-        used=call.used,
-    )  # fmt: skip
+    pages = call.bounds
+    if pages.dtype != torch.int32:
+        pages = launch_top_blocks(
+            q, call.bounds, units=units_of(page), block=page, selected=call.selected,
+            initial=call.initial, local=call.local, sets=Hk, tokens=k.shape[1],
+            leftpad=call.leftpad, used=call.used,
+        )  # fmt: skip
     splits = list_splits(q.device, is_shared=True)
     parts = Parts.empty(q, 2 * splits, v.shape[-1])
     rows: Any = {"scale": call.scale, "leftpad": call.leftpad, "used": call.used, "exact": None}
@@ -126,7 +130,7 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, call: Verified) -> tuple[Tensor, Te
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, call: Verified) -> tuple[Tensor, Tensor, Tensor]:
     (B, _, H, _), (Tk, Hk) = q.shape, k.shape[1:3]
-    pages = top_blocks(
+    pages = call.bounds if call.bounds.dtype == torch.int32 else top_blocks(
         q, call.bounds, block=call.page, selected=call.selected, units=units_of(call.page),
         initial=call.initial, local=call.local, sets=Hk, tokens=Tk, leftpad=call.leftpad,
         seqused=call.used,
@@ -190,6 +194,7 @@ def verified_sampling_attention(  # noqa: PLR0913 - what is read in any case, an
     tails: str = "normal",
     scale: float | None = None,
     bounds: Tensor | None = None,
+    signs: SignCodes | None = None,
     leftpad: Tensor | None = None,
     used: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -220,6 +225,8 @@ def verified_sampling_attention(  # noqa: PLR0913 - what is read in any case, an
             ``epsilon`` more often than ``delta`` where few rows that no page tells of weigh most.
         scale: multiplies the scores. Default: ``D ** -0.5``.
         bounds: [B pages Hk 2 D], what ``pool_keys`` makes of ``k``. Default: they are made.
+        signs: what ``SignCodes.build`` makes of ``k``: pages are those with the row whose code is
+            most like those of the group, and there are no bounds.
         leftpad: int32 [B], the first row that is no padding.
         used: int32 [B], one past the last row that a query sees. Default: all.
 
@@ -246,8 +253,25 @@ def verified_sampling_attention(  # noqa: PLR0913 - what is read in any case, an
             raise TypeError(f"`{name}`: expected an integer, got {type(count).__name__}")
         if count < least or count >= 2**31:
             raise ValueError(f"`{name}`: expected at least {least}, below 2**31, got {count}")
+
+    def call(bounds: Tensor) -> Verified:
+        return Verified(
+            bounds, leftpad, used, page, selected, initial, local, base, seed, tails,
+            epsilon, delta, q.shape[-1] ** -0.5 if scale is None else scale,
+        )  # fmt: skip
+
     if tails not in TAILS:
         raise ValueError(f"`tails`: expected one of {', '.join(TAILS)}, got {tails!r}")
+    if signs is not None:
+        if bounds is not None:
+            raise ValueError("`signs`: pages are chosen by them or by `bounds`, got both")
+        check_signs(signs)
+        signs.check(q, k)
+        bounds = sign_pages(
+            q, signs, page=page, selected=selected, initial=initial, local=local,
+            leftpad=leftpad, used=used,
+        )  # fmt: skip
+        return attend_verified(q, k, v, call(bounds))
     if bounds is None:
         bounds = pool_keys(k, units=units_of(page), leftpad=leftpad)
     check_tensor("bounds", bounds)
@@ -257,11 +281,7 @@ def verified_sampling_attention(  # noqa: PLR0913 - what is read in any case, an
     if bounds.shape[1] < k.shape[1] // page or bounds.shape[3] != 2 * k.shape[3]:
         wanted = f"[B pages Hk 2D] with at least {k.shape[1] // page} pages, D={k.shape[3]}"
         raise ValueError(f"`bounds`: expected {wanted}, got {list(bounds.shape)}")
-    call = Verified(
-        bounds, leftpad, used, page, selected, initial, local, base, seed, tails,
-        epsilon, delta, q.shape[-1] ** -0.5 if scale is None else scale,
-    )  # fmt: skip
-    return attend_verified(q, k, v, call)
+    return attend_verified(q, k, v, call(bounds))
 
 
 def _check_tensors(
