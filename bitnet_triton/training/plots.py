@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def _costs(make: Any, report: Report) -> Any:
     """
     length = max(report.run["lengths"])
     of_prompt = report.run["question"] == "prompt"
-    figure = make(figsize=(12, 5))
+    figure = make(figsize=(12, max(5.0, 1 + 0.13 * len(report.scores))))
     left, right = figure.subplots(1, 2, sharey=True)
     places: list[list[tuple[float, float, str]]] = [[], []]
     names = []
@@ -91,11 +92,14 @@ def _costs(make: Any, report: Report) -> Any:
     for axis, points, scale in zip((left, right), places, (math.log2, float)):
         for x, y, _ in points:
             axis.plot([x], [y], "o", color="tab:blue", alpha=0.7)
-        for (x, y), numbers in labels(points, scale).items():
+        # the highest of points first: a label stands above all that it joins
+        for (x, y), numbers in labels(sorted(points, key=lambda p: -p[1]), scale).items():
+            text = textwrap.fill(ranges(sorted(map(int, numbers))), 22)
             axis.annotate(
-                " ".join(numbers), (x, y), fontsize=7, rotation=60, xytext=(2, 4),
-                textcoords="offset points",
+                text, (x, y), fontsize=7, rotation=90, xytext=(0, 5), textcoords="offset points",
+                ha="center", va="bottom",
             )  # fmt: skip
+        axis.margins(x=0.1)  # room for labels of several lines at the edges
     left.set_xscale("log", base=2)
     who = "the last token of a prompt" if of_prompt else "a generated token"
     left.set_xlabel(f"keys that {who} reads (mean over layers and heads)")
@@ -103,7 +107,7 @@ def _costs(make: Any, report: Report) -> Any:
     left.set_ylabel("mean accuracy, tasks that are not hard")
     left.set_ylim(-0.03, 1.3)
     left.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
-    figure.text(0.95, 0.9, "\n".join(names), fontsize=7, va="top")
+    figure.text(0.92, 0.9, "\n".join(names), fontsize=7, va="top")
     figure.suptitle(f"{length} tokens", fontsize=10)
     return figure
 
@@ -131,6 +135,19 @@ def labels(
         else:
             found[x, y] = [label]
     return found
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Write ascending numbers, three or more that follow one another as a range."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return " ".join(
+        f"{run[0]}–{run[-1]}" if len(run) > 2 else " ".join(map(str, run)) for run in runs
+    )
 
 
 def mean_score(report: Report, setting: str, length: int, *, hard: bool) -> float | None:

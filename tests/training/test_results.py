@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from bitnet_triton.training.plots import labels
+from bitnet_triton.training.plots import labels, ranges
 from bitnet_triton.training.results import Store, summarise, wilson
 
 RUN = {"tasks": ["passkey"], "lengths": [64], "settings": [{"name": "full"}], "seed": 0}
@@ -76,3 +76,7 @@ def test_labels_that_would_lie_upon_each_other_are_one():
     assert labels(points, math.log2) == {
         (256, 0.02): ["1", "2"], (4096, 1.0): ["3"], (4096, 0.5): ["4"], (41, 1): ["5"],
     }  # fmt: skip
+
+
+def test_numbers_that_follow_one_another_are_a_range():
+    assert ranges([1, 2, 4, 5, 6, 9]) == "1 2 4–6 9"
