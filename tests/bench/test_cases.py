@@ -76,7 +76,7 @@ def test_linear_attention_providers_agree_with_float64(passes):
 
 def test_sampling_tells_its_error_beside_its_bound():
     case = make_case("sampling")
-    chosen = case.select_providers(["dense", "lsh_proposal_8x75", "verified_0.1"])
+    chosen = case.select_providers(["dense", "lsh_proposal_8x75", "verified_0.1_normal"])
     rows = measure_point(case, {"T": 2500, "H": 4, "Hk": 2, "D": 32}, chosen, SETTINGS)
     assert [(row.provider, row.status) for row in rows] == [(name, "timed") for name in chosen]
     for row in rows[1:]:
