@@ -12,6 +12,8 @@ from bitnet_triton.kernels.int8_linear import Int8Weight, int8_linear, int8_line
 from bitnet_triton.kernels.int8_linear.op import INT8_FWD, INT8_TOPK
 from bitnet_triton.kernels.linear_attention import linear_attention
 from bitnet_triton.kernels.linear_attention.launchers import LINEAR_BWD, LINEAR_FWD
+from bitnet_triton.kernels.lsh_attention import bucket_attention, hash_buckets, lsh_attention
+from bitnet_triton.kernels.lsh_attention.launchers import BUCKET_BWD, BUCKET_FWD
 from bitnet_triton.kernels.lsh_sampling import (
     HashTables,
     SignCodes,
@@ -93,6 +95,8 @@ IMPLEMENTATIONS = {
     "exact_attention_bwd": EXACT_BWD,
     "selected_block_attention": SELECTED_FWD,
     "selected_block_attention_bwd": SELECTED_BWD,
+    "bucket_attention": BUCKET_FWD,
+    "bucket_attention_bwd": BUCKET_BWD,
     "linear_attention": LINEAR_FWD,
     "linear_attention_bwd": LINEAR_BWD,
     "top_blocks": TOP_BLOCKS,
@@ -118,14 +122,17 @@ __all__ = [
     "Units",
     "apply_rotary",
     "bit_linear",
+    "bucket_attention",
     "compress_blocks",
     "dense_linear",
     "dense_linear_topk",
     "exact_attention",
     "flash_attention",
+    "hash_buckets",
     "int8_linear",
     "int8_linear_topk",
     "linear_attention",
+    "lsh_attention",
     "lsh_sampling_attention",
     "merge_attention",
     "native_sparse_attention",
