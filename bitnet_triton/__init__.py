@@ -24,6 +24,7 @@ _HOME = {
     "disable": "bitnet_triton.models",
     "enable": "bitnet_triton.models",
     "evaluate": "bitnet_triton.training",
+    "extend_context": "bitnet_triton.models",
     "fuse": "bitnet_triton.models",
     "Mode": "bitnet_triton.attention",
     "load_cache": "bitnet_triton.models",

@@ -10,6 +10,7 @@ from bitnet_triton.models.bitnet import (
     add_global_projections,
     set_attention,
 )
+from bitnet_triton.models.extend import extend_context
 from bitnet_triton.models.fuse import fuse, unfuse
 from bitnet_triton.models.saved_cache import load_cache, save_cache
 from bitnet_triton.models.swap import use_ternary_kernels
@@ -30,6 +31,7 @@ __all__ = [
     "add_global_projections",
     "disable",
     "enable",
+    "extend_context",
     "fuse",
     "load_cache",
     "merge_adapters",

@@ -10,6 +10,7 @@ from transformers.models.bitnet.configuration_bitnet import BitNetConfig as HfBi
 from bitnet_triton.attention import AttentionPlan
 from bitnet_triton.models.onebit import config_objection
 from bitnet_triton.models.quantizer import in_memory, on_disk
+from bitnet_triton.models.rotary import DYNAMIC_YARN
 
 PLAIN_MODEL_TYPE = "bitnet"
 OWN_MODEL_TYPE = "bitnet_triton"
@@ -29,7 +30,8 @@ class BitNetConfig(HfBitNetConfig):
         attention: an attention mode by name (``"full"``), or as a dict with ``mode`` and its
             settings; or a plan, a dict with ``prefill`` and ``decode``, each of them a mode or a
             list with a mode for each layer. None leaves attention to transformers. A config with
-            a mode is saved under the model type ``bitnet_triton``, any other as plain ``bitnet``.
+            a mode, or with rope type ``dynamic_yarn``, is saved under the model type
+            ``bitnet_triton``, any other as plain ``bitnet``.
         quantization_config: how the linears are quantised, as in published checkpoints. A fresh
             config has trainable ternary linears (``autobitlinear``, ``online``); a ``config.json``
             without the field, and an explicit None, mean dense linears, as in transformers.
@@ -89,9 +91,15 @@ class BitNetConfig(HfBitNetConfig):
         """Return what differs from the defaults, as it is written to ``config.json``."""
         return self._published(super().to_diff_dict())
 
+    @property
+    def _has_own_rope(self) -> bool:
+        """Whether transformers alone does not know the rope type, and has to refuse the model."""
+        return (self.rope_parameters or {}).get("rope_type") == DYNAMIC_YARN
+
     def _published(self, output: dict[str, Any]) -> dict[str, Any]:
         if self.attention is None:
             output.pop("attention", None)
+        if self.attention is None and not self._has_own_rope:
             output["model_type"] = PLAIN_MODEL_TYPE
         if output.get("quantization_config") is not None:
             output["quantization_config"] = on_disk(output["quantization_config"])

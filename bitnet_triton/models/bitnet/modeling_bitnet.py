@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from typing import Any, cast
 
 import transformers.models.bitnet.modeling_bitnet as hf
@@ -34,6 +35,15 @@ from bitnet_triton.models.overflow import tell_overflow
 from bitnet_triton.models.packing import follow_packing
 from bitnet_triton.models.planned_attention import give_plan
 from bitnet_triton.models.quantizer import as_argument, replace_linears
+from bitnet_triton.models.rotary import (
+    Frequencies,
+    RotaryEmbedding,
+    bind,
+    check_context_length,
+    chosen_frequencies,
+    depends_on_length,
+    plan_length,
+)
 from bitnet_triton.nn import RMSNorm, count_packed, resized_head, use_output_head
 
 
@@ -46,6 +56,13 @@ def _prepared_plan(config: BitNetConfig) -> AttentionPlan | None:
     plan = AttentionPlan.from_config(config.attention, config.num_hidden_layers)
     plan.check_layers(config.num_hidden_layers)  # again: keyword arguments come after its check
     return plan
+
+
+def _make_ours(decoder: Any) -> None:
+    """Give the decoder that transformers has built our forward; it is the same otherwise."""
+    if type(decoder) is hf.BitNetModel:
+        introduce(BitNetModel)
+        decoder.__class__ = BitNetModel
 
 
 class _TernaryModel(hf.BitNetPreTrainedModel):
@@ -61,6 +78,7 @@ class _TernaryModel(hf.BitNetPreTrainedModel):
         for name, module in list(self.named_modules()):
             if isinstance(module, hf.BitNetRMSNorm):
                 self.set_submodule(name, RMSNorm.from_norm(module))
+        self.use_rotary(RotaryEmbedding(config))
         if plan is not None:
             self.use_plan(plan)
         if getattr(config, "quantization_config", None) is not None:
@@ -74,11 +92,15 @@ class _TernaryModel(hf.BitNetPreTrainedModel):
         give_plan(decoder, plan)  # refuses before anything has changed
         config = self.config
         config.attention, config._attn_implementation = plan.to_config(), hub.NAME
-        if type(decoder) is hf.BitNetModel:
-            # transformers has built its own decoder: ours is the same with another forward
-            introduce(BitNetModel)
-            decoder.__class__ = BitNetModel
+        _make_ours(decoder)
         self.attention_plan = decoder.attention_plan = plan
+
+    def use_rotary(self, rotary: RotaryEmbedding) -> None:
+        """Turn queries and keys by ``rotary`` from now on."""
+        decoder = cast("Any", self.base_model)
+        decoder.rotary_emb = rotary
+        if rotary.depends_on_length:
+            _make_ours(decoder)
 
     @classmethod
     def from_pretrained(
@@ -184,6 +206,7 @@ class BitNetModel(_TernaryModel, hf.BitNetModel):
         use_cache: bool | None = None,
         prompt_len: int | Tensor | None = None,
         global_tokens: Tensor | None = None,
+        context_length: int | Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Map ids [B T] or embeddings [B T D] to hidden states [B T D].
@@ -202,18 +225,30 @@ class BitNetModel(_TernaryModel, hf.BitNetModel):
                 tokens of the call are a prompt's.
             global_tokens: bool [B T], columns that see and are seen by everything, for attention
                 "longformer" with ``global_mask``.
+            context_length: for rope types that choose their frequencies by the length of a text:
+                tokens that it will have in the end, padding not counted, a number or integers [B].
+                The first call with a cache decides. Default: the tokens of the call.
             **kwargs: as for any model of transformers.
 
         Raises:
-            ValueError: ``prompt_len`` or ``global_tokens`` without ``config.attention``, or of a
-                wrong shape; an argument that the attention mode cannot follow; positions that start
-                again beside a cache, or behind padding.
+            ValueError: ``prompt_len`` or ``global_tokens`` without ``config.attention``,
+                ``context_length`` for a rope type that does not depend on it, or one of a wrong
+                shape; a cache whose keys were rotated otherwise; an argument that the attention
+                mode cannot follow; positions that start again beside a cache, or behind padding.
         """
         x = inputs_embeds if input_ids is None else input_ids
         attention_mask, use_cache = follow_packing(
             attention_mask, position_ids, past_key_values, use_cache
         )
         past_key_values = prepared_cache(self, past_key_values, use_cache)
+        rotary = cast("RotaryEmbedding", self.rotary_emb)
+        bind(rotary, past_key_values)
+        check_context_length(context_length, rotary)
+        frequencies: Frequencies | None = None
+        if x is not None and rotary.depends_on_length:
+            frequencies = chosen_frequencies(
+                rotary, past_key_values, x, attention_mask, position_ids, context_length
+            )
         if self.attention_plan is None:
             check_no_plan_arguments(prompt_len=prompt_len, global_tokens=global_tokens)
         elif x is not None:
@@ -221,17 +256,19 @@ class BitNetModel(_TernaryModel, hf.BitNetModel):
             attention_mask, position_ids, more = describe_call(
                 self, x, attention_mask, position_ids, past_key_values,
                 prompt_len=prompt_len, is_answer=kwargs.pop("is_answer", None),
+                chosen=frequencies,
             )  # fmt: skip
             kwargs |= {"global_tokens": global_tokens, **more}
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        with nullcontext() if frequencies is None else frequencies.in_use():
+            return super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                **kwargs,
+            )
 
 
 class FusedPlannedModel(FusedModel, BitNetModel):  # type: ignore[misc]  # one more argument
@@ -266,6 +303,7 @@ class BitNetForCausalLM(_TernaryModel, hf.BitNetForCausalLM):
         logits_to_keep: int | Tensor = 0,
         prompt_len: int | Tensor | None = None,
         global_tokens: Tensor | None = None,
+        context_length: int | Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Map ids [B T] to logits [B T vocabulary].
@@ -283,15 +321,20 @@ class BitNetForCausalLM(_TernaryModel, hf.BitNetForCausalLM):
             logits_to_keep: how many of the last logits to compute, or which; 0: all.
             prompt_len: columns of the prompt. Default: by ``labels``.
             global_tokens: bool [B T].
+            context_length: tokens that a text will have in the end; ``generate`` knows them.
             **kwargs: as for any model of transformers.
         """
-        plan = self.attention_plan
+        plan, rotary = self.attention_plan, cast("Any", self.base_model).rotary_emb
+        check_context_length(context_length, rotary)
+        if context_length is not None:
+            kwargs["context_length"] = context_length
         if plan is None:
             check_no_plan_arguments(prompt_len=prompt_len, global_tokens=global_tokens)
             attention_mask, use_cache = follow_packing(
                 attention_mask, position_ids, past_key_values, use_cache
             )
             past_key_values = prepared_cache(self, past_key_values, use_cache)
+            bind(rotary, past_key_values)
         else:
             if plan.has_phases and prompt_len is None and labels is not None:
                 kwargs["is_answer"] = labels != -100
@@ -377,13 +420,17 @@ class BitNetForCausalLM(_TernaryModel, hf.BitNetForCausalLM):
             mask = model_kwargs.get("attention_mask")
             columns = generation_config._mask_length if mask is None else mask.shape[1]
             model_kwargs["prompt_len"] = columns
+        plan_length(cast("Any", self.base_model).rotary_emb, generation_config, model_kwargs)
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         assistant = kwargs.get("assistant_model")
+        unknown: list[str] = []  # arguments that another model does not know
         if assistant is not None and getattr(assistant, "attention_plan", None) is None:
-            own = ("prompt_len", "global_tokens")  # another model does not know them
-            model_kwargs = kwargs["model_kwargs"]
-            kwargs["model_kwargs"] = {n: v for n, v in model_kwargs.items() if n not in own}
+            unknown += ["prompt_len", "global_tokens"]
+        if assistant is not None and not depends_on_length(assistant):
+            unknown.append("context_length")
+        model_kwargs = kwargs["model_kwargs"]
+        kwargs["model_kwargs"] = {n: v for n, v in model_kwargs.items() if n not in unknown}
         return super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]
 
 

@@ -12,6 +12,7 @@ from transformers.masking_utils import create_causal_mask
 from bitnet_triton.attention import AttentionPlan, hub
 from bitnet_triton.attention.tokens import Tokens
 from bitnet_triton.cache import Call, GrowingLayer, Memory, begin_call
+from bitnet_triton.models.rotary import Frequencies
 
 
 def describe_call(
@@ -23,6 +24,7 @@ def describe_call(
     *,
     prompt_len: int | Tensor | None,
     is_answer: Tensor | None,
+    chosen: Frequencies | None = None,
 ) -> tuple[Any, Tensor | None, dict[str, Any]]:
     """Describe a call to the attention layers, and to the cache.
 
@@ -34,6 +36,7 @@ def describe_call(
         cache: the cache of the call, or None.
         prompt_len: as the model got it.
         is_answer: bool [B T], tokens with labels; None: there are no labels.
+        chosen: frequencies of this call, where they depend on the length of a text.
 
     Returns:
         The mask, the positions, and further arguments for the attention layers.
@@ -52,11 +55,16 @@ def describe_call(
     leftpad = mask.leftpad if isinstance(mask, Tokens) else None
     offset = 0 if cache is None else cache.get_seq_length()
     prompt_len = resolve_prompt_len(prompt_len, is_answer, mask, B, offset)
-    frequencies = model.rotary_emb.inv_freq
+    frequencies, rotary_scale = model.rotary_emb.inv_freq, model.rotary_emb.attention_scaling
+    if chosen is not None:
+        check_positions_of_texts(plan, model.rotary_emb.rope_type)
+        # modes that rotate by themselves refuse rows that turn differently
+        frequencies, rotary_scale = chosen.shared()
     more: dict[str, Any] = {
-        "prompt_len": prompt_len, "frequencies": frequencies,
-        "rotary_scale": model.rotary_emb.attention_scaling,
-    }  # fmt: skip
+        "prompt_len": prompt_len,
+        "frequencies": frequencies,
+        "rotary_scale": rotary_scale,
+    }
     shift = None
     if cache is not None:
         call = Call(offset, leftpad, frequencies=frequencies, prompt_len=prompt_len)
@@ -139,6 +147,16 @@ def build_cache(plan: AttentionPlan | None, layers: int, offloading: bool = Fals
         GrowingLayer() if plan is None else plan.memory(i) for i in range(layers)
     ]
     return Cache(memories, offloading=offloading)
+
+
+def check_positions_of_texts(plan: AttentionPlan, rope_type: str) -> None:
+    """Raise where positions say nothing about the length of a text, on which frequencies depend."""
+    for mode in plan:
+        if mode.counts_positions:
+            raise ValueError(
+                f"`attention`: {mode.name!r} counts positions itself, and rope type {rope_type!r} "
+                "chooses frequencies by the length of a text"
+            )
 
 
 def check_no_plan_arguments(**arguments: Any) -> None:

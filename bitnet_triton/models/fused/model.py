@@ -94,7 +94,7 @@ def _is_plain(model: FusedModel, kwargs: dict[str, Any]) -> bool:
     if config.output_attentions or config.output_hidden_states or not config.return_dict:
         return False
     for name, value in kwargs.items():
-        if name in ("cache_position", "prompt_len"):
+        if name in ("cache_position", "prompt_len", "context_length"):
             continue
         if not (value is None or value is (name == "return_dict")):
             return False

@@ -8,6 +8,7 @@ layers drop what has left a window.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from operator import is_
@@ -23,8 +24,12 @@ from bitnet_triton.kernels.rms_norm.op import NORM_FWD
 from bitnet_triton.models.fused.changes import Changes
 from bitnet_triton.models.fused.fusion import Launchers, has_global_hooks, is_changed
 from bitnet_triton.models.fused.layer import FusedDecoderLayer
+from bitnet_triton.models.rotary import Frequencies
 from bitnet_triton.runtime import backend_objection, capture, forced_backend, select
 from bitnet_triton.runtime.device import autocast_dtype
+
+# Angles are there from the start for so many; beyond, for twice as many as there are
+_POSITIONS = 32768
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +42,7 @@ class RecordedStep:
         places: int32 [rows B] on the CPU, what the memories tell, group below group.
         rows: of each layer, which rows of ``places`` are those of its memory.
         last_position: the largest one that is read, in the rotary embedding.
+        frequencies: by which the cache is turned, where they had to be chosen.
     """
 
     modes: tuple[Mode, ...]
@@ -44,6 +50,7 @@ class RecordedStep:
     places: Tensor
     rows: tuple[slice, ...]
     last_position: int
+    frequencies: Frequencies | None
 
     @classmethod
     def build(
@@ -52,6 +59,7 @@ class RecordedStep:
         memories: Sequence[Memory],
         modes: tuple[Mode, ...],
         addresses: list[tuple[Tensor, ...]],
+        frequencies: Frequencies | None,
         pinned: bool,
     ) -> RecordedStep:
         """Ask the memories for their places, once where several would tell the same."""
@@ -72,7 +80,8 @@ class RecordedStep:
         # pinned, a GPU reads them by itself: nothing waits
         places = torch.empty((count, B), dtype=torch.int32, pin_memory=pinned)
         torch.cat(list(parts.values()), out=places)
-        return cls(modes, addresses, places, tuple([starts[key] for key in keys]), last)
+        rows = tuple([starts[key] for key in keys])
+        return cls(modes, addresses, places, rows, last, frequencies)
 
 
 class Recording:
@@ -96,9 +105,12 @@ class Recording:
         norm = model.norm.weight
         self._places = step.places.to(norm.device, copy=True)
         self._hidden = norm.new_zeros((step.places.shape[-1], norm.shape[0]))
-        self._positions = max(2 * step.last_position, model.config.max_position_embeddings)
+        self._positions = max(
+            2 * step.last_position, min(model.config.max_position_embeddings, _POSITIONS)
+        )
         every = torch.arange(self._positions, device=norm.device)[None]
-        cos, sin = model.rotary_emb(norm, every)
+        with nullcontext() if step.frequencies is None else step.frequencies.in_use():
+            cos, sin = model.rotary_emb(norm, every)
         self._angles = cos[0], sin[0]
         if norm.device.type != "cpu":
             # kernels are compiled and loaded outside of a capture. What this writes into the cache
@@ -135,6 +147,7 @@ class Recording:
             step.places.shape == self._places.shape
             and step.rows == mine.rows
             and step.modes == mine.modes
+            and step.frequencies is mine.frequencies
             and step.last_position < self._positions
             and same_tensors(step.addresses, mine.addresses)
         )

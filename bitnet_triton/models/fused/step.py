@@ -28,6 +28,7 @@ from bitnet_triton.models.fused.recording import (
     layer_indices,
     same_tensors,
 )
+from bitnet_triton.models.rotary import Frequencies, frequencies_of
 
 logger = logging.getLogger("bitnet_triton")
 
@@ -83,12 +84,16 @@ class DecodeSteps:
                 return None
             plan: AttentionPlan | None = getattr(model.layers[0].self_attn, "attention_plan", None)
             modes = self._modes(model, plan, indices, memories, prompt_len)
-            if modes is None:
+            if modes is None or not self._turns_alike(model, cache):
                 return None
-            call = _describe(model, plan, attention_mask, position_ids, B, memories, prompt_len)
+            chosen = frequencies_of(cache)
+            call = _describe(
+                model, plan, attention_mask, position_ids, B, memories, prompt_len,
+                model.rotary_emb.inv_freq if chosen is None else chosen.inv_freq,
+            )  # fmt: skip
             if call is None:
                 return None
-            return self._run(model, input_ids, call, memories, modes)
+            return self._run(model, input_ids, call, memories, modes, chosen)
         finally:
             self._lock.release()
 
@@ -106,6 +111,7 @@ class DecodeSteps:
         call: Call,
         memories: list[Memory],
         modes: tuple[Mode, ...],
+        frequencies: Frequencies | None,
     ) -> Tensor | None:
         recording = self.recording
         steps: list[Step] = []
@@ -121,7 +127,7 @@ class DecodeSteps:
         self._addresses = addresses
         if not in_place:  # beams move it in every step: no recording would last
             return None
-        step = RecordedStep.build(call, memories, modes, addresses, input_ids.is_cuda)
+        step = RecordedStep.build(call, memories, modes, addresses, frequencies, input_ids.is_cuda)
         if recording is None or not recording.fits(step):
             launchers = launchers_of(model)
             found = steps or self._steps(model, memories, modes)
@@ -142,10 +148,6 @@ class DecodeSteps:
         prompt_len: int | Tensor | None,
     ) -> tuple[Mode, ...] | None:
         """Return which mode reads the new token in each layer; None where none is recorded."""
-        rope = model.rotary_emb.rope_type
-        if rope not in _STATIC_ROPE:
-            self._tell(model, f"rotary embedding {rope!r} turns a position by more than one angle")
-            return None
         if plan is None:
             return (_FULL,) * len(indices)
         # the longest prompt of the batch: its row is the last to be generated
@@ -154,6 +156,17 @@ class DecodeSteps:
             return None
         phase = "prefill" if first is None else "decode"
         return tuple([plan.mode(index, phase) for index in indices])
+
+    def _turns_alike(self, model: Any, cache: Cache) -> bool:
+        """Tell whether one table has the angles of all rows, up to the new token."""
+        rope, chosen = model.rotary_emb.rope_type, frequencies_of(cache)
+        if rope in _STATIC_ROPE:
+            return True
+        if chosen is None or chosen.inv_freq.ndim > 1:
+            self._tell(model, f"rotary embedding {rope!r} turns a position by more than one angle")
+            return False
+        # beyond what they were chosen for the model says what is wrong
+        return chosen.columns is None or cache.get_seq_length() < chosen.columns
 
     def _steps(
         self, model: Any, memories: list[Memory], modes: tuple[Mode, ...]
@@ -219,6 +232,7 @@ def _describe(
     B: int,
     memories: list[Memory],
     prompt_len: int | Tensor | None,
+    frequencies: Tensor,
 ) -> Call | None:
     """Describe a step to the memories; None where padding to the left and positions are not all."""
     columns = memories[0].get_seq_length()
@@ -236,7 +250,7 @@ def _describe(
             return None
         position = position_ids[:, 0]
     leftpad = None if padding is None else padding.int()
-    call = Call(columns, leftpad, position, model.rotary_emb.inv_freq, prompt_len)
+    call = Call(columns, leftpad, position, frequencies, prompt_len)
     shift = begin_call(memories, call)
     if plan is None or not plan.counts_positions:
         return call
