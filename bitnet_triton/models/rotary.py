@@ -190,6 +190,11 @@ def frequencies_of(cache: Cache | None) -> Frequencies | None:
     return found if isinstance(found, Frequencies) else None
 
 
+def keep_frequencies(cache: Cache, chosen: Frequencies) -> None:
+    """Let the keys of an empty cache be turned by ``chosen``."""
+    cache._frequencies = chosen  # type: ignore[attr-defined]
+
+
 def bind(rotary: Any, cache: Cache | None) -> None:
     """Take note that the keys of a cache are turned by ``rotary``; refuse those that are not.
 
@@ -251,7 +256,7 @@ def chosen_frequencies(
         return rotary.choose(lengths)
     columns = int((rotary.last_position(lengths) + padding).min())
     chosen = rotary.choose(lengths, columns if columns < _UNBOUNDED else None)
-    cache._frequencies = chosen  # type: ignore[attr-defined]
+    keep_frequencies(cache, chosen)
     return chosen
 
 

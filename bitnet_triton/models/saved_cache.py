@@ -17,6 +17,7 @@ from bitnet_triton.attention import AttentionPlan
 from bitnet_triton.cache import Memory
 from bitnet_triton.errors import CheckpointError
 from bitnet_triton.models.bitnet.planned import build_cache
+from bitnet_triton.models.rotary import frequencies_of, keep_frequencies
 
 _FORMAT = "bitnet_triton cache 1"
 
@@ -45,7 +46,10 @@ def save_cache(model: Any, cache: Cache, path: str | os.PathLike) -> None:
         # what is shared would be refused, and files want it in one piece
         tensors |= {f"{index}.{name}": t.detach().clone() for name, t in told.items()}
     tensors = {name: t.contiguous().cpu() for name, t in tensors.items()}
-    about = {"model": _digest_of_model(model), "attention": _attention(model), "layers": layers}
+    about = {
+        "model": _digest_of_model(model), "attention": _attention(model), "layers": layers,
+        "lengths": _lengths(cache),
+    }  # fmt: skip
     text = json.dumps(about)
     metadata = {"format": _FORMAT, "about": text, "digest": _digest(tensors, text)}
     save_file(tensors, os.fspath(path), metadata=metadata)
@@ -84,7 +88,17 @@ def load_cache(model: Any, path: str | os.PathLike) -> Cache:
     _check(parts, model, path)
     for layer, part in zip(cast("list[Memory]", cache.layers), parts):
         layer.restore({name: t.to(model.device) for name, t in part.items()})
+    if about["lengths"] is not None:
+        lengths, columns = about["lengths"]
+        rotary = model.base_model.rotary_emb
+        keep_frequencies(cache, rotary.choose(torch.tensor(lengths), columns))
     return cache
+
+
+def _lengths(cache: Cache) -> tuple[list[int], int | None] | None:
+    """Return for how long texts the keys are rotated, where that was chosen."""
+    found = frequencies_of(cache)
+    return None if found is None else (list(found.lengths), found.columns)
 
 
 def _read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:

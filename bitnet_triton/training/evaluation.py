@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from bitnet_triton.attention import hub
 from bitnet_triton.models import BitNetConfig, BitNetForCausalLM
+from bitnet_triton.models.extend import METHODS, extend_context
 from bitnet_triton.training.answers import QUESTIONS, ask, batches, make_prompts
 from bitnet_triton.training.footprint import measure_footprint
 from bitnet_triton.training.perplexity import bits, windows
@@ -138,11 +139,14 @@ def load(folder: str, setting: Setting, *, fuse: bool = False) -> Any:
         changed["attn_implementation"] = (
             hub.NAME
         )  # which is watched; with a plan it is the only one
-    if setting.rope:
+    rope = dict(setting.rope)
+    method = rope.pop("rope_type", None)
+    if rope and method not in METHODS:  # nothing is rescaled: other parameters as they are
         known: Any = BitNetConfig.from_pretrained(folder).rope_parameters
         changed["rope_parameters"] = {**known, **setting.rope}
     try:
-        return BitNetForCausalLM.from_pretrained(folder, fuse=fuse, **changed).eval()
+        model = BitNetForCausalLM.from_pretrained(folder, fuse=fuse, **changed).eval()
+        return extend_context(model, method=method, **rope) if method in METHODS else model
     except (TypeError, ValueError, KeyError) as error:
         raise ValueError(f"`settings`: {setting.name!r}: {error}") from error
 

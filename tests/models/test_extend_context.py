@@ -173,6 +173,21 @@ def test_a_cache_is_refused_beyond_what_it_was_made_for(method):
         model(draw(1, 3 * TRAINED), past_key_values=cache)  # empty again: another choice
 
 
+@pytest.mark.parametrize("method", BY_LENGTH)
+def test_a_cache_in_a_file_remembers_its_choice(method, tmp_path):
+    model, ids = extended(method), draw(1, 12)
+    with torch.no_grad():
+        cache = model(ids, use_cache=True, context_length=40).past_key_values
+        bt.save_cache(model, cache, tmp_path / "cache.safetensors")
+        again = bt.load_cache(model, tmp_path / "cache.safetensors")
+        new = draw(1, 20)
+        expected = model(new, past_key_values=cache).logits
+        torch.testing.assert_close(model(new, past_key_values=again).logits, expected)
+        if method != "longrope":
+            with pytest.raises(ValueError, match="up to 40 columns"):
+                model(draw(1, 9), past_key_values=again)
+
+
 @pytest.mark.parametrize("attention", [None, "full"])
 def test_a_live_cache_is_refused_after_a_change(attention):
     model = dense_model(attention=attention)
