@@ -123,8 +123,10 @@ class RotaryEmbedding(hf.BitNetRotaryEmbedding):
             inv_freq, scale = chosen.inv_freq, chosen.scale
         angles = position_ids[..., None].double() * inv_freq.to(x.device).double()
         angles = torch.remainder(angles, 2 * math.pi).float()
-        cos, sin = (angles.cos() * scale).to(x.dtype), (angles.sin() * scale).to(x.dtype)
-        return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
+        parts = (angles.cos() * scale, angles.sin() * scale)
+        # autocast joins no halves of another kind than its own: join, then cast
+        cos, sin = (torch.cat((part, part), dim=-1).to(x.dtype) for part in parts)
+        return cos, sin
 
     def choose(self, lengths: Tensor, columns: int | None = None) -> Frequencies:
         """Return the frequencies for texts of some lengths.
