@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from bitnet_triton.models.rotary import depends_on_length
 from bitnet_triton.training.settings import CACHES
 from bitnet_triton.training.tasks import Prompt, Task, TextTokens, build
 from bitnet_triton.training.tasks.words import Names
@@ -98,10 +99,12 @@ def ask(
     ids = torch.tensor([prompt.context for prompt in prompts], device=device)
     made = CACHES[cache](model, len(prompts[0]))
     kwargs: dict[str, Any] = {} if made is None else {"past_key_values": made}
+    if depends_on_length(model):  # all turns stand in one cache
+        kwargs["context_length"] = len(prompts[0])
     if question == "decode":
         with torch.inference_mode():
             output = model(ids, use_cache=True, logits_to_keep=1, **kwargs)
-        kwargs = {"past_key_values": output.past_key_values}
+        kwargs["past_key_values"] = output.past_key_values
         if model.attention_plan is not None:
             kwargs["prompt_len"] = ids.shape[1]
     answers: list[list[Answer]] = [[] for _ in prompts]

@@ -22,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from bitnet_triton.attention import Reads, hub
 from bitnet_triton.cache import Memory
 from bitnet_triton.cache.memory import tensors_in
+from bitnet_triton.models.rotary import depends_on_length
 
 _TRIED = 32  # keys of a layer that are made the best one, to estimate how many are scored
 _SPREAD = 60.0  # of the scores of a query, in nats
@@ -63,7 +64,10 @@ def measure_footprint(model: Any, ids: Tensor, cache: Any = None) -> Footprint:
     T = ids.shape[1]
     phase = {} if model.attention_plan is None else {"prompt_len": T - 1}
     with torch.no_grad():
-        output = model(ids[:, :-2], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        known = {"context_length": ids.shape[1]} if depends_on_length(model) else {}
+        output = model(
+            ids[:, :-2], past_key_values=cache, use_cache=True, logits_to_keep=1, **known
+        )
         cache = output.past_key_values
         with _counting() as prompt:
             model(ids[:, -2:-1], past_key_values=cache, use_cache=True)

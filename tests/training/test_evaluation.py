@@ -219,6 +219,14 @@ def test_a_name_on_the_hub_is_downloaded(monkeypatch):
     assert "*.safetensors" in patterns
 
 
+def test_turns_of_one_text_fit_into_a_cache_of_chosen_frequencies():
+    settings = [
+        parse_setting("full", rope="dynamic_yarn:factor=2,original_max_position_embeddings=100")
+    ]
+    report = bt.evaluate(bt.RECALL_MODEL, ["recall"], settings=settings, **QUICK)
+    assert report.scores[settings[0].name]["recall"][256].answers == 48
+
+
 def test_rope_may_take_a_model_beyond_its_length():
     far = [parse_setting("full", rope="linear:factor=2")]
     job = evaluation.Job(

@@ -50,7 +50,7 @@ class RecordedStep:
     places: Tensor
     rows: tuple[slice, ...]
     last_position: int
-    frequencies: Frequencies | None
+    frequencies: Frequencies | None = None
 
     @classmethod
     def build(
@@ -59,8 +59,8 @@ class RecordedStep:
         memories: Sequence[Memory],
         modes: tuple[Mode, ...],
         addresses: list[tuple[Tensor, ...]],
-        frequencies: Frequencies | None,
         pinned: bool,
+        frequencies: Frequencies | None = None,
     ) -> RecordedStep:
         """Ask the memories for their places, once where several would tell the same."""
         # numbers of one memory say nothing about another that tells other places

@@ -127,7 +127,7 @@ class DecodeSteps:
         self._addresses = addresses
         if not in_place:  # beams move it in every step: no recording would last
             return None
-        step = RecordedStep.build(call, memories, modes, addresses, frequencies, input_ids.is_cuda)
+        step = RecordedStep.build(call, memories, modes, addresses, input_ids.is_cuda, frequencies)
         if recording is None or not recording.fits(step):
             launchers = launchers_of(model)
             found = steps or self._steps(model, memories, modes)
