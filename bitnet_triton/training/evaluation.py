@@ -141,14 +141,16 @@ def load(folder: str, setting: Setting, *, fuse: bool = False) -> Any:
         )  # which is watched; with a plan it is the only one
     rope = dict(setting.rope)
     method = rope.pop("rope_type", None)
-    if rope and method not in METHODS:  # nothing is rescaled: other parameters as they are
+    if setting.rope and method not in METHODS:  # nothing is rescaled: other parameters as they are
         known: Any = BitNetConfig.from_pretrained(folder).rope_parameters
         changed["rope_parameters"] = {**known, **setting.rope}
     try:
         model = BitNetForCausalLM.from_pretrained(folder, fuse=fuse, **changed).eval()
         return extend_context(model, method=method, **rope) if method in METHODS else model
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"`settings`: {setting.name!r}: {error}") from error
+    except KeyError as error:  # of transformers' rope functions, which take their fields unchecked
+        raise ValueError(f"`settings`: {setting.name!r}: {error} is missing") from error
 
 
 def _setting(value: Setting | str) -> Setting:

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers.cache_utils import DynamicCache, StaticCache
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from bitnet_triton.attention.registry import MODES
 from bitnet_triton.attention.swaa import PRESETS
+from bitnet_triton.models.extend import METHODS
 
 # Name -> what makes an empty cache for so many tokens; None: what the attention asks for
 CACHES: dict[str, Callable[[Any, int], Any]] = {
@@ -41,6 +43,13 @@ class Setting:
     def __post_init__(self) -> None:
         if self.cache not in CACHES:
             raise ValueError(f"`cache`: expected one of {', '.join(CACHES)}, got {self.cache!r}")
+        kind = self.rope.get("rope_type", "default")
+        known = list(dict.fromkeys(["default", *METHODS, *ROPE_INIT_FUNCTIONS]))
+        if kind not in known:
+            raise ValueError(f"`rope`: expected one of {', '.join(known)}, got {kind!r}")
+        factor = self.rope.get("factor", 1.0)
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or factor <= 0:
+            raise ValueError(f"`rope`: 'factor': expected a positive number, got {factor!r}")
 
     def to_data(self) -> dict[str, Any]:
         """Return plain data."""

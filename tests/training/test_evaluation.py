@@ -159,6 +159,10 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
             {"settings": [Setting("odd", {"mode": "longformer", "window": [4, 5, 6]})]},
             "'window': expected one number or",
         ),
+        (
+            {"settings": [Setting("far", rope={"rope_type": "llama3"})]},
+            "'far': 'factor' is missing",
+        ),
         ({"settings": ["full", "full"]}, "`settings`: expected different names"),
         ({"settings": [{"full": 1}]}, "`settings`: expected"),
         ({"question": "both"}, "`question`: expected prompt or decode, got 'both'"),
@@ -265,6 +269,18 @@ def test_settings_combine():
 def test_a_broken_setting_is_refused(text):
     with pytest.raises(ValueError, match="`attention`: expected"):
         parse_setting(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("yran:factor=2", "`rope`: expected one of default, .*yarn.*, got 'yran'"),
+        ("yarn:factor=two", "`rope`: 'factor': expected a positive number, got 'two'"),
+    ],
+)
+def test_a_rope_that_no_model_has_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_setting("full", rope=text)
 
 
 def test_an_unknown_cache_is_refused():
