@@ -93,13 +93,19 @@ def _costs(make: Any, report: Report) -> Any:
         for x, y, _ in points:
             axis.plot([x], [y], "o", color="tab:blue", alpha=0.7)
         # the highest of points first: a label stands above all that it joins
-        for (x, y), numbers in labels(sorted(points, key=lambda p: -p[1]), scale).items():
-            text = textwrap.fill(ranges(sorted(map(int, numbers))), 22)
+        found = labels(sorted(points, key=lambda p: -p[1]), scale)
+        wide = max((x for x, _ in found), default=0) - min((x for x, _ in found), default=0)
+        for (x, y), numbers in found.items():
+            style: dict[str, Any] = {"rotation": 90, "xytext": (0, 5), "ha": "center"}
+            if axis is right:  # points stand above each other: beside them, where there is room
+                room = all(not 0 < a - x < 0.06 * wide or abs(b - y) > 0.06 for a, b in found)
+                style = {"xytext": (6 if room else -6, 0), "ha": "left" if room else "right"}
             axis.annotate(
-                text, (x, y), fontsize=7, rotation=90, xytext=(0, 5), textcoords="offset points",
-                ha="center", va="bottom",
+                textwrap.fill(ranges(sorted(map(int, numbers))), 8 if axis is right else 22),
+                (x, y), fontsize=7, textcoords="offset points",
+                va="center" if axis is right else "bottom", **style,
             )  # fmt: skip
-        axis.margins(x=0.1)  # room for labels of several lines at the edges
+        axis.margins(x=0.18)  # room for labels of several lines at the edges
     left.set_xscale("log", base=2)
     who = "the last token of a prompt" if of_prompt else "a generated token"
     left.set_xlabel(f"keys that {who} reads (mean over layers and heads)")
