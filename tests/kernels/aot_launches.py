@@ -31,6 +31,9 @@ from bitnet_triton.kernels.int8_linear.forward import (
 )
 from bitnet_triton.kernels.linear_attention import launch as linear_launch
 from bitnet_triton.kernels.linear_attention.decode import launch_decode as launch_linear_decode
+from bitnet_triton.kernels.lsh_attention import backward as bucket_backward
+from bitnet_triton.kernels.lsh_attention.arguments import BucketCall
+from bitnet_triton.kernels.lsh_attention.forward import launch_forward as launch_bucket_forward
 from bitnet_triton.kernels.lsh_sampling.build import launch_build
 from bitnet_triton.kernels.lsh_sampling.gather import Angles, Parts, Rows, launch_gather
 from bitnet_triton.kernels.lsh_sampling.hash import (
@@ -229,6 +232,14 @@ def launch_chosen_blocks(D, dtype, group):
     )
 
 
+def launch_buckets(D, dtype, T=4096, H=4, rounds=2):
+    """Start the kernels of attention inside of buckets, forward and backward."""
+    qk, inverse = meta(1, T, H, D, dtype=dtype), meta(1, H, T)
+    call = BucketCall(*(meta(rounds, 1, H, T, dtype=I32) for _ in range(4)), True, D**-0.5)
+    out, lse = launch_bucket_forward(qk, qk, inverse, call)
+    bucket_backward.launch_backward(out, qk, qk, inverse, out, lse, call)
+
+
 def launch_sampling(D, dtype, T=4096, H=20, Hk=5, bits=10, tables=148):
     """Start the kernels of attention by sampling: tables, and a step with each way to share."""
     q, k = meta(1, 1, H, D, dtype=dtype), meta(1, T, Hk, D, dtype=dtype)
@@ -334,6 +345,7 @@ def record_all():
             launch_exact_attention(D, dtype, Mask(sinks=4))
             launch_choice_of_blocks(D, dtype)
             launch_chosen_blocks(D, dtype, group=4)
+            launch_buckets(D, dtype)
             launch_sampling(D, dtype)
             launch_native_sparse(D, dtype, group=4)
         for D, dtype, of_channels in (

@@ -67,6 +67,7 @@ FLOAT_PRODUCTS = (
     "exact_attention_fwd", "exact_attention_bwd_dq",
     "exact_attention_bwd_dkdv", "exact_attention_select", "top_blocks_fwd",
     "lsh_gather", "verified_draw",
+    "lsh_attention_fwd", "lsh_attention_bwd_dq", "lsh_attention_bwd_dkdv",
     "selected_blocks_fwd_rows", "selected_blocks_bwd_dq_rows", "selected_blocks_bwd_dkdv",
     "compressed_attention_fwd", "compressed_attention_bwd_dq", "compressed_attention_bwd_dkdv",
     "compressed_attention_decode",

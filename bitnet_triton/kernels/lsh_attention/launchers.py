@@ -11,7 +11,7 @@ from bitnet_triton.kernels.flash_attention.launchers import LARGEST_HEAD, inner_
 from bitnet_triton.kernels.lsh_attention.arguments import BucketCall
 from bitnet_triton.kernels.lsh_attention.reference import union_attention, unit_keys
 from bitnet_triton.runtime import Implementation
-from bitnet_triton.runtime.autotune import has_tiles
+from bitnet_triton.runtime.device import smallest_dot
 
 # pairs at a time: what the formula takes does not grow with the square of the length
 _PAIRS = 2**24
@@ -95,10 +95,11 @@ def _triton_bwd(
 
 
 def _triton_objection(qk: Tensor, v: Tensor) -> str | None:
-    if not has_tiles("lsh_attention_fwd", qk.device):
-        return "it has no tiles for GPUs yet"
-    widest = max(qk.shape[-1], v.shape[-1])
-    return None if widest <= LARGEST_HEAD else f"heads have at most {LARGEST_HEAD} values"
+    widest, largest = max(qk.shape[-1], v.shape[-1]), LARGEST_HEAD
+    if qk.dtype == torch.float32 and smallest_dot(qk.device) > 1:
+        # products of float32 run in registers there, and larger heads do not fit into them
+        largest //= 2
+    return None if widest <= largest else f"heads have at most {largest} values"
 
 
 BUCKET_FWD = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bitnet_triton.runtime.autotune import ANY, Table, register_tiles
+from bitnet_triton.runtime.autotune import ANY, FLOAT32, Table, Tiles, register_tiles
 
 CPU: Table = {
     "lsh_attention_fwd": {ANY: {"BLOCK_M": 64, "BLOCK_N": 64}},
@@ -11,5 +11,20 @@ CPU: Table = {
     "lsh_attention_bwd_rows": {ANY: {"BLOCK_M": 16}},
 }
 
-# none for GPUs yet: the sets that were tried spill on one target or another
-register_tiles(cpu=CPU)
+_TILES: dict[int, Tiles] = {  # the size of a head, and FLOAT32 more of float32, here and below
+    128: {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
+    256: {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
+    # others spill on one target or another
+    FLOAT32 + 64: {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
+    FLOAT32 + 128: {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1},
+}
+
+GPU: Table = {
+    "lsh_attention_fwd": _TILES | {FLOAT32 + 64: {**_TILES[FLOAT32 + 64], "num_warps": 4}},
+    "lsh_attention_bwd_dq": _TILES
+    | {64: {**_TILES[128], "BLOCK_M": 16}, 256: {**_TILES[256], "BLOCK_N": 16}},
+    "lsh_attention_bwd_dkdv": _TILES | {64: _TILES[128], 128: {**_TILES[128], "BLOCK_M": 16}},
+    "lsh_attention_bwd_rows": {ANY: {"BLOCK_M": 16, "num_warps": 4}},
+}
+
+register_tiles(cpu=CPU, gpu=GPU)
