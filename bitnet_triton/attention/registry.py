@@ -17,6 +17,8 @@ from bitnet_triton.attention.modes.lsh_sampling import LshSampling
 from bitnet_triton.attention.modes.native_sparse import NativeSparse
 from bitnet_triton.attention.modes.pooled_blocks import PooledBlocks
 from bitnet_triton.attention.modes.quest import Quest
+from bitnet_triton.attention.modes.reformer import Reformer
+from bitnet_triton.attention.modes.routing import Routing
 from bitnet_triton.attention.modes.sliding import Sliding
 from bitnet_triton.attention.modes.streaming import Streaming
 from bitnet_triton.attention.modes.strided import Strided
@@ -84,6 +86,8 @@ for _name, _kind in {
     "indexed_blocks": IndexedBlocks,
     "quest": Quest,
     "native_sparse": NativeSparse,
+    "reformer": Reformer,
+    "routing": Routing,
 }.items():
     register_mode(_name, _kind)
 

@@ -15,6 +15,8 @@ from bitnet_triton.attention.modes.lsh_sampling import LshSampling
 from bitnet_triton.attention.modes.native_sparse import NativeSparse
 from bitnet_triton.attention.modes.pooled_blocks import PooledBlocks
 from bitnet_triton.attention.modes.quest import Quest
+from bitnet_triton.attention.modes.reformer import Reformer
+from bitnet_triton.attention.modes.routing import Routing
 from bitnet_triton.attention.modes.sliding import Sliding
 from bitnet_triton.attention.modes.streaming import Streaming
 from bitnet_triton.attention.modes.strided import Strided
@@ -41,6 +43,8 @@ WINDOW_4 = {"mode": "sliding", "window": 4, "sinks": 1}
         ({"mode": "pooled_blocks", "block": 8}, [PooledBlocks(8)], [PooledBlocks(8)]),
         ({"mode": "indexed_blocks", "block": 8}, [IndexedBlocks(8)], [IndexedBlocks(8)]),
         ({"mode": "quest", "page": 8, "budget": 64}, [Quest(8, 64)], [Quest(8, 64)]),
+        ({"mode": "reformer", "rounds": 2}, [Reformer(2)], [Reformer(2)]),
+        ({"mode": "routing", "clusters": 8}, [Routing(8)], [Routing(8)]),
         ({"mode": "lsh_sampling", "tables": 9}, [LshSampling(10, 9)], [LshSampling(10, 9)]),
         (
             {"mode": "verified_sampling", "delta": 0.1},
