@@ -12,6 +12,7 @@ from bitnet_triton.nn.head import (
 )
 from bitnet_triton.nn.merged import MergedLinears
 from bitnet_triton.nn.norm import RMSNorm
+from bitnet_triton.nn.reversible import ReversibleStack
 
 __all__ = [
     "BitLinear",
@@ -22,6 +23,7 @@ __all__ = [
     "PackedBitLinear",
     "Performer",
     "RMSNorm",
+    "ReversibleStack",
     "count_packed",
     "elu_plus_one",
     "quantize_head",
