@@ -114,6 +114,14 @@ class AttentionContext:
     def is_generated(self, q: Tensor) -> Tensor:
         """Return bool [B or 1, Tq]: which queries of q [B Tq H D] were generated."""
         assert self.prompt_len is not None
+        starts = self.tokens.cu_seqlens
+        if starts is not None:  # a prompt's length counts from where its sequence starts
+            tokens = torch.arange(q.shape[0] * q.shape[1], device=q.device)
+            sequence = torch.bucketize(tokens, starts[1:], right=True)
+            length = self.prompt_len
+            if isinstance(length, Tensor):
+                length = length[sequence]
+            return (tokens - starts[sequence] >= length).view(q.shape[:2])
         columns = torch.arange(q.shape[1], device=q.device) + self.tokens.offset
         if isinstance(self.prompt_len, Tensor):
             return columns >= self.prompt_len[:, None]

@@ -51,11 +51,6 @@ def run_plan(
         return run(mode)
     if decode.sees_everything and prefill.takes_dense_rows:
         return run(prefill, dense_from=context.first_generated())
-    if context.tokens.cu_seqlens is not None:
-        raise ValueError(
-            "`prompt_len`: packed sequences take modes that differ by phase only where generated "
-            "tokens see everything"
-        )
     is_generated = context.is_generated(q)[..., None, None]
     return torch.where(is_generated, run(decode), run(prefill))
 

@@ -1,7 +1,23 @@
-"""Above the models: tasks that need a far context, and what a model makes of them."""
+"""Above the models: parts for trainers, tasks that need a far context, and evaluation."""
 
+from bitnet_triton.training.checkpoints import SafeCheckpoints, last_checkpoint
 from bitnet_triton.training.evaluation import evaluate
+from bitnet_triton.training.monitor import TernaryMonitor
+from bitnet_triton.training.packing import PackingCollator, pack_rows
+from bitnet_triton.training.recipe import TwoStages
 from bitnet_triton.training.results import Report
 from bitnet_triton.training.settings import Setting, combine, parse_setting
 
-__all__ = ["Report", "Setting", "combine", "evaluate", "parse_setting"]
+__all__ = [
+    "PackingCollator",
+    "Report",
+    "SafeCheckpoints",
+    "Setting",
+    "TernaryMonitor",
+    "TwoStages",
+    "combine",
+    "evaluate",
+    "last_checkpoint",
+    "pack_rows",
+    "parse_setting",
+]

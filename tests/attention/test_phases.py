@@ -118,23 +118,17 @@ def test_layers_have_their_own_modes(heads):
         assert torch.equal(run_plan(plan, None, q, k, v, context), mode(q, k, v, context))
 
 
+@pytest.mark.parametrize("name", ["swaa", "full, then sliding"])
 @pytest.mark.parametrize("given", [3, torch.tensor([3, 0, 9])], ids=["one", "each"])
-def test_packed_sequences_have_their_prompts(given, heads):
+def test_packed_sequences_have_their_prompts(given, name, heads):
+    plan = {"swaa": SWAA, **PLANS}[name]
     q, k, v = heads(T)
     starts = [0, 5, T, 2 * T]
     tokens = Tokens(cu_seqlens=torch.tensor(starts).int())
-    y = run_plan(SWAA, None, q, k, v, AttentionContext(0, 0.25, tokens, prompt_len=given)).flatten(
-        0, 1
-    )
+    context = AttentionContext(0, 0.25, tokens, prompt_len=given)
+    y = run_plan(plan, None, q, k, v, context).flatten(0, 1)
     for i, (start, end) in enumerate(pairwise(starts)):
         part = [t.flatten(0, 1)[None, start:end] for t in (q, k, v)]
         own = given if isinstance(given, int) else int(given[i])
-        alone = run_plan(SWAA, None, *part, AttentionContext(0, 0.25, prompt_len=own))
+        alone = run_plan(plan, None, *part, AttentionContext(0, 0.25, prompt_len=own))
         torch.testing.assert_close(y[None, start:end], alone)
-
-
-def test_packed_sequences_with_two_modes_are_refused(heads):
-    tokens = Tokens(cu_seqlens=torch.tensor([0, 5, 2 * T]).int())
-    context = AttentionContext(0, 0.25, tokens, prompt_len=3)
-    with pytest.raises(ValueError, match="`prompt_len`: packed sequences take modes that differ"):
-        run_plan(PLANS["full, then sliding"], None, *heads(T), context)
