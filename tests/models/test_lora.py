@@ -279,3 +279,46 @@ def test_generation_with_adapters_is_that_of_unfused_layers(checkpoint, log):
     assert not torch.equal(written[True], written[True, "base"])
     (line,) = log()
     assert "self_attn.q_proj: it has adapters" in line
+
+
+@pytest.mark.usefixtures("default_backend")
+def test_disabled_adapters_leave_the_recorded_steps_of_the_base(checkpoint, token_ids):
+    base = bt.BitNetForCausalLM.from_pretrained(checkpoint("packed"))
+    plain = copy.deepcopy(base)
+    model = randomised(peft.get_peft_model(base, config())).eval()
+
+    def step(one, cache):
+        with torch.inference_mode():
+            out = one(torch.tensor([[7]]), past_key_values=cache, use_cache=True)
+        return out.logits
+
+    def prompt(one):
+        with torch.inference_mode():
+            return one(TEXT, use_cache=True).past_key_values
+
+    with model.disable_adapter():
+        cache, wanted = prompt(base), prompt(plain)
+        for _ in range(3):
+            assert torch.equal(step(base, cache), step(plain, wanted))
+        assert base.model.decode_steps.recording is not None
+    adapted = step(base, cache)
+    assert not torch.allclose(adapted, step(plain, wanted), atol=1e-3)
+    assert base.model.decode_steps.recording is None
+    with model.disable_adapter():
+        for _ in range(3):
+            step(base, cache)
+        assert base.model.decode_steps.recording is not None
+
+
+def test_a_graph_of_disabled_adapters_is_left_when_they_are_enabled(checkpoint, error):
+    base = bt.BitNetForCausalLM.from_pretrained(checkpoint("packed"))
+    model = randomised(peft.get_peft_model(base, config(["up_proj"])), std=0.5).eval()
+    compiled = torch.compile(base, backend="eager")
+    with torch.no_grad():
+        expected = model(TEXT, use_cache=False).logits
+        with model.disable_adapter():
+            without = model(TEXT, use_cache=False).logits
+            assert error(compiled(TEXT, use_cache=False).logits, without) < 2e-2
+        assert error(without, expected) > 5e-2
+        assert error(compiled(TEXT, use_cache=False).logits, expected) < 2e-2
+    torch.compiler.reset()

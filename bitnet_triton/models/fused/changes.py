@@ -4,9 +4,9 @@ A fused layer and a recorded step stand for modules that a user may change at an
 read of them once, they read again when this says so:
 
 - **before every step**: another module, parameter or buffer in a slot, another class, a hook, a
-  forward on an instance (accelerate's too), training, parameters that have moved, and writes to
-  what is copied (scales, angles), if not through ``.data``. That is one list compared without
-  Python in between;
+  forward on an instance (accelerate's too), training, whether adapters of peft are disabled,
+  parameters that have moved, and writes to what is copied (scales, angles), if not through
+  ``.data``. That is one list compared without Python in between;
 - **before every prompt**, and before the first step of a text, all of that and every attribute of
   every module (``variance_epsilon``, ``scaling``, ``layer_idx``), and the memory of every tensor
   (``.data = new``).
@@ -59,6 +59,9 @@ class Changes:
         # of the others nobody asks whether they are trained
         parents = [m for m in modules[1:] if m._modules or m in top]
         self._parent_attributes = [module.__dict__ for module in parents]
+        self._adapter_attributes = [
+            module.__dict__ for module in modules if "_disable_adapters" in module.__dict__
+        ]
         self._below = modules[1:]
         self._below_attributes = [module.__dict__ for module in self._below]
         self._attributes = [dict(module.__dict__) for module in self._below]
@@ -89,6 +92,7 @@ class Changes:
         return (
             list(map(type, self._below)),
             [each["training"] for each in self._parent_attributes],
+            [each["_disable_adapters"] for each in self._adapter_attributes],
             list(map(contains, self._below_attributes, repeat("forward"))),  # accelerate's too
             list(map(tuple, self._hooks)) if any(self._hooks) else [],  # a key is given only once
             list(map(_version, self._copied)),

@@ -143,7 +143,7 @@ def _objection_to_linears(layer: nn.Module) -> str | None:
     for name, linear in _linears(layer):
         is_packed = isinstance(linear, PackedBitLinear)
         if hasattr(linear, "base_layer"):
-            return f"{name}: it has adapters, which run beside it"
+            return f"{name}: it has adapters, which run beside it unless they are disabled"
         if not is_packed or type(linear).forward is not PackedBitLinear.forward:
             return f"{name}: expected packed ternary weights, got {type(linear).__name__}"
         if linear.bias is not None:
@@ -170,7 +170,14 @@ def _linears(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for parent in ("self_attn", "mlp"):
         for name, module in layer.get_submodule(parent).named_children():
             if name.endswith("_proj"):
-                yield f"{parent}.{name}", module
+                yield f"{parent}.{name}", _base(module)
+
+
+def _base(linear: Any) -> Any:
+    """Return the linear below adapters of peft that are disabled: it is all that peft runs then."""
+    while getattr(linear, "disable_adapters", False) and not linear.merged:
+        linear = linear.base_layer
+    return linear
 
 
 class Norm:
@@ -220,16 +227,18 @@ class Fusion:
             if module is not layer
             for hooks in (module._forward_pre_hooks, module._forward_hooks)
         ]
+        self._disabled = [m for m in layer.modules() if getattr(m, "disable_adapters", False)]
         self._launchers: dict[Any, Launchers] = {}
         self._changes: Changes | None = Changes(layer)
 
     def _read_parts(self, layer: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.attention, former = attention, self.__dict__
-        self.qkv = _merged(former.get("qkv"), attention.q_proj, attention.k_proj, attention.v_proj)
-        self.o = _merged(former.get("o"), attention.o_proj)
-        self.gate_up = _merged(former.get("gate_up"), mlp.gate_proj, mlp.up_proj)
-        self.down = _merged(former.get("down"), mlp.down_proj)
+        qkv = attention.q_proj, attention.k_proj, attention.v_proj
+        self.qkv = _merged(former.get("qkv"), *map(_base, qkv))
+        self.o = _merged(former.get("o"), _base(attention.o_proj))
+        self.gate_up = _merged(former.get("gate_up"), _base(mlp.gate_proj), _base(mlp.up_proj))
+        self.down = _merged(former.get("down"), _base(mlp.down_proj))
         self.input_norm = Norm(layer.input_layernorm)
         self.mlp_norm = Norm(layer.post_attention_layernorm)
         self.attention_norm = self.down_norm = None
@@ -277,6 +286,8 @@ class Fusion:
             or dtype != self.input_norm.weight.dtype
             or has_global_hooks()
             or (self._is_hooked and self._is_watched(kwargs))
+            # a graph looks for no changes: it is traced again when these are enabled
+            or not all(adapter.disable_adapters for adapter in self._disabled)
         )
 
     def run(
