@@ -2,6 +2,10 @@
 
 import functools
 import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -305,3 +309,29 @@ def test_nothing_gives_nothing(device, backend):
         out = lsh_attention(x, x, rounds=2, buckets=4, window=3)
         out.sum().backward()
         assert out.shape == x.grad.shape == shape
+
+
+GROWTH = r"""
+import json, re, torch; torch.set_num_threads(1)
+from bitnet_triton.kernels import lsh_attention
+
+def held(T):
+    qk, v = (torch.randn(1, T, 2, 32, requires_grad=True) for _ in range(2))
+    lsh_attention(qk, v, rounds=2, buckets=max(T // 64, 4), window=128).sum().backward()
+    # ru_maxrss would begin with that of the process which has started this one
+    return int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
+
+first = held(512)
+print(json.dumps([held(T) - first for T in (16384, 65536)]))
+"""
+
+
+@pytest.mark.backends("triton")
+def test_memory_is_linear_in_the_length(device, backend):
+    """Of the whole process, forward and backward; 4.2 was seen, an exponent of 1.0."""
+    if device != "cpu" or not Path("/proc/self/status").exists():
+        pytest.skip("it is the memory of the process that is measured, as Linux tells it")
+    command = [sys.executable, "-c", GROWTH]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    short, long = json.loads(output)
+    assert 2.8 < long / short < 6.0  # 16 for what grows with the square
