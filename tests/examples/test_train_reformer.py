@@ -17,6 +17,7 @@ def script():
     return module
 
 
+@pytest.mark.slow
 def test_a_short_copy_is_learned(script, capsys):
     arguments = "--length 7 --symbols 5 --width 64 --heads 2 --window 4 --lr 0.02 --steps 120"
     results = script.main([*arguments.split(), "--rounds", "2"])
