@@ -18,12 +18,13 @@ from bitnet_triton.models.rotary import BY_LENGTH, DYNAMIC_YARN
 Model = TypeVar("Model", bound=nn.Module)
 Parameters = dict[str, Any]
 
+FACTOR = 4
 _YARN_OPTIONS = ("attention_factor", "beta_fast", "beta_slow", "truncate")
 
 
 def extend_context(
     model: Model,
-    factor: float = 4,
+    factor: float = FACTOR,
     method: str = "yarn",
     *,
     original_max_position_embeddings: int | None = None,

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from bitnet_triton.attention import hub
 from bitnet_triton.models import BitNetConfig, BitNetForCausalLM
-from bitnet_triton.models.extend import METHODS, extend_context
+from bitnet_triton.models.extend import FACTOR, METHODS, extend_context
 from bitnet_triton.training.answers import QUESTIONS, ask, batches, make_prompts
 from bitnet_triton.training.footprint import measure_footprint
 from bitnet_triton.training.perplexity import bits, windows
@@ -166,7 +166,8 @@ def _check(job: Job) -> TextTokens:
     """Refuse what the model cannot be measured with, and try each setting on a short text."""
     config = BitNetConfig.from_pretrained(job.folder)
     for setting in job.settings:
-        longest = config.max_position_embeddings * max(1, setting.rope.get("factor", 1))
+        unsaid = FACTOR if setting.rope.get("rope_type") in METHODS else 1
+        longest = config.max_position_embeddings * max(1, setting.rope.get("factor", unsaid))
         for length in job.lengths:
             if length > longest:
                 raise ValueError(

@@ -237,6 +237,8 @@ def test_rope_may_take_a_model_beyond_its_length():
         str(bt.RECALL_MODEL), ["passkey"], [8192], [0.5], far, 1, 0, "prompt", False
     )  # fmt: skip
     evaluation._check(job)
+    yarn = [parse_setting("full", rope="yarn")]  # by 4, if nobody says how much
+    evaluation._check(dataclasses.replace(job, settings=yarn, lengths=[8192]))
     with pytest.raises(ValueError, match="expected at most 4096 tokens, got 8192"):
         evaluation._check(dataclasses.replace(job, settings=[parse_setting("full")]))
 
