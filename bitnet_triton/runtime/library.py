@@ -85,7 +85,15 @@ def register_op(
         # as the dispatcher does: a backward that saved the tensor then notices the change
         for place in mutated:
             torch.autograd.graph.increment_version(args[place])
-        return plain(*args)
+        try:
+            return plain(*args)
+        except RuntimeError as error:  # of a batch of vmap: a kernel asks for memory, it has none
+            if not any(map(_is_mapped, args)):
+                raise
+            raise ValueError(
+                f"`{name}`: expected no torch.vmap around it, put the batch into the first "
+                "dimension of its tensors"
+            ) from error
 
     return call
 
@@ -119,6 +127,10 @@ def _resolved(signature: inspect.Signature, hints: dict[str, Any]) -> inspect.Si
     """Return a signature with types in place of their names."""
     parameters = [p.replace(annotation=hints[p.name]) for p in signature.parameters.values()]
     return inspect.Signature(parameters, return_annotation=hints.get("return"))
+
+
+def _is_mapped(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and torch._C._functorch.is_batchedtensor(value)
 
 
 def _is_watched() -> bool:

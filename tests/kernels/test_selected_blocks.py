@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 
+from bitnet_triton import use_backend
 from bitnet_triton.kernels import flash_attention, selected_block_attention
 from bitnet_triton.kernels.flash_attention.mask import Mask
 from bitnet_triton.kernels.flash_attention.reference import (
@@ -456,3 +457,9 @@ def test_a_recorded_step_reads_lengths_and_choice_from_memory(S, groups, device,
             assert torch.equal(lse[row].isfinite().cpu(), seen)
             near = {"atol": 4e-6, "rtol": 1e-6}
             torch.testing.assert_close(lse[row].cpu().double()[seen], exact_lse[0][seen], **near)
+
+
+def test_vmap_is_refused_by_name():
+    q, indices = torch.randn(3, 1, 4, 2, 16), torch.zeros(3, 1, 4, 2, 1, dtype=torch.int32)
+    with use_backend("triton"), pytest.raises(ValueError, match=r"expected no torch\.vmap"):
+        torch.vmap(lambda q, i: selected_block_attention(q, q, q, i, block=4))(q, indices)

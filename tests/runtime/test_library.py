@@ -160,3 +160,18 @@ def test_a_tracer_gets_the_parts_of_a_bundle(offset):
     expected = (x + 1) * 2 + (0 if offset is None else 1) - 1
     assert torch.equal(compiled(x), expected)
     assert torch.equal(op(x + 1, 2.0, [offset]) - 1, expected)
+
+
+def test_vmap_is_refused_by_name():
+    """What it hands over has no memory, for which a kernel asks."""
+    at = register_op("test_address", _address, _fake)
+    with pytest.raises(ValueError, match=r"`test_address`: expected no torch\.vmap around it"):
+        torch.vmap(lambda x: at(x, 1))(torch.randn(2, 3))
+    with pytest.raises(RuntimeError, match="another error"):
+        at(torch.randn(0), 1)
+
+
+def _address(x: Tensor, times: int) -> Tensor:
+    if not x.numel():
+        raise RuntimeError("another error")
+    return x * (x.data_ptr() > 0) * times
