@@ -58,7 +58,9 @@ def build(source: str, name: str, *flags: str) -> bytes:
     parts = (source, flags, headers_identity(), tools.identity, compat.version())
     key = hashlib.sha256(repr(parts).encode()).hexdigest()
     assert len(key) == _KEY_LENGTH
-    with cache.locked(key[0]):
+    if (known := _cached(key)) is not None:
+        return known  # and wait for nobody who compiles another kernel
+    with cache.locked(key[:2]):
         return _cached(key) or _compile(tools, source, name, key, flags).read_bytes()
 
 
