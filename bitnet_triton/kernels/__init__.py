@@ -1,5 +1,7 @@
 """WHAT is computed: the public ops."""
 
+from bitnet_triton.kernels.attention_mass import attention_mass
+from bitnet_triton.kernels.attention_mass.op import MASS_FWD
 from bitnet_triton.kernels.bit_linear import bit_linear
 from bitnet_triton.kernels.bit_linear.launchers import BIT_BWD_DWEIGHT, BIT_BWD_DX, BIT_FWD
 from bitnet_triton.kernels.dense_linear import dense_linear, dense_linear_topk
@@ -87,6 +89,7 @@ IMPLEMENTATIONS = {
     "bit_linear_bwd_dweight": BIT_BWD_DWEIGHT,
     "flash_attention": ATTENTION_FWD,
     "flash_attention_bwd": ATTENTION_BWD,
+    "attention_mass": MASS_FWD,
     "lsh_hash": HASH,
     "lsh_build": BUILD,
     "lsh_sampling": SAMPLING,
@@ -121,6 +124,7 @@ __all__ = [
     "TernaryWeight",
     "Units",
     "apply_rotary",
+    "attention_mass",
     "bit_linear",
     "bucket_attention",
     "compress_blocks",

@@ -7,6 +7,7 @@ import functools
 import torch
 
 from bitnet_triton.kernels import Mask, SparseBlocks
+from bitnet_triton.kernels.attention_mass.forward import launch_mass
 from bitnet_triton.kernels.bit_linear.backward import (
     launch_bit_linear_bwd_dweight,
     launch_bit_linear_bwd_dx,
@@ -171,6 +172,7 @@ def launch_attention(D, dtype, mask, softcap=None):
     call = Call(mask, D**-0.5, softcap)
     out, lse = launch_forward(q, k, k, call)
     launch_backward(out, None, q, k, k, out, lse, call)
+    launch_mass(q, k, lse, call)
     launch_decode(q[:, :1], k, k, mask=Mask(window=1024, sinks=4), scale=D**-0.5)
     launch_decode_patterns(q[:, :1], k, meta(4096, D, dtype=dtype))
 

@@ -85,20 +85,20 @@ def triton_objection(q: Tensor, v: Tensor, call: Call) -> str | None:
     return None if widest <= largest else f"heads have at most {largest} values"
 
 
-def _sequences(call: Call) -> Iterator[tuple[slice, slice, dict[str, Any]]]:
+def sequences_of(call: Call) -> Iterator[tuple[slice, slice, dict[str, Any]]]:
     """Yield the queries, the keys and the settings of each packed sequence."""
     assert call.cu_seqlens_q is not None
     assert call.cu_seqlens_k is not None
     ends_q, ends_k = call.cu_seqlens_q.tolist(), call.cu_seqlens_k.tolist()
     for b, (q0, q1, k0, k1) in enumerate(zip(ends_q, ends_q[1:], ends_k, ends_k[1:])):
-        settings = _settings(call) | {"mask": call.mask.of_row(b, k0, k1)}
+        settings = settings_of(call) | {"mask": call.mask.of_row(b, k0, k1)}
         for name in ("seqused_q", "seqused_k"):
             used = getattr(call, name)
             settings[name] = None if used is None else used[b : b + 1]
         yield slice(q0, q1), slice(k0, k1), settings
 
 
-def _settings(call: Call) -> dict[str, Any]:
+def settings_of(call: Call) -> dict[str, Any]:
     names = ("mask", "scale", "softcap", "leftpad_k", "seqused_q", "seqused_k")
     return {name: getattr(call, name) for name in names}
 
@@ -109,11 +109,11 @@ def reference_fwd(
     """Attend by the formula, sequence by sequence where they are packed."""
     wide = (q.float(), k.float(), v.float())
     if call.cu_seqlens_q is None:
-        out, lse = attention_reference(*wide, **_settings(call), select=select)
+        out, lse = attention_reference(*wide, **settings_of(call), select=select)
         return out.to(q.dtype), lse
     T, H = q.shape[:2]
     out, lse = q.new_zeros(T, H, v.shape[-1]), q.new_zeros(H, T, dtype=torch.float32)
-    for i, j, settings in _sequences(call):
+    for i, j, settings in sequences_of(call):
         parts = (wide[0][None, i], wide[1][None, j], wide[2][None, j])
         part, part_lse = attention_reference(*parts, **settings, select=select)
         out[i], lse[:, i] = part[0].to(q.dtype), part_lse[0]
@@ -129,11 +129,11 @@ def reference_bwd(
     if call.cu_seqlens_q is None:
         results = (out.float(), lse)
         dq, dk, dv = attention_backward_reference(
-            dout.float(), dlse, *wide, results, **_settings(call), select=select
+            dout.float(), dlse, *wide, results, **settings_of(call), select=select
         )
         return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for i, j, settings in _sequences(call):
+    for i, j, settings in sequences_of(call):
         parts = (wide[0][None, i], wide[1][None, j], wide[2][None, j])
         part_dlse = None if dlse is None else dlse[None, :, i]
         results = (out.float()[None, i], lse[None, :, i])
