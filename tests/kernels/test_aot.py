@@ -64,7 +64,7 @@ FLOAT_PRODUCTS = (
     "ternary_linear_bwd", "bit_linear_bwd_dx", "bit_linear_bwd_dweight", "flash_attention_fwd",
     "flash_attention_bwd_dq", "flash_attention_bwd_dkdv", "flash_attention_decode",
     "flash_attention_decode_pattern",
-    "exact_attention_fwd", "exact_attention_bwd_dq",
+    "attention_mass_fwd", "exact_attention_fwd", "exact_attention_bwd_dq",
     "exact_attention_bwd_dkdv", "exact_attention_select", "top_blocks_fwd",
     "lsh_gather", "verified_draw",
     "lsh_attention_fwd", "lsh_attention_bwd_dq", "lsh_attention_bwd_dkdv",

@@ -99,6 +99,7 @@ def sequences_of(call: Call) -> Iterator[tuple[slice, slice, dict[str, Any]]]:
 
 
 def settings_of(call: Call) -> dict[str, Any]:
+    """Return what the references take of a call that is not packed."""
     names = ("mask", "scale", "softcap", "leftpad_k", "seqused_q", "seqused_k")
     return {name: getattr(call, name) for name in names}
 
