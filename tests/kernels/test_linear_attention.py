@@ -297,7 +297,9 @@ def test_normalised_weights_sum_to_one(form, device, backend):
     eager = run(reference(normalize=True), inputs, dout, dstate, torch.float32)
     compare(got, exact, eager, inputs)
     assert not got["out"][0, 3].any()
+    # every channel of a key counts: a query that weighs anything weighs its own token
     ones = on_device | {"v": torch.ones_like(on_device["v"]), "initial_state": None}
+    ones["k"] = on_device["k"] + 0.01
     q = on_device["q"].sum(-1)
     out, _ = ours(normalize=True)(ones)
     torch.testing.assert_close(out[q > 0], torch.ones_like(out[q > 0]))
