@@ -3,20 +3,24 @@
 Model, texts and tasks are those of ``train_recall.py`` beside this file; attention has three
 branches with keys and values of their own. Afterwards held-out questions are asked, and for each
 layer the table says how far its gates are open and how often the block in which the answer stands
-is among those that it chose.
+is among those that it chose. Twins with full attention, or with the window alone, start from the
+same weights and read the same texts.
 
     python examples/train_nsa.py train --output runs/nsa
     python examples/train_nsa.py look runs/nsa --length 2048
+    python examples/train_nsa.py train --output runs/dense --attention full
+    python examples/train_nsa.py compare runs/dense runs/nsa
 """
 
 from __future__ import annotations
 
+import json
 import random
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -34,21 +38,49 @@ sys.path.insert(0, str(Path(__file__).parent))
 import train_recall as recall
 
 LOG_EVERY = 25
-# blocks for texts of some thousand tokens: a sixteenth of the paper's window
+TEXT_WEIGHT = 0.1  # of the loss on text beside answers
+# for texts of some thousand tokens: a sixteenth of the paper's window, blocks a quarter as long
 SPARSE = {
-    "mode": "native_sparse", "block": 16, "stride": 8, "selection": 32, "selected": 8,
+    "mode": "native_sparse", "block": 8, "stride": 4, "selection": 16, "selected": 16,
     "initial": 1, "local": 2, "window": 32, "compression": "weights", "shared_kv": False,
 }  # fmt: skip
+
+# twins by name: what replaces it, with nothing else changed
+ATTENTION: dict[str, dict[str, Any]] = {
+    "native_sparse": SPARSE,
+    "full": {"mode": "full"},
+    "window": {"mode": "sliding", "window": SPARSE["window"]},
+}
+# the longest text by the share of steps that are done: not by what is right, so that twins read
+# the same texts
+LENGTHS = ((0.0, 512), (0.15, 1024), (0.35, 2048))
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 console = Console()
 
 
-def new_model(preset: recall.Preset) -> bt.BitNetForCausalLM:
-    """Build the recall model with its head start, and give it sparse attention."""
+def new_model(preset: recall.Preset, attention: str) -> bt.BitNetForCausalLM:
+    """Build the recall model with its head start, and give it the attention of a twin."""
     model = recall.new_model(preset)
     recall.head_start(model)
-    return bt.set_attention(model, SPARSE)
+    bt.set_attention(model, ATTENTION[attention])
+    if attention == "native_sparse":
+        open_gates(model)
+    return model
+
+
+@torch.no_grad()
+def open_gates(model: bt.BitNetForCausalLM) -> None:
+    """Let the heads of the head start begin with the branch that has what they look for.
+
+    The token before is in the window, an earlier occurrence of a word among the chosen blocks. A
+    softmax over keys without it weighs them all the same, and adds noise of the same size, which
+    full attention does not have.
+    """
+    for number, layer in enumerate(model.model.layers):
+        bias = layer.self_attn.native_sparse.gates.bias.unflatten(0, (-1, 3))
+        begun = 2 if number == 0 else len(bias) // number  # heads, as in `head_start`
+        bias[:begun] = torch.tensor([-4.0, -2.0, 2.0] if number == 0 else [-2.0, 2.0, -2.0])
 
 
 @dataclass
@@ -144,33 +176,44 @@ def tell(
 @app.command()
 def train(
     output: Annotated[Path, typer.Option(help="Folder for model, log and tokenizer.")],
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 600,
-    decay: Annotated[int, typer.Option(help="Last steps, in which the rate falls to 0.")] = 150,
+    attention: Annotated[
+        str, typer.Option(help="`native_sparse`, or a twin's: `full` or `window`.")
+    ] = "native_sparse",
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 1000,
+    decay: Annotated[int, typer.Option(help="Last steps, in which the rate falls to 0.")] = 300,
     seed: Annotated[int, typer.Option(help="Of weights and texts.")] = 0,
     length: Annotated[int, typer.Option(help="Tokens of the questions at the end.")] = 1024,
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
 ) -> None:
     """Train, save, and print where the model looks.
 
     Example: python examples/train_nsa.py train --output runs/nsa
     """
+    if attention not in ATTENTION:
+        raise typer.BadParameter(f"attention: expected one of {', '.join(ATTENTION)}")
     output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     AutoTokenizer.from_pretrained(bt.RECALL_MODEL).save_pretrained(output)
     tokenizer = AutoTokenizer.from_pretrained(output)
     tokens, sizes = TextTokens(tokenizer, held_out=False), recall.PRESETS["cpu"]
-    model = new_model(sizes).to("cuda" if torch.cuda.is_available() else "cpu")
+    model = new_model(sizes, attention).to("cuda" if torch.cuda.is_available() else "cpu")
     training = recall.Training(model, sizes.rate, sizes.start)
+    if resume:
+        training.load(output)
     log = recall.Log(output / "log.jsonl")
     while training.step < steps:
         training.set_rate(steps, decay)
+        training.longest = max(most for at, most in LENGTHS if training.step >= at * steps)
         rng = random.Random(f"{seed}:{training.step}")
         row = recall.make_row(rng, tokens, training.longest, max(training.longest, sizes.row))
-        log.add(len(row.ids), *training.learn(row, 0.1))
+        log.add(len(row.ids), *training.learn(row, TEXT_WEIGHT))
         if training.step % LOG_EVERY == 0 or training.step == steps:
             training.seconds += log.seconds
-            training.grow(log.write(training))
-    training.save(output)
-    tell(model.eval(), TextTokens(tokenizer), length, questions=16)
+            log.write(training)
+        if training.step % recall.SAVE_EVERY == 0 or training.step == steps:
+            training.save(output)
+    if attention == "native_sparse":
+        tell(model.eval(), TextTokens(tokenizer), length, questions=16)
 
 
 @app.command("look")
@@ -185,6 +228,62 @@ def look_again(
     """
     loaded = bt.BitNetForCausalLM.from_pretrained(model, fuse=False)
     tell(loaded, TextTokens(AutoTokenizer.from_pretrained(model)), length, questions)
+
+
+@torch.no_grad()
+def held_out(model: bt.BitNetForCausalLM, rows: int, seed: int = 1) -> tuple[float, float]:
+    """Return nats a token of answers and of text, on held-out rows as long as those of training."""
+    tokens = TextTokens(AutoTokenizer.from_pretrained(model.config.name_or_path))
+    longest = LENGTHS[-1][1]
+    total, count = torch.zeros(3), torch.zeros(3)
+    for number in range(rows):
+        row = recall.make_row(random.Random(f"held out:{seed}:{number}"), tokens, longest, longest)
+        ids, kind = torch.tensor([row.ids]), torch.tensor(row.kind)[1:]
+        logits = model(ids, position_ids=torch.tensor([row.places]), use_cache=False).logits
+        lost = torch.nn.functional.cross_entropy(
+            logits[0, :-1].float(), ids[0, 1:], reduction="none"
+        )
+        total.index_add_(0, kind, lost)
+        count += kind.bincount(minlength=3)
+    _, text, answers = (total / count).tolist()
+    return answers, text
+
+
+@app.command()
+def compare(
+    models: Annotated[list[Path], typer.Argument(help="What `train` has saved, dense first.")],
+    rows: Annotated[int, typer.Option(help="Held-out rows of 2048 tokens for the losses.")] = 64,
+    samples: Annotated[int, typer.Option(help="Prompts of each task.")] = 50,
+    length: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 2048,
+    output: Annotated[Path | None, typer.Option(help="File for the numbers, JSON.")] = None,
+) -> None:
+    """Print held-out losses, and accuracy by task and depth, of twins.
+
+    The mixed loss is what training minimises: answers, and a tenth of the text.
+
+    Example: python examples/train_nsa.py compare runs/dense runs/nsa runs/window
+    """
+    tasks = ["passkey", "needle", "needles", "recall", "tracking", "copy"]
+    table = Table("", "answers", "text", "mixed", *tasks, title=f"{length} tokens, accuracy in %")
+    found: dict[str, Any] = {}
+    for folder in models:
+        answers, text = held_out(
+            bt.BitNetForCausalLM.from_pretrained(folder, fuse=False).eval(), rows
+        )
+        report = bt.evaluate(str(folder), tasks, [length], samples=samples, seed=1, text=False)
+        (scores,) = report.scores.values()
+        right = {task: scores[task][length] for task in tasks}
+        found[folder.name] = {
+            "answers": answers, "text": text, "mixed": answers + TEXT_WEIGHT * text,
+            "accuracy": {task: score.mean for task, score in right.items()},
+            "recall_by_depth": right["recall"].by_depth,
+        }  # fmt: skip
+        losses = (found[folder.name][part] for part in ("answers", "text", "mixed"))
+        shares = (f"{100 * score.mean:.1f}" for score in right.values())
+        table.add_row(folder.name, *(f"{loss:.3f}" for loss in losses), *shares)
+    console.print(table)
+    if output is not None:
+        output.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def test_trains_and_tells_where_it_looks(script, tmp_path):
 
 def test_it_tells_the_blocks_that_the_mode_reads(script, monkeypatch):
     torch.manual_seed(0)
-    model = script.new_model(script.recall.PRESETS["cpu"]).eval()
+    model = script.new_model(script.recall.PRESETS["cpu"], "native_sparse").eval()
     tokens = TextTokens(AutoTokenizer.from_pretrained(bt.RECALL_MODEL))
     ids, read = script.ask(script.random.Random(0), tokens, 400).context, []
     attend = native_sparse.native_sparse_attention
@@ -63,3 +63,21 @@ def test_it_tells_the_blocks_that_the_mode_reads(script, monkeypatch):
     assert [sight.blocks for sight in sights] == read
     assert script.picture({0, 3}, 5, 3) == "█··◆·"
     assert script.picture({0, 3}, 5, 2) == "█·◇█·"
+
+
+@pytest.mark.slow
+def test_twins_are_compared_on_the_same_texts(script, tmp_path):
+    for name in ("full", "window"):
+        folder = tmp_path / name
+        command = ["train", "--output", str(folder), "--steps", "2", "--attention", name]
+        assert runner.invoke(script.app, command, catch_exceptions=False).exit_code == 0
+    command = ["compare", *(str(tmp_path / name) for name in ("full", "window", "full"))]
+    command += ["--rows", "2", "--samples", "2", "--length", "256"]
+    command += ["--output", str(tmp_path / "found.json")]
+    result = runner.invoke(script.app, command, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "found.json").read_text())
+    full, window = found["full"], found["window"]
+    assert full["mixed"] == pytest.approx(full["answers"] + 0.1 * full["text"])
+    assert full["answers"] < window["answers"]  # the head start alone copies, without a window
+    assert full["accuracy"]["recall"] > window["accuracy"]["recall"]
