@@ -145,7 +145,8 @@ def tell(
     model: bt.BitNetForCausalLM, tokens: TextTokens, length: int, questions: int
 ) -> list[float]:
     """Print a table of gates and of answers among the chosen blocks; return the latter by layer."""
-    layers, size = len(model.model.layers), SPARSE["selection"]
+    layers = len(model.model.layers)
+    size = model.attention_plan.mode(0, "prefill").blocks.selection
     found, gates = [0.0] * layers, torch.zeros(layers, 3)
     lines: list[str] = []
     for number in range(questions):
