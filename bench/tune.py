@@ -98,8 +98,14 @@ def neighbours(tiles: Tiles, device: torch.device) -> Iterator[Tiles]:
         else:
             values, low, high = (value // 2, value * 2), least, 2**16
         for other in values:
-            if low <= other <= high:
-                yield {**tiles, name: other}
+            if low <= other <= high and _is_possible(found := {**tiles, name: other}):
+                yield found
+
+
+def _is_possible(tiles: Tiles) -> bool:
+    """Tell whether a tile of the two largest sizes has no more values than Triton lets one have."""
+    *_, second, first = [1, 1, *sorted(v for n, v in tiles.items() if n.startswith("BLOCK"))]
+    return first * second <= 2**20
 
 
 def tune(job: Job, settings: Settings, tell: Tell = lambda _: None) -> Outcome:

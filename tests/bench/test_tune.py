@@ -66,6 +66,10 @@ def test_neighbours_halve_and_double_one_size_and_stay_in_bounds():
         {**tiles, "BLOCK_M": 32}, {**tiles, "num_warps": 8}, {**tiles, "num_stages": 2},
     ]  # fmt: skip
     assert {t["BLOCK_M"] for t in neighbours({"BLOCK_M": 16}, CPU)} == {8, 32}
+    # Triton refuses tiles of more than 2^20 values
+    largest = {"BLOCK_R": 64, "BLOCK_K": 16384}
+    found = [{**largest, "BLOCK_R": 32}, {**largest, "BLOCK_K": 8192}]
+    assert list(neighbours(largest, CPU)) == found
 
 
 @needs_triton
