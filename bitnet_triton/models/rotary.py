@@ -243,15 +243,7 @@ def chosen_frequencies(
     held = 0 if cache is None else int(cache.get_seq_length())
     if held:
         return _kept(cache, held + T, context_length)
-    padding: Tensor | int = 0
-    if position_ids is None:
-        lengths = torch.full((B,), T)  # padding takes positions then
-    else:
-        positions = position_ids.expand(B, T)
-        if isinstance(attention_mask, Tensor) and attention_mask.shape == (B, T):
-            positions = positions.masked_fill(attention_mask == 0, 0)
-            padding = (attention_mask == 0).sum(-1).cpu()
-        lengths = text_lengths(positions).cpu()
+    lengths, padding = _told_lengths(attention_mask, position_ids, B, T)
     if context_length is not None:
         lengths = _checked_length(context_length, lengths, B)
     if cache is None:
@@ -260,6 +252,25 @@ def chosen_frequencies(
     chosen = rotary.choose(lengths, columns if columns < _UNBOUNDED else None)
     keep_frequencies(cache, chosen)
     return chosen
+
+
+def _told_lengths(
+    attention_mask: Any, position_ids: Tensor | None, B: int, T: int
+) -> tuple[Tensor, Tensor | int]:
+    """Return the lengths of texts, [B] or [B T], and the padding of rows, all without padding."""
+    is_token: Tensor | None = None
+    if isinstance(attention_mask, Tensor) and attention_mask.shape == (B, T):
+        is_token = attention_mask.cpu() != 0
+    padding = 0 if is_token is None else T - is_token.sum(-1)
+    if position_ids is None:
+        return torch.full((B,), T) - padding, padding
+    positions = position_ids.cpu().expand(B, T)
+    if is_token is not None:
+        # padding behind a text goes on with its last position, no text begins there
+        last = torch.arange(T).where(is_token, torch.zeros(())).long().cummax(-1).values
+        is_in_front = is_token.cumsum(-1) == 0
+        positions = positions.gather(-1, last).masked_fill(is_in_front, 0)
+    return text_lengths(positions), padding
 
 
 def _kept(cache: Any, columns: int, context_length: int | Tensor | None) -> Frequencies:

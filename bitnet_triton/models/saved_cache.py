@@ -17,7 +17,7 @@ from bitnet_triton.attention import AttentionPlan
 from bitnet_triton.cache import Memory
 from bitnet_triton.errors import CheckpointError
 from bitnet_triton.models.bitnet.planned import build_cache
-from bitnet_triton.models.rotary import frequencies_of, keep_frequencies
+from bitnet_triton.models.rotary import bind, frequencies_of, keep_frequencies
 
 _FORMAT = "bitnet_triton cache 1"
 
@@ -88,9 +88,10 @@ def load_cache(model: Any, path: str | os.PathLike) -> Cache:
     _check(parts, model, path)
     for layer, part in zip(cast("list[Memory]", cache.layers), parts):
         layer.restore({name: t.to(model.device) for name, t in part.items()})
+    rotary = model.base_model.rotary_emb
+    bind(rotary, cache)
     if about["lengths"] is not None:
         lengths, columns = about["lengths"]
-        rotary = model.base_model.rotary_emb
         keep_frequencies(cache, rotary.choose(torch.tensor(lengths), columns))
     return cache
 

@@ -63,8 +63,8 @@ class TwoStages:
         matrices = [p for p in trainable if p.ndim >= 2]
         vectors = [p for p in trainable if p.ndim < 2]
         groups = [
-            {"params": matrices, "weight_decay": self.decays[0]},
-            {"params": vectors, "weight_decay": 0.0},
+            {"params": matrices, "weight_decay": self.decays[0], "decays": True},
+            {"params": vectors, "weight_decay": 0.0, "decays": False},
         ]
         return AdamW([g for g in groups if g["params"]], lr=self.rates[0], betas=self.betas)
 
@@ -93,7 +93,8 @@ class TwoStageScheduler(LRScheduler):
     """Sets the learning rate and the weight decay of each step.
 
     Args:
-        optimizer: groups with a weight decay get that of the recipe, others stay without.
+        optimizer: all groups get the rate of the recipe; those with a weight decay get its decay,
+            others stay without.
         recipe: says when.
         steps: of the whole training.
     """
@@ -102,7 +103,8 @@ class TwoStageScheduler(LRScheduler):
         if steps < 1:
             raise ValueError(f"`steps`: expected at least 1, got {steps}")
         self.recipe, self.steps = recipe, steps
-        self.decayed = [group["weight_decay"] > 0 for group in optimizer.param_groups]
+        # a decay may be zero in one stage: groups of `TwoStages` say whether they have one at all
+        self.decayed = [g.get("decays", g["weight_decay"] > 0) for g in optimizer.param_groups]
         super().__init__(optimizer)
 
     def get_lr(self) -> list[float | torch.Tensor]:
@@ -114,5 +116,6 @@ class TwoStageScheduler(LRScheduler):
         return [rate for _ in self.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return how far it is; the recipe is the caller's, and plain data is safe to load."""
-        return {k: v for k, v in super().state_dict().items() if k != "recipe"}
+        """Return how far it is; what it is made of is the caller's, who may go on otherwise."""
+        own = ("recipe", "steps", "decayed")
+        return {k: v for k, v in super().state_dict().items() if k not in own}

@@ -127,6 +127,25 @@ def test_a_short_row_is_not_changed_by_a_long_neighbour(method):
         torch.testing.assert_close(both[1:], model(long).logits, atol=2e-5, rtol=2e-4)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("told", [True, False], ids=["positions", "no positions"])
+@pytest.mark.parametrize("method", BY_LENGTH)
+def test_padding_counts_for_nothing(method, told, side):
+    model, ids = extended(method), draw(2, 3 * TRAINED)
+    row = slice(0, 9) if side == "right" else slice(-9, None)
+    mask = torch.zeros_like(ids)
+    mask[0, row], mask[1] = 1, 1
+    given = {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)} if told else {}
+    with torch.no_grad():
+        both = model(ids, attention_mask=mask, **given).logits
+        alone = model(ids[:1, row]).logits
+    torch.testing.assert_close(both[:1, row], alone, atol=2e-5, rtol=2e-4)
+    if told and side == "right":  # positions that go on through the padding
+        with torch.no_grad():
+            both = model(ids, attention_mask=mask, position_ids=torch.arange(48)[None]).logits
+        torch.testing.assert_close(both[:1, row], alone, atol=2e-5, rtol=2e-4)
+
+
 @pytest.mark.parametrize("method", BY_LENGTH)
 def test_packed_texts_have_the_frequencies_of_their_own_lengths(method):
     model = extended(method, dense_model(attention="full"))
@@ -186,6 +205,10 @@ def test_a_cache_in_a_file_remembers_its_choice(method, tmp_path):
         if method != "longrope":
             with pytest.raises(ValueError, match="up to 40 columns"):
                 model(draw(1, 9), past_key_values=again)
+        stale = bt.load_cache(model, tmp_path / "cache.safetensors")
+        bt.extend_context(model, 8, "yarn")
+        with pytest.raises(ValueError, match="rotated for"):
+            model(new, past_key_values=stale)
 
 
 @pytest.mark.parametrize("attention", [None, "full"])

@@ -163,3 +163,20 @@ def test_a_prompt_that_is_given_ends_where_it_says(model):
         assert torch.equal(*batch.split(20, 1))
     assert torch.equal(by_label[:, :9], given[:, :9])
     assert not torch.allclose(by_label[:, 9:15], given[:, 9:15], atol=1e-3)
+
+
+def test_rows_that_trl_has_packed_are_taken_apart():
+    row = {"input_ids": [5, 6, 7, 8, 9, 10], "assistant_masks": [0, 1, 1, 0, 0, 1]}
+    batch = PackingCollator()([{**row, "seq_lengths": [3, 3]}])
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2]]
+    assert batch["labels"].tolist() == [[-100, 6, 7, -100, -100, 10]]
+    with pytest.raises(ValueError, match="`seq_lengths`: expected lengths that sum to 6"):
+        PackingCollator()([{**row, "seq_lengths": [3, 2]}])
+
+
+def test_padding_and_answers_that_nobody_tells_are_refused():
+    with pytest.raises(ValueError, match="`attention_mask`"):
+        PackingCollator()([{"input_ids": [5, 6, 0], "attention_mask": [1, 1, 0]}])
+    with pytest.raises(ValueError, match=r"`answers_only`.*remove_unused_columns"):
+        PackingCollator(answers_only=True)([{"input_ids": [5, 6]}])
+    PackingCollator(answers_only=True)([{"input_ids": [5, 6], "prompt_len": 1}])

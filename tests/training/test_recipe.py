@@ -82,3 +82,19 @@ def test_wrong_values_are_named(wrong, message):
         TwoStages(**wrong)
     with pytest.raises(ValueError, match="`steps`: expected at least 1, got 0"):
         TwoStages().create(torch.nn.Linear(2, 2), steps=0)
+
+
+def test_a_training_goes_on_with_another_number_of_steps_or_a_new_scheduler():
+    recipe = TwoStages(rates=(1.0, 0.5), decays=(0.0, 0.1), warm_up=0)
+    layer = torch.nn.Linear(2, 2)
+    optimizer, scheduler = recipe.create(layer, steps=4)
+    for _ in range(3):
+        optimizer.step()
+        scheduler.step()
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0.0]
+    longer = recipe.scheduler(recipe.optimizer(layer), 10)
+    longer.load_state_dict(scheduler.state_dict())
+    longer.optimizer.step()
+    longer.step()
+    assert longer.get_last_lr() == [pytest.approx(recipe.at(4, 10)[0])] * 2
+    assert [g["weight_decay"] for g in longer.optimizer.param_groups] == [0.0, 0.0]
