@@ -11,8 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from bitnet_triton.models.fuse import fuse_after_loading, unfuse
-from bitnet_triton.models.fused.layer import FusedDecoderLayer
+from bitnet_triton.models.fuse import unfused
 from bitnet_triton.models.rotary import BY_LENGTH, DYNAMIC_YARN
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -117,15 +116,12 @@ def _check_class(decoder: Any, rope_type: str) -> None:
 
 
 def _replace(model: nn.Module, decoder: Any, rotary: Any) -> None:
-    was_fused = any(isinstance(module, FusedDecoderLayer) for module in model.modules())
-    unfuse(model)  # recorded steps hold angles
-    use = getattr(decoder, "use_rotary", None) or getattr(model, "use_rotary", None)
-    if use is None:
-        decoder.rotary_emb = rotary
-    else:
-        use(rotary)
-    if was_fused:
-        fuse_after_loading(model)
+    with unfused(model):  # recorded steps hold angles
+        use = getattr(decoder, "use_rotary", None) or getattr(model, "use_rotary", None)
+        if use is None:
+            decoder.rotary_emb = rotary
+        else:
+            use(rotary)
 
 
 def _trained_length(config: Any, parameters: Mapping[str, Any]) -> int:

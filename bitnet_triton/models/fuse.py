@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
@@ -96,6 +97,18 @@ def unfuse(model: Model) -> Model:
             kinds = {fused: kind for kind, fused in FUSED_MODELS.items()}
             cast("Any", module).__class__ = kinds[type(module)]
     return model
+
+
+@contextmanager
+def unfused(model: nn.Module) -> Iterator[None]:
+    """Let layers be their own inside of the block, and fused again behind it, if they were."""
+    was_fused = any(isinstance(module, FusedDecoderLayer) for module in model.modules())
+    unfuse(model)
+    try:
+        yield
+    finally:
+        if was_fused:
+            fuse_after_loading(model)
 
 
 def _decoder_layers(

@@ -243,34 +243,31 @@ def chosen_frequencies(
     held = 0 if cache is None else int(cache.get_seq_length())
     if held:
         return _kept(cache, held + T, context_length)
-    lengths, padding = _told_lengths(attention_mask, position_ids, B, T)
+    told = lengths = _told_lengths(attention_mask, position_ids, B, T)
     if context_length is not None:
         lengths = _checked_length(context_length, lengths, B)
     if cache is None:
         return rotary.choose(lengths)
-    columns = int((rotary.last_position(lengths) + padding).min())
+    columns = int((rotary.last_position(lengths) + T - told).min())
     chosen = rotary.choose(lengths, columns if columns < _UNBOUNDED else None)
     keep_frequencies(cache, chosen)
     return chosen
 
 
-def _told_lengths(
-    attention_mask: Any, position_ids: Tensor | None, B: int, T: int
-) -> tuple[Tensor, Tensor | int]:
-    """Return the lengths of texts, [B] or [B T], and the padding of rows, all without padding."""
+def _told_lengths(attention_mask: Any, position_ids: Tensor | None, B: int, T: int) -> Tensor:
+    """Return the lengths of texts without padding, [B], or [B T] of packed ones."""
     is_token: Tensor | None = None
     if isinstance(attention_mask, Tensor) and attention_mask.shape == (B, T):
         is_token = attention_mask.cpu() != 0
-    padding = 0 if is_token is None else T - is_token.sum(-1)
     if position_ids is None:
-        return torch.full((B,), T) - padding, padding
+        return torch.full((B,), T) if is_token is None else is_token.sum(-1)
     positions = position_ids.cpu().expand(B, T)
     if is_token is not None:
         # padding behind a text goes on with its last position, no text begins there
         last = torch.arange(T).where(is_token, torch.zeros(())).long().cummax(-1).values
         is_in_front = is_token.cumsum(-1) == 0
         positions = positions.gather(-1, last).masked_fill(is_in_front, 0)
-    return text_lengths(positions), padding
+    return text_lengths(positions)
 
 
 def _kept(cache: Any, columns: int, context_length: int | Tensor | None) -> Frequencies:
@@ -335,7 +332,9 @@ def plan_length(rotary: RotaryEmbedding, config: Any, model_kwargs: dict[str, An
     if not rotary.depends_on_length:
         return
     cache = model_kwargs.get("past_key_values")
-    columns = config.max_length
+    columns, embeds = config.max_length, model_kwargs.get("inputs_embeds")
+    if embeds is not None:  # which `max_length` does not count
+        columns += embeds.shape[1]
     if cache is not None and cache.get_seq_length():
         _kept(cache, columns, None)
     elif model_kwargs.get("context_length") is None:

@@ -32,7 +32,8 @@ class SafeCheckpoints(TrainerCallback):
     ``trainer.train(resume_from_checkpoint=last_checkpoint(output_dir))``
 
     Args:
-        keep: how many complete checkpoints stay; None: all.
+        keep: how many complete checkpoints stay, the latest that were written; the best one of
+            ``load_best_model_at_end`` stays besides. None: all.
     """
 
     def __init__(self, keep: int | None = 2) -> None:
@@ -59,8 +60,10 @@ class SafeCheckpoints(TrainerCallback):
         if args.should_save:
             mark_complete(_folder(args, state))
             if self.keep is not None:
-                for old in _complete(args.output_dir)[: -self.keep]:
-                    _delete(old)
+                written = sorted(_complete(args.output_dir), key=_age)
+                for old in written[: -self.keep]:
+                    if str(old) != state.best_model_checkpoint:
+                        _delete(old)
         PartialState().wait_for_everyone()
 
 
@@ -87,7 +90,7 @@ def is_complete(folder: str | os.PathLike) -> bool:
     try:
         sizes = json.loads((folder / LIST).read_text(encoding="utf-8"))
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, ValueError, AttributeError):  # no list, or a damaged one
         return False
 
 
@@ -123,6 +126,10 @@ def _step(path: Path) -> int:
     found = _NAME.fullmatch(path.name)
     assert found is not None
     return int(found[1])
+
+
+def _age(path: Path) -> int:
+    return (path / LIST).stat().st_mtime_ns
 
 
 def _delete(folder: Path) -> None:

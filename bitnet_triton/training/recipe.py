@@ -102,6 +102,11 @@ class TwoStageScheduler(LRScheduler):
     def __init__(self, optimizer: Optimizer, recipe: TwoStages, steps: int) -> None:
         if steps < 1:
             raise ValueError(f"`steps`: expected at least 1, got {steps}")
+        if recipe.warm_up >= steps:
+            raise ValueError(
+                f"`warm_up`: expected fewer than the {steps} steps of the training, got "
+                f"{recipe.warm_up}"
+            )
         self.recipe, self.steps = recipe, steps
         # a decay may be zero in one stage: groups of `TwoStages` say whether they have one at all
         self.decayed = [g.get("decays", g["weight_decay"] > 0) for g in optimizer.param_groups]

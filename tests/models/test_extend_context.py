@@ -193,6 +193,27 @@ def test_a_cache_is_refused_beyond_what_it_was_made_for(method):
 
 
 @pytest.mark.parametrize("method", BY_LENGTH)
+def test_embeddings_are_a_prompt_like_ids(method):
+    model, ids = extended(method), draw(1, 12)
+    embeds = model.get_input_embeddings()(ids).detach()
+    for new in (10, 30):
+        expected, _ = generated_logits(model, ids, new)
+        found = model.generate(
+            inputs_embeds=embeds, max_new_tokens=new, min_new_tokens=new, do_sample=False,
+            pad_token_id=0,
+        )  # fmt: skip
+        assert found[0].tolist() == expected[0, 12:].tolist()
+
+
+def test_positions_that_start_later_end_a_choice_earlier():
+    model, places = extended("longrope"), torch.arange(TRAINED // 2, TRAINED)[None]
+    with torch.no_grad():
+        cache = model(draw(1, TRAINED // 2), position_ids=places, use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="up to 8 columns"):
+            model(draw(1, 1), position_ids=places[:, -1:] + 1, past_key_values=cache)
+
+
+@pytest.mark.parametrize("method", BY_LENGTH)
 def test_a_cache_in_a_file_remembers_its_choice(method, tmp_path):
     model, ids = extended(method), draw(1, 12)
     with torch.no_grad():

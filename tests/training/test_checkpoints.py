@@ -10,7 +10,7 @@ import sys
 import textwrap
 
 import pytest
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 
 from bitnet_triton.training import PackingCollator, SafeCheckpoints, TwoStages, last_checkpoint
 from bitnet_triton.training.checkpoints import LIST, is_complete, mark_complete
@@ -89,7 +89,7 @@ def checkpoint(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("damage", ["shorter", "gone", "no list", "broken list"])
+@pytest.mark.parametrize("damage", ["shorter", "gone", "no list", "broken list", "null", "bytes"])
 def test_what_is_not_whole_is_no_checkpoint(damage, checkpoint, caplog):
     assert is_complete(checkpoint)
     if damage == "shorter":
@@ -99,7 +99,8 @@ def test_what_is_not_whole_is_no_checkpoint(damage, checkpoint, caplog):
     elif damage == "no list":
         (checkpoint / LIST).unlink()
     else:
-        (checkpoint / LIST).write_text("{")
+        broken = {"broken list": b"{", "null": b"null", "bytes": b"\xff\xfe"}
+        (checkpoint / LIST).write_bytes(broken[damage])
     assert last_checkpoint(checkpoint.parent) is None
     assert "was not written to its end" in caplog.text
 
@@ -118,6 +119,23 @@ def test_old_checkpoints_go_when_a_new_one_is_complete(masters, documents, tmp_p
     assert kept == ["checkpoint-5", "checkpoint-6"]
     assert last_checkpoint(tmp_path).endswith("checkpoint-6")
     assert last_checkpoint(tmp_path / "nothing") is None
+
+
+def test_the_best_checkpoint_and_a_new_run_in_an_old_folder_stay(tmp_path):
+    folders = {}
+    for step in (7, 8, 1, 2, 3):
+        folder = folders[step] = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"weights")
+        if step < 3:
+            mark_complete(folder)
+        elif step > 3:
+            mark_complete(folder)
+            os.utime(folder / LIST, (0, step))
+    arguments = TrainingArguments(tmp_path, report_to=[], use_cpu=True)
+    state = TrainerState(global_step=3, best_model_checkpoint=str(folders[7]))
+    SafeCheckpoints(keep=2).on_save(arguments, state, None)
+    assert {step for step, folder in folders.items() if folder.exists()} == {2, 3, 7}
 
 
 def test_limits_that_would_delete_too_early_are_refused(masters, documents, tmp_path):

@@ -98,3 +98,8 @@ def test_a_training_goes_on_with_another_number_of_steps_or_a_new_scheduler():
     longer.step()
     assert longer.get_last_lr() == [pytest.approx(recipe.at(4, 10)[0])] * 2
     assert [g["weight_decay"] for g in longer.optimizer.param_groups] == [0.0, 0.0]
+
+
+def test_a_warm_up_that_never_ends_is_refused():
+    with pytest.raises(ValueError, match="`warm_up`: expected fewer than the 100 steps"):
+        TwoStages().create(torch.nn.Linear(2, 2), steps=100)

@@ -10,8 +10,7 @@ from torch import nn
 
 from bitnet_triton.attention import AttentionPlan
 from bitnet_triton.attention.mode import Mode
-from bitnet_triton.models.fuse import fuse_after_loading, unfuse
-from bitnet_triton.models.fused.layer import FusedDecoderLayer
+from bitnet_triton.models.fuse import unfused
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -42,13 +41,8 @@ def set_attention(model: Model, attention: str | Mapping[str, Any]) -> Model:
         )
     plan = AttentionPlan.from_config(attention, config.num_hidden_layers)
     plan.check_layers(config.num_hidden_layers)
-    was_fused = any(isinstance(module, FusedDecoderLayer) for module in model.modules())
-    unfuse(model)
-    try:
+    with unfused(model):
         cast("Any", model).use_plan(plan)
-    finally:
-        if was_fused:
-            fuse_after_loading(model)
     return model
 
 
