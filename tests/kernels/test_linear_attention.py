@@ -161,7 +161,8 @@ def compare(got, exact, eager, inputs):
             continue
         step = torch.finfo(torch.float32).eps * largest[name]
         error = (eager[name].double() - value).abs().max()
-        times = 16 if name in ("dlog_decay", "dbeta") else 4
+        # the gradient of a state takes away what the token's own key overwrites: less so
+        times = {"dlog_decay": 16, "dbeta": 16, "dinitial_state": 8}.get(name, 4)
         worst = times * max(error, 2 * step).item()
         limits = {"worst": worst, "rms": times * RMS_LIMITS[torch.float32]}
         if name == "dlog_decay":
