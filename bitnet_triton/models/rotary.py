@@ -11,11 +11,11 @@ call that goes beyond what it was made for is refused (``Frequencies.columns``).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -73,6 +73,19 @@ class Frequencies:
         if isinstance(self.scale, Tensor):
             return None, 1.0
         return self.inv_freq, self.scale
+
+    def rows(self, index: Tensor) -> Frequencies:
+        """Return those of some rows, where rows differ.
+
+        Args:
+            index: int64 on the CPU.
+        """
+        place = index.to(self.inv_freq.device)
+        assert isinstance(self.scale, Tensor)
+        lengths = tuple(self.lengths[row] for row in index.tolist()) if self.lengths else ()
+        return replace(
+            self, inv_freq=self.inv_freq[place], scale=self.scale[place], lengths=lengths
+        )
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -195,6 +208,36 @@ def frequencies_of(cache: Cache | None) -> Frequencies | None:
 def keep_frequencies(cache: Cache, chosen: Frequencies) -> None:
     """Let the keys of an empty cache be turned by ``chosen``."""
     cache._frequencies = chosen  # type: ignore[attr-defined]
+    if chosen.inv_freq.ndim == 3:
+        for name, place in _MOVES.items():
+            setattr(cache, name, _WithFrequencies(cache, name, place))
+
+
+@dataclass(frozen=True, eq=False)
+class _WithFrequencies:
+    """A method of one cache that moves its rows: frequencies that differ by row go with them."""
+
+    cache: Cache
+    name: str
+    place: Callable[[Tensor, Any], Tensor]
+
+    def __call__(self, argument: Any) -> None:
+        getattr(type(self.cache), self.name)(self.cache, argument)
+        chosen = frequencies_of(self.cache)
+        if chosen is not None and chosen.inv_freq.ndim == 3:
+            rows = torch.arange(chosen.inv_freq.shape[0])
+            self.cache._frequencies = chosen.rows(self.place(rows, argument))  # type: ignore[attr-defined]
+
+
+def _picked(rows: Tensor, index: Tensor) -> Tensor:
+    return rows[index.cpu()]
+
+
+_MOVES: dict[str, Callable[[Tensor, Any], Tensor]] = {
+    "reorder_cache": _picked,
+    "batch_select_indices": _picked,
+    "batch_repeat_interleave": torch.Tensor.repeat_interleave,
+}
 
 
 def bind(rotary: Any, cache: Cache | None) -> None:

@@ -1,5 +1,6 @@
 """extend_context: rope types of every kind, on caches that keep to what they were made for."""
 
+import copy
 import json
 
 import pytest
@@ -174,6 +175,28 @@ def test_beams_and_a_second_turn_keep_to_the_choice(method):
     with torch.no_grad():
         whole = model(second, **length).logits[:, -10:-1]
     torch.testing.assert_close(logits, whole, atol=2e-5, rtol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("move", "argument", "rows"),
+    [
+        ("reorder_cache", torch.tensor([1, 0]), [1, 0]),
+        ("batch_select_indices", torch.tensor([1]), [1]),
+        ("batch_repeat_interleave", 2, [0, 0, 1, 1]),
+    ],
+)
+@torch.no_grad()
+def test_frequencies_go_where_the_rows_of_a_cache_go(move, argument, rows):
+    model, ids = extended("dynamic_yarn"), draw(2, 12)
+    cache = DynamicCache(config=model.config)
+    lengths = torch.tensor([14, 60])  # which frequencies of their own go with
+    model(ids, past_key_values=cache, context_length=lengths)
+    cache = copy.deepcopy(cache)
+    getattr(cache, move)(argument)
+    new = draw(len(rows), 2)
+    got = model(new, past_key_values=cache).logits
+    whole = model(torch.cat([ids[rows], new], 1), context_length=lengths[rows]).logits
+    torch.testing.assert_close(got, whole[:, -2:], atol=2e-5, rtol=2e-4)
 
 
 @pytest.mark.parametrize("method", BY_LENGTH)
