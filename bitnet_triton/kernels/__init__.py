@@ -48,7 +48,7 @@ from bitnet_triton.kernels.rms_norm import (
 )
 from bitnet_triton.kernels.rms_norm.op import NORM_BWD, NORM_FWD
 from bitnet_triton.kernels.rms_norm.quantized import NORM_QUANTIZE_FWD, RELU2_FWD, SILU_FWD
-from bitnet_triton.kernels.rotary import apply_rotary, rotary_and_store
+from bitnet_triton.kernels.rotary import apply_rotary, rotary_and_store, rotary_angles
 from bitnet_triton.kernels.rotary.op import ROTARY, ROTARY_AND_STORE
 from bitnet_triton.kernels.selected_blocks import selected_block_attention
 from bitnet_triton.kernels.selected_blocks.launchers import SELECTED_BWD, SELECTED_FWD
@@ -148,6 +148,7 @@ __all__ = [
     "rms_norm",
     "rms_norm_quantize",
     "rotary_and_store",
+    "rotary_angles",
     "select_blocks",
     "selected_block_attention",
     "silu_mul_quantize",

@@ -1,7 +1,6 @@
 """Rotary embeddings of a BitNet model: every rope type of transformers, and dynamic YaRN.
 
-Frequencies are those that transformers computes. The angle of a position is formed in float64:
-float32 is off by 0.09 rad at two million tokens, and by then no longer a matter of distance alone.
+Frequencies are those that transformers computes, angles those of ``rotary_angles``.
 
 Some types choose their frequencies by the length of a text. Keys in a cache are rotated, so the
 choice is made once, when the cache is empty, row by row, and holds as long as the cache does; a
@@ -23,6 +22,8 @@ import transformers.models.bitnet.modeling_bitnet as hf
 from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from bitnet_triton.kernels.rotary import rotary_angles
 
 DYNAMIC_YARN = "dynamic_yarn"
 # Of these, frequencies depend on how long a text is
@@ -134,8 +135,7 @@ class RotaryEmbedding(hf.BitNetRotaryEmbedding):
         if self.depends_on_length:
             chosen = _IN_USE.get() or self.choose(text_lengths(position_ids))
             inv_freq, scale = chosen.inv_freq, chosen.scale
-        angles = position_ids[..., None].double() * inv_freq.to(x.device).double()
-        angles = torch.remainder(angles, 2 * math.pi).float()
+        angles = rotary_angles(position_ids, inv_freq.to(x.device))
         parts = (angles.cos() * scale, angles.sin() * scale)
         # autocast joins no halves of another kind than its own: join, then cast
         cos, sin = (torch.cat((part, part), dim=-1).to(x.dtype) for part in parts)

@@ -375,6 +375,19 @@ def test_angles_and_the_kernel_are_right_up_to_two_million_tokens():
     torch.testing.assert_close(apply_rotary(x, cos, sin).double(), expected, atol=3e-6, rtol=0)
 
 
+@torch.no_grad()
+def test_a_mode_that_turns_keys_itself_sees_distances_alone_far_out():
+    sizes = {"window": 8, "block": 4, "stride": 4, "selection": 4, "selected": 3}
+    model = dense_model(attention={"mode": "native_sparse", **sizes})
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight *= 30  # weights that depend on every angle
+        layer.self_attn.k_proj.weight *= 30
+    ids, positions = draw(1, 30), torch.arange(30)[None]
+    near = model(ids, position_ids=positions).logits
+    far = model(ids, position_ids=positions + 1_500_001).logits
+    torch.testing.assert_close(far, near, atol=1e-4, rtol=1e-4)
+
+
 def test_scores_depend_on_the_distance_alone():
     q, k = torch.randn(2, 1, 1, 1, 128).double()
     scores = []

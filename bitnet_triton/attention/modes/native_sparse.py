@@ -26,6 +26,7 @@ from bitnet_triton.kernels import (
     SparseBlocks,
     apply_rotary,
     native_sparse_attention,
+    rotary_angles,
     select_blocks,
 )
 from bitnet_triton.kernels.native_sparse.arguments import block_tokens
@@ -350,7 +351,7 @@ class _Call:
     def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return cosines and sines [.. D] of positions as the model rotates by, in float32."""
         assert self.context.frequencies is not None
-        angle = positions[..., None].float() * self.context.frequencies.float()
+        angle = rotary_angles(positions, self.context.frequencies)
         angle = torch.cat([angle, angle], dim=-1)
         scale = self.context.rotary_scale or 1.0
         return scale * angle.cos(), scale * angle.sin()

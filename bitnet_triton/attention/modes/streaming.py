@@ -13,7 +13,7 @@ from bitnet_triton.attention.context import AttentionContext
 from bitnet_triton.attention.masked import check_served, masked_attention
 from bitnet_triton.attention.mode import Kept, Mode, Step, StepLayer, StepTensors
 from bitnet_triton.cache import Memory, StreamingLayer
-from bitnet_triton.kernels import Mask, merge_attention
+from bitnet_triton.kernels import Mask, merge_attention, rotary_angles
 from bitnet_triton.kernels.flash_attention.operands import SinkQuery
 
 
@@ -138,10 +138,10 @@ def rotate(x: Tensor, steps: Tensor, frequencies: Tensor) -> Tensor:
 
     Args:
         x: rotated already, its halves holding the two coordinates of each pair.
-        steps: forward, or backward where negative; angles are exact in float32 while small.
+        steps: forward, or backward where negative.
         frequencies: [D / 2], the angle of one step.
     """
-    angle = steps[..., None, None].float() * frequencies.float()
+    angle = rotary_angles(steps[..., None], frequencies)
     cos, sin = angle.cos(), angle.sin()
     first, second = x.float().chunk(2, dim=-1)
     turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
