@@ -34,6 +34,7 @@ from bench.options import (
 )
 from bench.peers import PEERS
 from bench.report import point_name, read_json
+from bench.reversible import reversible_command
 from bench.run import console, plot_file, run_case
 from bench.table import print_table
 from bench.training_memory_command import training_memory_command
@@ -211,6 +212,7 @@ app.command("tune")(tune_command)
 
 app.command("footprint")(footprint_command)
 app.command("training_memory")(training_memory_command)
+app.command("reversible")(reversible_command)
 
 
 @app.command()

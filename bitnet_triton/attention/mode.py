@@ -156,6 +156,11 @@ class Mode:
         """Whether ``forward`` and ``generate`` may name ``global_tokens``."""
         return False
 
+    @property
+    def recompute_objection(self) -> str | None:
+        """Why a layer in training cannot run again to the same effect; None: it can."""
+        return None
+
     def memory(self, other: Mode) -> Memory:
         """Return an empty memory of one layer that serves this mode and ``other``.
 

@@ -123,6 +123,8 @@ def _decoder_layers(
 
 def _objection_to_model(model: nn.Module) -> str | None:
     """Say why a model cannot be fused; None when it can."""
+    if getattr(getattr(model, "config", None), "reversible", False):
+        return "reversible layers have two streams in float32, and no kernels that add to them"
     layers = list(_decoder_layers(model))
     if not layers:
         return (

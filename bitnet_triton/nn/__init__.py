@@ -12,7 +12,7 @@ from bitnet_triton.nn.head import (
 )
 from bitnet_triton.nn.merged import MergedLinears
 from bitnet_triton.nn.norm import RMSNorm
-from bitnet_triton.nn.reversible import ReversibleStack
+from bitnet_triton.nn.reversible import ReversibleStack, run_reversible
 
 __all__ = [
     "BitLinear",
@@ -28,6 +28,7 @@ __all__ = [
     "elu_plus_one",
     "quantize_head",
     "resized_head",
+    "run_reversible",
     "unquantize_head",
     "use_output_head",
 ]

@@ -66,6 +66,11 @@ class IndexedBlocks(BlockMode):
         return True
 
     @property
+    def recompute_objection(self) -> str | None:
+        """Its loss stands beside the output of the layer."""
+        return "the loss by which its index learns would be left without a gradient"
+
+    @property
     def size(self) -> int:
         """Tokens of a block."""
         return self.block

@@ -66,6 +66,11 @@ class Routing(BucketMode):
         if not 0 <= self.decay <= 1:
             raise ValueError(f"`attention`: 'decay': expected 0 up to 1, got {self.decay}")
 
+    @property
+    def recompute_objection(self) -> str | None:
+        """Its centroids have moved by then, and would move again."""
+        return "its centroids follow the tokens of each training call, and choose otherwise then"
+
     def module(self, config: Any) -> nn.Module:
         """Return the centroids; refuse a model whose queries share keys."""
         self.check_heads(config)

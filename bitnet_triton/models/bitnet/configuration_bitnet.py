@@ -24,42 +24,82 @@ ONLINE = {
 
 
 class BitNetConfig(HfBitNetConfig):
-    """Configuration of a BitNet model; every field of transformers' BitNetConfig, and two more.
+    """Configuration of a BitNet model; every field of transformers' BitNetConfig, and three more.
 
     Args:
         attention: an attention mode by name (``"full"``), or as a dict with ``mode`` and its
             settings; or a plan, a dict with ``prefill`` and ``decode``, each of them a mode or a
             list with a mode for each layer. None leaves attention to transformers. A config with
-            a mode, or with rope type ``dynamic_yarn``, is saved under the model type
-            ``bitnet_triton``, any other as plain ``bitnet``.
+            a mode, with reversible layers, or with rope type ``dynamic_yarn``, is saved under the
+            model type ``bitnet_triton``, any other as plain ``bitnet``.
+        reversible: attention and MLP of a layer run on two streams (arXiv:2001.04451, section 3),
+            and training keeps the activations of no layer. Such a model goes without a cache:
+            ``use_cache`` is False.
+        use_cache: whether a call without an answer of its own returns a cache. None, the default:
+            True unless ``reversible``.
         quantization_config: how the linears are quantised, as in published checkpoints. A fresh
             config has trainable ternary linears (``autobitlinear``, ``online``); a ``config.json``
             without the field, and an explicit None, mean dense linears, as in transformers.
 
     Raises:
-        TypeError: ``attention`` or ``quantization_config`` is of a wrong type.
-        ValueError: ``attention`` names an unknown mode or setting; ``quant_method`` is not
-            ``bitnet``; the file that is read belongs to another model type.
+        TypeError: ``attention``, ``reversible`` or ``quantization_config`` is of a wrong type.
+        ValueError: ``attention`` names an unknown mode or setting; ``reversible`` meets
+            ``use_cache`` or a mode that cannot run twice; ``quant_method`` is not ``bitnet``; the
+            file that is read belongs to another model type.
     """
 
     model_type = OWN_MODEL_TYPE
 
     attention: str | dict | None = None
+    reversible: bool = False
+    use_cache: bool | None = None  # type: ignore[assignment]  # None: by `reversible`
 
     def __post_init__(self, **kwargs: Any) -> None:
         quantization_config = kwargs.pop("quantization_config", ONLINE)
         if quantization_config is not None:
             kwargs["quantization_config"] = in_memory(quantization_config)
+        if self.use_cache is None:
+            self.use_cache = not self.reversible
         super().__post_init__(**kwargs)
+        plan = None
         if self.attention is not None:
             layers = self.num_hidden_layers
-            AttentionPlan.from_config(self.attention, layers).check_layers(layers)
+            plan = AttentionPlan.from_config(self.attention, layers)
+            plan.check_layers(layers)
+        self.check_reversible(plan)
+
+    def check_reversible(self, plan: AttentionPlan | None) -> None:
+        """Raise where the layers are to be reversible and something else stands against it.
+
+        Args:
+            plan: what ``attention`` says, or will say.
+
+        Raises:
+            TypeError: ``reversible`` is no bool.
+            ValueError: ``use_cache`` is wanted, or a mode cannot run twice.
+        """
+        if not isinstance(self.reversible, bool):
+            got = type(self.reversible).__name__
+            raise TypeError(f"`reversible`: expected True or False, got {got}")
+        if not self.reversible:
+            return
+        if self.use_cache:
+            raise ValueError("`use_cache`: expected False beside `reversible`, got True")
+        for mode in plan or ():
+            if mode.recompute_objection is not None:
+                raise ValueError(
+                    f"`reversible`: attention {mode.name!r} cannot run again in the backward: "
+                    f"{mode.recompute_objection}"
+                )
 
     def __setattr__(self, name: str, value: Any) -> None:
         # here and not in __post_init__: from_pretrained sets its keyword arguments afterwards
         if name == "attention" and value is not None:
             value = AttentionPlan.from_config(value, self.num_hidden_layers).to_config()
-        super().__setattr__(name, value)
+        if name == "use_cache" and value is None:
+            object.__setattr__(self, name, value)  # transformers checks for a bool
+        else:
+            super().__setattr__(name, value)
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -99,7 +139,9 @@ class BitNetConfig(HfBitNetConfig):
     def _published(self, output: dict[str, Any]) -> dict[str, Any]:
         if self.attention is None:
             output.pop("attention", None)
-        if self.attention is None and not self._has_own_rope:
+        if not self.reversible:
+            output.pop("reversible", None)
+        if self.attention is None and not self.reversible and not self._has_own_rope:
             output["model_type"] = PLAIN_MODEL_TYPE
         if output.get("quantization_config") is not None:
             output["quantization_config"] = on_disk(output["quantization_config"])

@@ -24,6 +24,7 @@ from bitnet_triton.models.bitnet.planned import (
     prepared_cache,
     replace_dynamic_cache,
 )
+from bitnet_triton.models.bitnet.reversible import make_reversible, run_decoder
 from bitnet_triton.models.checkpoint import check_checkpoint, check_folder, check_suffixes
 from bitnet_triton.models.fuse import fuse_after_loading, introduce
 from bitnet_triton.models.fused.model import FUSED_MODELS, FusedModel
@@ -74,11 +75,15 @@ class _TernaryModel(hf.BitNetPreTrainedModel):
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         config = BitNetConfig.from_hf(config)
         plan = _prepared_plan(config)
+        config.check_reversible(plan)  # again: keyword arguments come after its check
         super().__init__(config, *args, **kwargs)
         for name, module in list(self.named_modules()):
             if isinstance(module, hf.BitNetRMSNorm):
                 self.set_submodule(name, RMSNorm.from_norm(module))
         self.use_rotary(RotaryEmbedding(config))
+        if config.reversible:
+            _make_ours(self.base_model)
+            make_reversible(self)
         if plan is not None:
             self.use_plan(plan)
         if getattr(config, "quantization_config", None) is not None:
@@ -89,8 +94,9 @@ class _TernaryModel(hf.BitNetPreTrainedModel):
     def use_plan(self, plan: AttentionPlan) -> None:
         """Follow ``plan`` from now on, with the parameters that its modes bring."""
         decoder = cast("Any", self.base_model)
-        give_plan(decoder, plan)  # refuses before anything has changed
         config = self.config
+        config.check_reversible(plan)
+        give_plan(decoder, plan)  # refuses before anything has changed
         config.attention, config._attn_implementation = plan.to_config(), hub.NAME
         _make_ours(decoder)
         self.attention_plan = decoder.attention_plan = plan
@@ -173,6 +179,14 @@ class _TernaryModel(hf.BitNetPreTrainedModel):
         if self.attention_plan is not None:
             check_attention_implementation(attn_implementation)
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
+    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
+        if enable and self.config.reversible:
+            raise ValueError(
+                "`gradient_checkpointing`: reversible layers keep nothing that checkpoints could "
+                "save; expected a model without `reversible`"
+            )
+        super()._set_gradient_checkpointing(enable, *args, **kwargs)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Count parameters, and the weights that are packed, each of them."""
@@ -259,16 +273,17 @@ class BitNetModel(_TernaryModel, hf.BitNetModel):
                 chosen=frequencies,
             )  # fmt: skip
             kwargs |= {"global_tokens": global_tokens, **more}
+        call = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            **kwargs,
+        }
         with nullcontext() if frequencies is None else frequencies.in_use():
-            return super().forward(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                inputs_embeds=inputs_embeds,
-                use_cache=use_cache,
-                **kwargs,
-            )
+            if self.config.reversible:
+                return run_decoder(self, **call)
+            return super().forward(past_key_values=past_key_values, use_cache=use_cache, **call)
 
 
 class FusedPlannedModel(FusedModel, BitNetModel):  # type: ignore[misc]  # one more argument

@@ -12,6 +12,7 @@ from transformers.masking_utils import create_causal_mask
 from bitnet_triton.attention import AttentionPlan, hub
 from bitnet_triton.attention.tokens import Tokens
 from bitnet_triton.cache import Call, GrowingLayer, Memory, begin_call
+from bitnet_triton.models.bitnet.reversible import check_no_cache
 from bitnet_triton.models.rotary import Frequencies
 
 
@@ -85,6 +86,7 @@ def prepared_cache(model: Any, cache: Cache | None, use_cache: bool | None) -> C
 
     ``model`` is the one with ``attention_plan``, with or without a head.
     """
+    check_no_cache(model.config, cache, use_cache)
     if cache is not None:
         return cache
     wanted = model.config.use_cache if use_cache is None else use_cache
