@@ -17,9 +17,11 @@ from __future__ import annotations
 import json
 import random
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean as mean
 from typing import Annotated, Any
 
 import torch
@@ -39,9 +41,10 @@ import train_recall as recall
 
 LOG_EVERY = 25
 TEXT_WEIGHT = 0.1  # of the loss on text beside answers
-# for texts of some thousand tokens: a sixteenth of the paper's window, blocks a quarter as long
+# for texts of some thousand tokens: a sixteenth of the paper's window, blocks an eighth as long; of
+# 8 tokens one key tells too little of each for heads of 64 to find it (docs/sparse-attention.md)
 SPARSE = {
-    "mode": "native_sparse", "block": 8, "stride": 4, "selection": 16, "selected": 16,
+    "mode": "native_sparse", "block": 4, "stride": 4, "selection": 8, "selected": 32,
     "initial": 1, "local": 2, "window": 32, "compression": "weights", "shared_kv": False,
 }  # fmt: skip
 
@@ -231,12 +234,32 @@ def look_again(
     tell(loaded, TextTokens(AutoTokenizer.from_pretrained(model)), length, questions)
 
 
+@dataclass
+class Losses:
+    """Nats a token of what a model has not seen.
+
+    Attributes:
+        answers: their mean over all answers.
+        text: over the text between.
+        tasks: over the answers of each task.
+    """
+
+    answers: float
+    text: float
+    tasks: dict[str, float]
+
+    @property
+    def mixed(self) -> float:
+        """What training minimises."""
+        return self.answers + TEXT_WEIGHT * self.text
+
+
 @torch.no_grad()
-def held_out(model: bt.BitNetForCausalLM, rows: int, seed: int = 1) -> tuple[float, float]:
-    """Return nats a token of answers and of text, on held-out rows as long as those of training."""
+def held_out(model: bt.BitNetForCausalLM, rows: int, seed: int = 1) -> Losses:
+    """Measure the losses on held-out rows as long as those of training."""
     tokens = TextTokens(AutoTokenizer.from_pretrained(model.config.name_or_path))
     longest = LENGTHS[-1][1]
-    total, count = torch.zeros(3), torch.zeros(3)
+    nats: dict[str, list[float]] = defaultdict(list)
     for number in range(rows):
         row = recall.make_row(random.Random(f"held out:{seed}:{number}"), tokens, longest, longest)
         ids, kind = torch.tensor([row.ids]), torch.tensor(row.kind)[1:]
@@ -244,10 +267,12 @@ def held_out(model: bt.BitNetForCausalLM, rows: int, seed: int = 1) -> tuple[flo
         lost = torch.nn.functional.cross_entropy(
             logits[0, :-1].float(), ids[0, 1:], reduction="none"
         )
-        total.index_add_(0, kind, lost)
-        count += kind.bincount(minlength=3)
-    _, text, answers = (total / count).tolist()
-    return answers, text
+        nats["text"] += lost[kind == 1].tolist()
+        for task, at, count in row.answers:
+            nats[task] += lost[at - 1 : at - 1 + count].tolist()
+    text = mean(nats.pop("text"))
+    everything = mean(value for values in nats.values() for value in values)
+    return Losses(everything, text, {task: mean(nats[task]) for task in sorted(nats)})
 
 
 @app.command()
@@ -268,21 +293,24 @@ def compare(
     table = Table("", "answers", "text", "mixed", *tasks, title=f"{length} tokens, accuracy in %")
     found: dict[str, Any] = {}
     for folder in models:
-        answers, text = held_out(
-            bt.BitNetForCausalLM.from_pretrained(folder, fuse=False).eval(), rows
-        )
+        lost = held_out(bt.BitNetForCausalLM.from_pretrained(folder, fuse=False).eval(), rows)
         report = bt.evaluate(str(folder), tasks, [length], samples=samples, seed=1, text=False)
         (scores,) = report.scores.values()
         right = {task: scores[task][length] for task in tasks}
         found[folder.name] = {
-            "answers": answers, "text": text, "mixed": answers + TEXT_WEIGHT * text,
+            "answers": lost.answers, "text": lost.text, "mixed": lost.mixed,
+            "answers_by_task": lost.tasks,
             "accuracy": {task: score.mean for task, score in right.items()},
             "recall_by_depth": right["recall"].by_depth,
         }  # fmt: skip
-        losses = (found[folder.name][part] for part in ("answers", "text", "mixed"))
+        losses = (lost.answers, lost.text, lost.mixed)
         shares = (f"{100 * score.mean:.1f}" for score in right.values())
         table.add_row(folder.name, *(f"{loss:.3f}" for loss in losses), *shares)
     console.print(table)
+    by_task = Table("", *(name for name in lost.tasks), title="Nats of an answer's token, by task")
+    for name, numbers in found.items():
+        by_task.add_row(name, *(f"{loss:.3f}" for loss in numbers["answers_by_task"].values()))
+    console.print(by_task)
     if output is not None:
         output.write_text(json.dumps(found, indent=1) + "\n")
 
