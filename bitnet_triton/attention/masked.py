@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bitnet_triton.attention.context import AttentionContext
 from bitnet_triton.attention.mode import Mode, Step, StepLayer, StepTensors
-from bitnet_triton.cache import Memory
+from bitnet_triton.cache import Attended, Memory
 from bitnet_triton.kernels import Mask, flash_attention
 
 
@@ -56,7 +56,13 @@ def attend_and_tell(
     """Attend by ``mask``, and tell the memory of the layer that attention has run."""
     out, lse = masked_attention(q, k, v, mask, context)
     if context.memory is not None:
-        context.memory.after(q, k, lse)
+        assert context.inputs is not None
+        context.memory.after(
+            Attended(
+                q, k, lse, context.scale, context.softcap, context.inputs.rotary,
+                is_whole=context.tokens.used_q is None,
+            )
+        )  # fmt: skip
     return out
 
 
@@ -106,6 +112,9 @@ def masked_attention(
     starts = context.tokens.cu_seqlens
     if starts is None:
         settings |= context.tokens.lengths(q, k)
+        padding = None if context.memory is None else context.memory.held_padding()
+        if padding is not None:
+            settings["leftpad_k"] = padding
         return attend(q, k, v, mask=mask, **settings)
     if k.shape[1] != q.shape[1]:
         raise ValueError("`position_ids`: packed sequences go without a cache")

@@ -142,6 +142,14 @@ class Mode:
         return False
 
     @property
+    def reads_any_rows(self) -> bool:
+        """Whether it reads whatever keys a memory has left of a text, and tells it what they got.
+
+        Such a mode looks at no key's place, and calls ``memory.after``.
+        """
+        return False
+
+    @property
     def takes_dense_rows(self) -> bool:
         """Whether ``context.dense_from`` is followed: queries that see everything, in one call."""
         return False

@@ -13,7 +13,7 @@ from bitnet_triton.attention.context import PHASES
 from bitnet_triton.attention.mode import Mode
 from bitnet_triton.attention.registry import MODES, parse_mode
 from bitnet_triton.attention.swaa import PRESETS, parse_preset
-from bitnet_triton.cache import Memory
+from bitnet_triton.cache import GrowingLayer, Memory, MemoryKind, parse_memory
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,19 @@ class AttentionPlan:
     Attributes:
         prefill: for the tokens of a prompt: one mode for all layers, or one for each.
         decode: the same, for generated tokens.
+        cache: the memory of layers whose modes keep everything; None: the plain one.
     """
 
     prefill: tuple[Mode, ...]
     decode: tuple[Mode, ...]
+    cache: MemoryKind | None = dataclasses.field(default=None, kw_only=True)
 
     @classmethod
     def from_config(
-        cls, value: str | Mapping[str, Any], layers: int | None = None
+        cls,
+        value: str | Mapping[str, Any],
+        layers: int | None = None,
+        cache: str | Mapping[str, Any] | None = None,
     ) -> AttentionPlan:
         """Build a plan from ``config.attention``.
 
@@ -39,11 +44,20 @@ class AttentionPlan:
                 its name or as a mapping with ``preset`` and changed settings; or a mapping with
                 ``prefill`` and ``decode``, each of them a mode or a list with a mode a layer.
             layers: how many layers the model has, for presets that choose some of them.
+            cache: as ``config.cache`` has it: a memory by name, alone or with its settings.
 
         Raises:
-            TypeError: ``value`` is none of them.
-            ValueError: a mode, a preset or a setting is unknown; a phase is missing or unknown.
+            TypeError: ``value`` is none of them, or ``cache`` neither a name nor a mapping.
+            ValueError: a mode, a preset, a memory or a setting is unknown; a phase is missing or
+                unknown.
         """
+        plan = cls._modes_from_config(value, layers)
+        return plan if cache is None else dataclasses.replace(plan, cache=parse_memory(cache))
+
+    @classmethod
+    def _modes_from_config(
+        cls, value: str | Mapping[str, Any], layers: int | None
+    ) -> AttentionPlan:
         if isinstance(value, str):
             check_known("mode or a preset", value, [*MODES, *PRESETS])
             value = {"preset" if value in PRESETS else "mode": value}
@@ -60,7 +74,7 @@ class AttentionPlan:
         return cls(*(_parse_layers(value[phase]) for phase in PHASES))
 
     def to_config(self) -> dict[str, Any]:
-        """Return the plan as plain data that ``from_config`` reads."""
+        """Return the modes as plain data that ``from_config`` reads."""
         prefill, decode = _to_data(self.prefill), _to_data(self.decode)
         if len(self.prefill) == 1 and prefill == decode:
             return prefill
@@ -82,11 +96,27 @@ class AttentionPlan:
     def memory(self, layer: int) -> Memory:
         """Return an empty memory of a layer, which serves its modes in both phases.
 
+        A layer that keeps no more than a window goes on with that, whatever ``cache`` says.
+
         Raises:
-            ValueError: no memory serves both.
+            ValueError: no memory serves both, or ``cache`` does not serve them.
         """
         prefill, decode = self.modes(layer)
-        return decode.memory(prefill)
+        own = decode.memory(prefill)
+        if self.cache is None or own.get_max_length() != -1:
+            return own
+        for mode in (prefill, decode):
+            objection = None
+            if type(own) is not GrowingLayer and type(mode).memory is not Mode.memory:
+                objection = "keeps a memory of its own"
+            elif self.cache.evicts and not mode.reads_any_rows:
+                objection = "goes by the places of keys, or tells nobody what they got"
+            if objection is not None:
+                raise ValueError(
+                    f"`cache`: {self.cache.name!r} does not go with attention {mode.name!r}, "
+                    f"which {objection}"
+                )
+        return self.cache.memory()
 
     @property
     def has_phases(self) -> bool:
@@ -122,8 +152,12 @@ class AttentionPlan:
                     f"`attention`: expected one mode or {layers}, one a layer, got {got} for "
                     f"{phase!r}"
                 )
-        for layer in range(layers):
-            self.memory(layer)  # modes that no memory serves together are refused here
+        # modes that no memory serves together are refused here
+        memories = [self.memory(layer) for layer in range(layers)]
+        if self.cache is not None and type(self.cache.memory()) not in map(type, memories):
+            raise ValueError(
+                f"`cache`: no layer is left for {self.cache.name!r}: all of them keep windows"
+            )
 
 
 def _parse_layers(value: Any) -> tuple[Mode, ...]:

@@ -1,24 +1,37 @@
 """What is remembered between steps: keys and values that a mode can still see."""
 
 from bitnet_triton.cache.compressed import CompressedLayer
+from bitnet_triton.cache.evicting import EvictingLayer
 from bitnet_triton.cache.growing import GrowingLayer, grow_in_place
 from bitnet_triton.cache.index_keys import IndexLayer
-from bitnet_triton.cache.memory import Call, Memory, begin_call
+from bitnet_triton.cache.latest import Latest
+from bitnet_triton.cache.memory import Attended, Call, Memory, begin_call
+from bitnet_triton.cache.named import MEMORIES, MemoryKind, parse_memory, register_memory
 from bitnet_triton.cache.sinks import SinkWindowLayer
 from bitnet_triton.cache.streaming import StreamingLayer
 from bitnet_triton.cache.tables import TablesLayer
 from bitnet_triton.cache.units import UnitsLayer
 
+for _name, _kind in {"latest": Latest}.items():
+    register_memory(_name, _kind)
+
 __all__ = [
+    "MEMORIES",
+    "Attended",
     "Call",
     "CompressedLayer",
+    "EvictingLayer",
     "GrowingLayer",
     "IndexLayer",
+    "Latest",
     "Memory",
+    "MemoryKind",
     "SinkWindowLayer",
     "StreamingLayer",
     "TablesLayer",
     "UnitsLayer",
     "begin_call",
     "grow_in_place",
+    "parse_memory",
+    "register_memory",
 ]

@@ -76,9 +76,14 @@ class GrowingLayer(DynamicLayer, KeyValueMemory):
             assert self.key_store is not None
             if keys.shape[-2] + new <= self.key_store.shape[-2] and may_write(self.key_store):
                 return
-        self.key_store = _with_room(self.keys, self.key_store, new)
-        self.value_store = _with_room(self.values, self.value_store, new)
+        capacity = self.capacity(self.keys.shape[-2], new)
+        self.key_store = _with_room(self.keys, self.key_store, new, capacity)
+        self.value_store = _with_room(self.values, self.value_store, new, capacity)
         self.advance(0)  # what is held lies there from now on
+
+    def capacity(self, held: int, new: int) -> int:
+        """Return how many slots a store gets that holds so many tokens, and is to take new ones."""
+        return held + max(new, held // 4, _FEWEST)
 
     def advance(self, new: int) -> None:
         """Count ``new`` tokens as held, which somebody has written into the stores."""
@@ -126,13 +131,15 @@ def grow_in_place(cache: Cache) -> None:
             layer.__class__ = GrowingLayer  # which only adds: what it holds stays
 
 
-def _with_room(held: Tensor, store: Tensor | None, new: int) -> Tensor:
-    """Return a store that begins with ``held`` and has room for ``new`` tokens behind it."""
+def _with_room(held: Tensor, store: Tensor | None, new: int, capacity: int) -> Tensor:
+    """Return a store that begins with ``held`` and has room for ``new`` tokens behind it.
+
+    Where ``store`` is none, it is a fresh one of ``capacity`` slots.
+    """
     B, Hk, length, D = held.shape
     fits = store is not None and _begins_with(store, held) and length + new <= store.shape[-2]
     if store is not None and fits and may_write(store):
         return store
-    capacity = length + max(new, length // 4, _FEWEST)
     larger = held.new_empty((B, Hk, capacity, D))
     larger[:, :, :length].copy_(held)
     return larger

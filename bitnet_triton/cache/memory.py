@@ -51,6 +51,30 @@ class Call:
         return self.columns >= longest
 
 
+@dataclass(frozen=True, eq=False)
+class Attended:
+    """How attention has run over what a memory gave: causally, over all of it.
+
+    Attributes:
+        q: [B Tq H D], rotated.
+        k: [B Tk Hk D], what ``update`` has returned.
+        lse: float32 [B H Tq].
+        scale: what scores were multiplied with.
+        softcap: largest magnitude of a score; None: no bound.
+        rotary: cosines and sines by which the queries were turned, each [B or 1, Tq, D]; None:
+            nobody tells.
+        is_whole: whether all tokens of the call are a row's own or padding in front of them.
+    """
+
+    q: Tensor
+    k: Tensor
+    lse: Tensor
+    scale: float
+    softcap: float | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
+    is_whole: bool = True
+
+
 class Memory(CacheLayerMixin):
     """What one layer keeps between calls.
 
@@ -62,9 +86,14 @@ class Memory(CacheLayerMixin):
         rebases: whether positions may start again, if those of all layers do.
         shift: int64 [B], how far rotary positions lag behind those of the text; None: not at all.
         is_savable: whether ``saved`` tells all that it keeps.
+        wants_prompt_len: whether it goes by the length of the prompt; ``generate`` tells it.
+        keeps_places: whether the slots of a row hold its first or latest tokens, without a gap, so
+            that masks tell from a slot which token it is.
     """
 
     is_savable: ClassVar[bool] = False
+    wants_prompt_len: ClassVar[bool] = False
+    keeps_places: ClassVar[bool] = True
     tokens: int = 0
     rebases: bool = False
     shift: Tensor | None = None
@@ -96,16 +125,19 @@ class Memory(CacheLayerMixin):
         A call may be told twice, where a step turns out not to be one that is recorded.
         """
 
-    def after(self, q: Tensor, k: Tensor, lse: Tensor) -> None:
+    def after(self, attended: Attended) -> None:
         """Take note that attention has run, in a mode that is a mask.
 
-        In a recorded step nobody calls it: there the memory's own ``decode`` has all of this.
-
-        Args:
-            q: [B Tq H D], rotated.
-            k: [B Tk Hk D], what ``update`` has returned.
-            lse: float32 [B H Tq].
+        In a recorded step nobody calls it: there the memory's own ``decode`` has all of this. It
+        may be called again for one ``update``, where somebody tries attention out.
         """
+
+    def held_padding(self) -> Tensor | None:
+        """Return int32 [B], how many slots of what ``update`` has given hold no token.
+
+        They come first in a row. None: as the padding of the call says.
+        """
+        return None
 
     def prompt_is_over(self) -> None:
         """Take note that the tokens to come are generated: build tables, compress, quantise."""

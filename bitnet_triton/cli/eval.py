@@ -50,7 +50,10 @@ def evaluate(
     ] = None,
     cache: Annotated[
         list[str] | None,
-        typer.Option(help="`own` (of the attention), `dynamic`, `static`; may be repeated."),
+        typer.Option(
+            help="`own` (of the attention), `dynamic`, `static`, or a memory with settings as in "
+            "`h2o:budget=0.2`; may be repeated."
+        ),
     ] = None,
     rope: Annotated[
         list[str] | None,

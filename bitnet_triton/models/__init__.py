@@ -9,6 +9,7 @@ from bitnet_triton.models.bitnet import (
     BitNetModel,
     add_global_projections,
     set_attention,
+    set_cache,
 )
 from bitnet_triton.models.extend import extend_context
 from bitnet_triton.models.fuse import fuse, unfuse
@@ -37,6 +38,7 @@ __all__ = [
     "merge_adapters",
     "save_cache",
     "set_attention",
+    "set_cache",
     "unfuse",
     "use_ternary_kernels",
 ]

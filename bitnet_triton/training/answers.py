@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig
 
 from bitnet_triton.models.rotary import depends_on_length
-from bitnet_triton.training.settings import CACHES
+from bitnet_triton.training.settings import make_cache
 from bitnet_triton.training.tasks import Prompt, Task, TextTokens, build
 from bitnet_triton.training.tasks.words import Names
 
@@ -97,7 +97,7 @@ def ask(
     """
     device = model.device
     ids = torch.tensor([prompt.context for prompt in prompts], device=device)
-    made = CACHES[cache](model, len(prompts[0]))
+    made = make_cache(cache, model, len(prompts[0]))
     kwargs: dict[str, Any] = {} if made is None else {"past_key_values": made}
     if depends_on_length(model):  # all turns stand in one cache
         kwargs["context_length"] = len(prompts[0])

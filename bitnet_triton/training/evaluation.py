@@ -21,7 +21,7 @@ from bitnet_triton.training.answers import QUESTIONS, ask, batches, make_prompts
 from bitnet_triton.training.footprint import measure_footprint
 from bitnet_triton.training.perplexity import bits, windows
 from bitnet_triton.training.results import Report, Store, summarise
-from bitnet_triton.training.settings import CACHES, Setting, parse_setting
+from bitnet_triton.training.settings import Setting, make_cache, parse_setting
 from bitnet_triton.training.subject import folder_of
 from bitnet_triton.training.tasks import TASKS, TextTokens, check_tasks
 
@@ -135,6 +135,8 @@ def load(folder: str, setting: Setting, *, fuse: bool = False) -> Any:
     changed: dict[str, Any] = {}
     if setting.attention is not None:
         changed["attention"] = setting.attention
+    elif setting.has_memory and BitNetConfig.from_pretrained(folder).attention is None:
+        changed["attention"] = "full"  # which tells the memory what keys receive
     elif BitNetConfig.from_pretrained(folder).attention is None:
         changed["attn_implementation"] = (
             hub.NAME
@@ -202,7 +204,7 @@ def _check_values(
 def _try(model: Any, setting: Setting, tokens: TextTokens) -> None:
     ids = torch.tensor([tokens.start + tokens.haystack.ids[: _PROBE - len(tokens.start)]])
     try:
-        measure_footprint(model, ids, CACHES[setting.cache](model, _PROBE))
+        measure_footprint(model, ids, make_cache(setting.cache, model, _PROBE))
     except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"`settings`: {setting.name!r}: {error}") from error
 
@@ -228,7 +230,7 @@ def _measure_footprints(
         if store.has(**key):
             continue
         ids = torch.tensor(windows(tokens, length, 1), device=model.device)
-        found = measure_footprint(model, ids, CACHES[setting.cache](model, length))
+        found = measure_footprint(model, ids, make_cache(setting.cache, model, length))
         store.add({**key, "footprint": dataclasses.asdict(found)})
 
 

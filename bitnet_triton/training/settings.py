@@ -13,6 +13,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from bitnet_triton.attention.registry import MODES
 from bitnet_triton.attention.swaa import PRESETS
+from bitnet_triton.cache import MEMORIES, parse_memory
+from bitnet_triton.models.bitnet.planned import named_cache
 from bitnet_triton.models.extend import METHODS
 
 # Name -> what makes an empty cache for so many tokens; None: what the attention asks for
@@ -23,6 +25,36 @@ CACHES: dict[str, Callable[[Any, int], Any]] = {
 }
 
 
+def make_cache(name: str, model: Any, length: int) -> Any:
+    """Return an empty cache for so many tokens; None: the one that the attention asks for.
+
+    Args:
+        name: as ``Setting.cache``.
+        model: a ``BitNetForCausalLM``.
+        length: of the text.
+    """
+    if name in CACHES:
+        return CACHES[name](model, length)
+    return named_cache(model, parse_cache(name))
+
+
+def parse_cache(text: str) -> dict[str, Any]:
+    """Read a memory and its settings as the command line has them, ``h2o:budget=0.2``, or JSON.
+
+    Raises:
+        TypeError: a setting has a wrong type.
+        ValueError: it is none, or one of its settings is unknown or out of range.
+    """
+    found = _parse(text, "cache")
+    if "name" not in found:
+        found["name"] = found.pop("mode", None)
+    name = found["name"]
+    if name not in MEMORIES:
+        known = ", ".join([*CACHES, *MEMORIES])
+        raise ValueError(f"`cache`: expected one of {known}, got {text!r}")
+    return parse_memory(found).to_data()
+
+
 @dataclass(frozen=True)
 class Setting:
     """What is changed in a model before it is measured.
@@ -31,7 +63,8 @@ class Setting:
         name: how tables and plots call it.
         attention: ``config.attention``; None: as the checkpoint says.
         cache: ``own`` is the one that the attention asks for; ``dynamic`` and ``static`` are those
-            of transformers, which keep everything.
+            of transformers, which keep everything; or a memory as ``config.cache`` names it, with
+            settings as in ``h2o:budget=0.2``.
         rope: fields of ``config.rope_parameters`` to change; empty: none.
     """
 
@@ -41,8 +74,8 @@ class Setting:
     rope: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.cache not in CACHES:
-            raise ValueError(f"`cache`: expected one of {', '.join(CACHES)}, got {self.cache!r}")
+        if self.has_memory:
+            parse_cache(self.cache)
         kind = self.rope.get("rope_type", "default")
         known = list(dict.fromkeys(["default", *METHODS, *ROPE_INIT_FUNCTIONS]))
         if kind not in known:
@@ -50,6 +83,11 @@ class Setting:
         factor = self.rope.get("factor", 1.0)
         if isinstance(factor, bool) or not isinstance(factor, (int, float)) or factor <= 0:
             raise ValueError(f"`rope`: 'factor': expected a positive number, got {factor!r}")
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether its cache is a memory that is chosen by name."""
+        return self.cache not in CACHES
 
     def to_data(self) -> dict[str, Any]:
         """Return plain data."""

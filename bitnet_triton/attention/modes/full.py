@@ -37,10 +37,20 @@ class Full(MaskMode):
         """It is that."""
         return True
 
+    @property
+    def reads_any_rows(self) -> bool:
+        """It looks at no key's place."""
+        return True
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
         """Map q [B Tq H D] and k, v [B Tk Hk D] to [B Tq H D]."""
         if context.tokens.matrix is None and not context.dropout:
             return attend_and_tell(q, k, v, context.tokens.mask, context)
+        if context.memory is not None and not context.memory.keeps_places:
+            raise ValueError(
+                "`attention_mask`: a cache that drops tokens by their scores takes padding to the "
+                "left of a row and nothing else, and no dropout"
+            )
         if not torch.compiler.is_compiling():  # logging would break the graph
             _tell("dropout" if context.tokens.matrix is None else "a matrix for a mask")
         q, k, v, matrix = *(t.transpose(1, 2) for t in (q, k, v)), _matrix(q, k, context)

@@ -1,4 +1,8 @@
-from bitnet_triton.models.bitnet.attention import add_global_projections, set_attention
+from bitnet_triton.models.bitnet.attention import (
+    add_global_projections,
+    set_attention,
+    set_cache,
+)
 from bitnet_triton.models.bitnet.configuration_bitnet import BitNetConfig
 from bitnet_triton.models.bitnet.modeling_bitnet import BitNetForCausalLM, BitNetModel
 
@@ -8,4 +12,5 @@ __all__ = [
     "BitNetModel",
     "add_global_projections",
     "set_attention",
+    "set_cache",
 ]

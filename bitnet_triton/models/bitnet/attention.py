@@ -31,16 +31,51 @@ def set_attention(model: Model, attention: str | Mapping[str, Any]) -> Model:
 
     Raises:
         TypeError: ``model`` is of another class, or ``attention`` of a wrong type.
-        ValueError: a mode, a preset or a setting is unknown or does not fit the model. Nothing was
-            changed then.
+        ValueError: a mode, a preset or a setting is unknown or does not fit the model or its
+            ``config.cache``. Nothing was changed then.
     """
     config = getattr(model, "config", None)
     if not hasattr(model, "use_plan") or config is None:
         raise TypeError(
             f"`model`: expected BitNetForCausalLM or BitNetModel, got {type(model).__name__}"
         )
-    plan = AttentionPlan.from_config(attention, config.num_hidden_layers)
+    plan = AttentionPlan.from_config(
+        attention, config.num_hidden_layers, getattr(config, "cache", None)
+    )
     plan.check_layers(config.num_hidden_layers)
+    with unfused(model):
+        cast("Any", model).use_plan(plan)
+    return model
+
+
+def set_cache(model: Model, cache: str | Mapping[str, Any] | None) -> Model:
+    """Give a model another memory for keys and values, in place.
+
+    The model is saved with it, and ``config.cache`` says so. A model without ``config.attention``
+    gets "full".
+
+    Args:
+        model: ``BitNetForCausalLM`` or ``BitNetModel``.
+        cache: as ``config.cache`` takes it; None: the plain one.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: ``model`` is of another class, or ``cache`` of a wrong type.
+        ValueError: the memory or a setting is unknown, or does not go with the attention of the
+            model. Nothing was changed then.
+    """
+    config = getattr(model, "config", None)
+    if not hasattr(model, "use_plan") or config is None:
+        raise TypeError(
+            f"`model`: expected BitNetForCausalLM or BitNetModel, got {type(model).__name__}"
+        )
+    if cache is None and config.cache is None:
+        return model
+    layers = config.num_hidden_layers
+    plan = AttentionPlan.from_config(config.attention or "full", layers, cache)
+    plan.check_layers(layers)
     with unfused(model):
         cast("Any", model).use_plan(plan)
     return model
@@ -64,7 +99,8 @@ def add_global_projections(model: Model) -> Model:
     plan: AttentionPlan | None = getattr(model, "attention_plan", None)
     if plan is None or not any(hasattr(mode, "global_projections") for mode in plan):
         raise ValueError("`model`: expected attention 'longformer' in `config.attention`")
-    wanted = AttentionPlan(*(tuple(map(_with_projections, p)) for p in (plan.prefill, plan.decode)))
+    phases = (tuple(map(_with_projections, phase)) for phase in (plan.prefill, plan.decode))
+    wanted = AttentionPlan(*phases, cache=plan.cache)
     if not any(getattr(mode, "global_projections", False) for mode in wanted):
         raise ValueError("`model`: expected a layer with 'global_tokens' or 'global_mask'")
     return model if wanted == plan else set_attention(model, wanted.to_config())

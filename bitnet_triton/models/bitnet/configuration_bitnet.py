@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 from transformers.models.bitnet.configuration_bitnet import BitNetConfig as HfBitNetConfig
 
 from bitnet_triton.attention import AttentionPlan
+from bitnet_triton.cache import parse_memory
 from bitnet_triton.models.onebit import config_objection
 from bitnet_triton.models.quantizer import in_memory, on_disk
 from bitnet_triton.models.rotary import DYNAMIC_YARN
@@ -24,33 +25,38 @@ ONLINE = {
 
 
 class BitNetConfig(HfBitNetConfig):
-    """Configuration of a BitNet model; every field of transformers' BitNetConfig, and three more.
+    """Configuration of a BitNet model; every field of transformers' BitNetConfig, and four more.
 
     Args:
         attention: an attention mode by name (``"full"``), or as a dict with ``mode`` and its
             settings; or a plan, a dict with ``prefill`` and ``decode``, each of them a mode or a
             list with a mode for each layer. None leaves attention to transformers. A config with
-            a mode, with reversible layers, or with rope type ``dynamic_yarn``, is saved under the
-            model type ``bitnet_triton``, any other as plain ``bitnet``.
+            a mode, with ``cache``, with reversible layers, or with rope type ``dynamic_yarn``, is
+            saved under the model type ``bitnet_triton``, any other as plain ``bitnet``.
         reversible: attention and MLP of a layer run on two streams (arXiv:2001.04451, section 3),
             and training keeps the activations of no layer. Such a model goes without a cache:
             ``use_cache`` is False.
         use_cache: whether a call without an answer of its own returns a cache. None, the default:
             True unless ``reversible``.
+        cache: the memory of layers whose modes keep everything, by name (``"h2o"``), or as a dict
+            with ``name`` and its settings; with it ``attention`` is ``"full"`` unless it says
+            otherwise. None: keys and values of all tokens.
         quantization_config: how the linears are quantised, as in published checkpoints. A fresh
             config has trainable ternary linears (``autobitlinear``, ``online``); a ``config.json``
             without the field, and an explicit None, mean dense linears, as in transformers.
 
     Raises:
-        TypeError: ``attention``, ``reversible`` or ``quantization_config`` is of a wrong type.
-        ValueError: ``attention`` names an unknown mode or setting; ``reversible`` meets
-            ``use_cache`` or a mode that cannot run twice; ``quant_method`` is not ``bitnet``; the
-            file that is read belongs to another model type.
+        TypeError: ``attention``, ``cache``, ``reversible`` or ``quantization_config`` is of a wrong
+            type.
+        ValueError: ``attention`` or ``cache`` names something unknown, or they do not go together;
+            ``reversible`` meets ``use_cache``, ``cache`` or a mode that cannot run twice;
+            ``quant_method`` is not ``bitnet``; the file that is read belongs to another model type.
     """
 
     model_type = OWN_MODEL_TYPE
 
     attention: str | dict | None = None
+    cache: str | dict | None = None
     reversible: bool = False
     use_cache: bool | None = None  # type: ignore[assignment]  # None: by `reversible`
 
@@ -62,9 +68,9 @@ class BitNetConfig(HfBitNetConfig):
             self.use_cache = not self.reversible
         super().__post_init__(**kwargs)
         plan = None
-        if self.attention is not None:
+        if self.attention is not None or self.cache is not None:
             layers = self.num_hidden_layers
-            plan = AttentionPlan.from_config(self.attention, layers)
+            plan = AttentionPlan.from_config(self.attention or "full", layers, self.cache)
             plan.check_layers(layers)
         self.check_reversible(plan)
 
@@ -76,7 +82,7 @@ class BitNetConfig(HfBitNetConfig):
 
         Raises:
             TypeError: ``reversible`` is no bool.
-            ValueError: ``use_cache`` is wanted, or a mode cannot run twice.
+            ValueError: ``use_cache`` or ``cache`` is wanted, or a mode cannot run twice.
         """
         if not isinstance(self.reversible, bool):
             got = type(self.reversible).__name__
@@ -85,6 +91,8 @@ class BitNetConfig(HfBitNetConfig):
             return
         if self.use_cache:
             raise ValueError("`use_cache`: expected False beside `reversible`, got True")
+        if self.cache is not None:
+            raise ValueError("`cache`: expected none beside `reversible`, which goes without")
         for mode in plan or ():
             if mode.recompute_objection is not None:
                 raise ValueError(
@@ -96,6 +104,8 @@ class BitNetConfig(HfBitNetConfig):
         # here and not in __post_init__: from_pretrained sets its keyword arguments afterwards
         if name == "attention" and value is not None:
             value = AttentionPlan.from_config(value, self.num_hidden_layers).to_config()
+        if name == "cache" and value is not None:
+            value = parse_memory(value).to_data()
         if name == "use_cache" and value is None:
             object.__setattr__(self, name, value)  # transformers checks for a bool
         else:
@@ -137,11 +147,13 @@ class BitNetConfig(HfBitNetConfig):
         return (self.rope_parameters or {}).get("rope_type") == DYNAMIC_YARN
 
     def _published(self, output: dict[str, Any]) -> dict[str, Any]:
-        if self.attention is None:
-            output.pop("attention", None)
+        for name in ("attention", "cache"):
+            if getattr(self, name) is None:
+                output.pop(name, None)
         if not self.reversible:
             output.pop("reversible", None)
-        if self.attention is None and not self.reversible and not self._has_own_rope:
+        has_own = self.attention is not None or self.cache is not None or self.reversible
+        if not has_own and not self._has_own_rope:
             output["model_type"] = PLAIN_MODEL_TYPE
         if output.get("quantization_config") is not None:
             output["quantization_config"] = on_disk(output["quantization_config"])

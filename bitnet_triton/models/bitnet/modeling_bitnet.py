@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
 from bitnet_triton.attention import AttentionPlan, hub
+from bitnet_triton.cache import MEMORIES
 from bitnet_triton.errors import CheckpointError
 from bitnet_triton.models.bitnet.configuration_bitnet import BitNetConfig
 from bitnet_triton.models.bitnet.greedy import decode_greedily, greedy_objection, tell_once
@@ -21,6 +23,7 @@ from bitnet_triton.models.bitnet.planned import (
     check_global_tokens,
     check_no_plan_arguments,
     describe_call,
+    named_cache,
     prepared_cache,
     replace_dynamic_cache,
 )
@@ -50,11 +53,12 @@ from bitnet_triton.nn import RMSNorm, count_packed, resized_head, use_output_hea
 
 def _prepared_plan(config: BitNetConfig) -> AttentionPlan | None:
     """Return the plan of ``config``, if any, and lead transformers' attention layers to it."""
-    if config.attention is None:
+    if config.attention is None and config.cache is None:
         return None
     check_attention_implementation(config._attn_implementation)
     config._attn_implementation = hub.NAME
-    plan = AttentionPlan.from_config(config.attention, config.num_hidden_layers)
+    layers, attention = config.num_hidden_layers, config.attention or "full"
+    plan = AttentionPlan.from_config(attention, layers, config.cache)
     plan.check_layers(config.num_hidden_layers)  # again: keyword arguments come after its check
     return plan
 
@@ -98,6 +102,7 @@ class _TernaryModel(hf.BitNetPreTrainedModel):
         config.check_reversible(plan)
         give_plan(decoder, plan)  # refuses before anything has changed
         config.attention, config._attn_implementation = plan.to_config(), hub.NAME
+        config.cache = None if plan.cache is None else plan.cache.to_data()
         _make_ours(decoder)
         self.attention_plan = decoder.attention_plan = plan
 
@@ -382,6 +387,28 @@ class BitNetForCausalLM(_TernaryModel, hf.BitNetForCausalLM):
         """
         return take_mode_loss(self.base_model)
 
+    def generate(self, *args: Any, cache_implementation: Any = None, **kwargs: Any) -> Any:
+        """Write tokens behind a prompt, as transformers' ``generate`` does.
+
+        Args:
+            *args: as transformers takes them.
+            cache_implementation: one more kind than transformers has: a memory as ``config.cache``
+                takes it, by name or with its settings, for this call.
+            **kwargs: as transformers takes them.
+
+        Raises:
+            ValueError: the memory does not go with the attention of the model, or a cache is given
+                beside it.
+        """
+        is_ours = isinstance(cache_implementation, Mapping) or cache_implementation in MEMORIES
+        if is_ours:
+            if kwargs.get("past_key_values") is not None:
+                raise ValueError("`cache_implementation`: expected none beside `past_key_values`")
+            kwargs["past_key_values"] = named_cache(self, cache_implementation)
+        elif cache_implementation is not None:
+            kwargs["cache_implementation"] = cache_implementation
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
+
     def prepare_inputs_for_generation(
         self, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
@@ -430,7 +457,13 @@ class BitNetForCausalLM(_TernaryModel, hf.BitNetForCausalLM):
             replace_dynamic_cache(
                 plan, self.config.num_hidden_layers, model_kwargs, generation_config.is_assistant
             )
-        if plan is not None and plan.wants_prompt_len and model_kwargs.get("prompt_len") is None:
+        held = getattr(model_kwargs.get("past_key_values"), "layers", ())
+        wants = any(getattr(layer, "wants_prompt_len", False) for layer in held)
+        if (
+            plan is not None
+            and (plan.wants_prompt_len or wants)
+            and (model_kwargs.get("prompt_len") is None)
+        ):
             # what comes after this call's input is generated, in a second turn too
             mask = model_kwargs.get("attention_mask")
             columns = generation_config._mask_length if mask is None else mask.shape[1]

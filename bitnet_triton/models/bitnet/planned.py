@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from transformers.masking_utils import create_causal_mask
 
 from bitnet_triton.attention import AttentionPlan, hub
 from bitnet_triton.attention.tokens import Tokens
-from bitnet_triton.cache import Call, GrowingLayer, Memory, begin_call
+from bitnet_triton.cache import Call, GrowingLayer, Memory, begin_call, parse_memory
 from bitnet_triton.models.bitnet.reversible import check_no_cache
 from bitnet_triton.models.rotary import Frequencies
 
@@ -149,6 +150,31 @@ def build_cache(plan: AttentionPlan | None, layers: int, offloading: bool = Fals
         GrowingLayer() if plan is None else plan.memory(i) for i in range(layers)
     ]
     return Cache(memories, offloading=offloading)
+
+
+def named_cache(model: Any, cache: str | Mapping[str, Any]) -> Cache:
+    """Return an empty cache whose layers have a memory that is chosen by name.
+
+    Args:
+        model: the one with ``attention_plan``.
+        cache: as ``config.cache`` takes it.
+
+    Raises:
+        ValueError: the model has no attention mode that could tell the memory what keys receive, or
+            one that does not go with it.
+    """
+    plan: AttentionPlan | None = model.attention_plan
+    name = parse_memory(cache).name
+    if plan is None:
+        raise ValueError(
+            f"`cache_implementation`: {name!r} goes with `config.attention`; choose one, as by "
+            "bitnet_triton.set_attention(model, 'full'), or load the model with "
+            f"cache={name!r}"
+        )
+    layers = model.config.num_hidden_layers
+    plan = AttentionPlan(plan.prefill, plan.decode, cache=parse_memory(cache))
+    plan.check_layers(layers)
+    return build_cache(plan, layers)
 
 
 def check_positions_of_texts(plan: AttentionPlan, rope_type: str) -> None:
