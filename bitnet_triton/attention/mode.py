@@ -160,6 +160,11 @@ class Mode:
         return False
 
     @property
+    def takes_rotated(self) -> bool:
+        """Whether queries and keys come rotated; those of a step never do."""
+        return True
+
+    @property
     def takes_global_tokens(self) -> bool:
         """Whether ``forward`` and ``generate`` may name ``global_tokens``."""
         return False

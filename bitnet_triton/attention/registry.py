@@ -11,6 +11,7 @@ from bitnet_triton.attention.mode import Mode
 from bitnet_triton.attention.modes.fixed import Fixed
 from bitnet_triton.attention.modes.full import Full
 from bitnet_triton.attention.modes.indexed_blocks import IndexedBlocks
+from bitnet_triton.attention.modes.linear import Linear
 from bitnet_triton.attention.modes.local import Local
 from bitnet_triton.attention.modes.longformer import Longformer
 from bitnet_triton.attention.modes.lsh_sampling import LshSampling
@@ -88,6 +89,7 @@ for _name, _kind in {
     "native_sparse": NativeSparse,
     "reformer": Reformer,
     "routing": Routing,
+    "linear": Linear,
 }.items():
     register_mode(_name, _kind)
 

@@ -8,6 +8,7 @@ from bitnet_triton.cache.latest import Latest
 from bitnet_triton.cache.memory import Attended, Call, Memory, begin_call
 from bitnet_triton.cache.named import MEMORIES, MemoryKind, parse_memory, register_memory
 from bitnet_triton.cache.sinks import SinkWindowLayer
+from bitnet_triton.cache.states import LastCall, StateLayer
 from bitnet_triton.cache.streaming import StreamingLayer
 from bitnet_triton.cache.tables import TablesLayer
 from bitnet_triton.cache.units import UnitsLayer
@@ -23,10 +24,12 @@ __all__ = [
     "EvictingLayer",
     "GrowingLayer",
     "IndexLayer",
+    "LastCall",
     "Latest",
     "Memory",
     "MemoryKind",
     "SinkWindowLayer",
+    "StateLayer",
     "StreamingLayer",
     "TablesLayer",
     "UnitsLayer",

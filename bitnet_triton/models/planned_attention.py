@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, cast
 
+import torch
 import transformers.models.bitnet.modeling_bitnet as hf
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
@@ -15,7 +16,7 @@ from bitnet_triton.attention.mode import Mode
 from bitnet_triton.cache import Memory
 
 # what ``give_plan`` hangs at an attention layer
-_OWN = ("attention_plan", "brought")
+_OWN = ("attention_plan", "brought", "is_rotated")
 
 
 class PlannedAttention(hf.BitNetAttention):
@@ -35,9 +36,8 @@ class PlannedAttention(hf.BitNetAttention):
         kwargs["layer_inputs"] = layer_inputs(
             self, hidden_states, position_embeddings, past_key_values
         )
-        return super().forward(
-            hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
-        )
+        turn = rotation_of(self, position_embeddings)
+        return super().forward(hidden_states, turn, attention_mask, past_key_values, **kwargs)
 
 
 def layer_inputs(
@@ -51,6 +51,16 @@ def layer_inputs(
     layers = [] if cache is None else cache.layers[attention.layer_idx :][:1]
     memory = next((layer for layer in layers if isinstance(layer, Memory)), None)
     return LayerInputs(hidden_states, position_embeddings, memory, is_cached=cache is not None)
+
+
+def rotation_of(
+    attention: nn.Module, position_embeddings: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return the cosines and sines by which a layer rotates: those of no angle, if it does not."""
+    if getattr(attention, "is_rotated", True):
+        return position_embeddings
+    cos, sin = position_embeddings
+    return torch.ones_like(cos), torch.zeros_like(sin)
 
 
 def give_plan(decoder: nn.Module, plan: AttentionPlan) -> None:
@@ -73,6 +83,8 @@ def give_plan(decoder: nn.Module, plan: AttentionPlan) -> None:
         for name in set(getattr(attention, "brought", ())) - set(brought):
             delattr(attention, name)
         attention.brought = tuple(brought)
+        # both phases of such a layer have the same mode: no memory serves two
+        attention.is_rotated = all(mode.takes_rotated for mode in plan.modes(attention.layer_idx))
         for name, module in brought.items():
             _attach(attention, name, module, layer.input_layernorm.weight)
 

@@ -114,9 +114,18 @@ def _check(parts: list[dict[str, Tensor]], model: Any, path: str | os.PathLike) 
     config = model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     D = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    like = parts[0]["keys"]
+    like = next((part["keys"] for part in parts if "keys" in part), None)
+    B = next(iter(parts[0].values())).shape[0]
     for index, part in enumerate(parts):
+        state = part.get("state")
+        if state is not None and (state.dtype != torch.float32 or state.shape[:2] != (B, heads)):
+            raise CheckpointError(
+                f"{path}: {index}.state: expected torch.float32 [{B} {heads} D Dv], got "
+                f"{state.dtype} {list(state.shape)}"
+            )
         for name in ("keys", "values"):
+            if like is None or name not in part:
+                continue
             t = part[name]
             if t.dtype != model.dtype or t.shape != (like.shape[0], heads, like.shape[2], D):
                 raise CheckpointError(

@@ -5,6 +5,8 @@ All give features that are not negative, for ``linear_attention(..., normalize=T
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,7 +43,7 @@ class Performer(nn.Module):
         if D < 1:
             raise ValueError(f"`D`: expected at least 1, got {D}")
         if features is None:
-            features = -(-int(D * torch.tensor(float(D)).log().item() + 1) // 16) * 16
+            features = -(-int(D * math.log(D) + 1) // 16) * 16
         if features < 1:
             raise ValueError(f"`features`: expected at least 1, got {features}")
         self.D, self.features = D, features
@@ -71,7 +73,7 @@ def orthogonal_rows(features: int, D: int, *, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
 
     def gaussian() -> Tensor:
-        return torch.randn(D, D, generator=generator, dtype=torch.float64)
+        return torch.randn(D, D, generator=generator, dtype=torch.float64, device="cpu")
 
     blocks = []
     for _ in range(-(-features // D)):

@@ -27,6 +27,8 @@ def _linear_attention_decode_kernel(
     # tensors: q [B T H D]; k [B T Hk D]; v [B T Hk DV]; log_decay [B T Hk] or [B T Hk D] or None;
     # beta [B T Hk] or None; before [B Hk D DV] float32 or None, after as before; out [B T H DV]
     q_ptr, k_ptr, v_ptr, log_decay_ptr, beta_ptr, before_ptr, after_ptr, out_ptr,
+    # int32 [B] or None: which of two states [2 B Hk D DV] is the one before; the other one is after
+    turn_ptr,
     # strides, in elements
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
     v_stride_b, v_stride_t, v_stride_h,
@@ -47,6 +49,12 @@ def _linear_attention_decode_kernel(
     cols = first_v + tl.arange(0, BLOCK_V)
     is_col = cols < DV
     at_state = (b * Hk + head) * D * DV
+    at_after = at_state
+    if turn_ptr is not None:
+        size = tl.num_programs(2).to(tl.int64) * Hk * D * DV
+        turn = tl.load(turn_ptr + b)
+        at_after += (1 - turn) * size
+        at_state += turn * size
     state = tl.zeros((BLOCK_D, BLOCK_V), tl.float32)
     if before_ptr is not None:
         state = load_tile(before_ptr + at_state, dims, DV, is_dim, first_v, DV, BLOCK_V)
@@ -74,7 +82,7 @@ def _linear_attention_decode_kernel(
             out = scale * tl.sum(state * q[:, None], axis=0)
             out_at = out_ptr + (row * Hk * GROUP + query_head) * DV + cols
             tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=is_col)
-    store_tile(after_ptr + at_state, dims, DV, state, is_dim, first_v, DV, BLOCK_V)
+    store_tile(after_ptr + at_after, dims, DV, state, is_dim, first_v, DV, BLOCK_V)
 
 
 def launch_decode(
@@ -88,6 +96,7 @@ def launch_decode(
     before: Tensor | None,
     after: Tensor,
     out: Tensor | None = None,
+    turn: Tensor | None = None,
 ) -> Tensor:
     """Take T tokens after the state ``before``, by one launch; return ``out`` [B T H Dv].
 
@@ -101,13 +110,15 @@ def launch_decode(
         before: float32 [B Hk D Dv]; None: zeros.
         after: gets the state behind the tokens; may be ``before``.
         out: is written; None: a new tensor in the dtype of ``q``.
+        turn: int32 [B]; where given, ``before`` and ``after`` are the same two states
+            [2 B Hk D Dv], and this says which one is read: a launch may then be done again.
     """
     (B, T, H, D), (Hk, DV) = q.shape, v.shape[2:]
     if out is None:
         out = torch.empty((B, T, H, DV), dtype=q.dtype, device=q.device)
     config = tiles("linear_attention_decode", D, q.device)
     launch(_linear_attention_decode_kernel, (cdiv(DV, config["BLOCK_V"]), Hk, B))(
-        q, k, v, log_decay, beta, before, after, out,
+        q, k, v, log_decay, beta, before, after, out, turn,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         T, scale, LEAST_LOG_DECAY,
         GROUP=H // Hk, D=D, DV=DV, DECAY=0 if log_decay is None else log_decay.ndim - 2,

@@ -33,6 +33,7 @@ CPU: Table = {
     "linear_attention_decode": {
         ANY: {"BLOCK_V": 32},
     },
+    "project_row": {ANY: {"BLOCK_N": 16, "BLOCK_K": 64}},
 }
 
 _WIDE = {"BLOCK_T": 32, "num_warps": 4, "num_stages": 1}
@@ -70,6 +71,7 @@ GPU: Table = {
     "linear_attention_decode": {
         ANY: {"BLOCK_V": 16, "num_warps": 4, "num_stages": 1},
     },
+    "project_row": {ANY: {"BLOCK_N": 8, "BLOCK_K": 256, "num_warps": 4}},
 }
 
 register_tiles(cpu=CPU, gpu=GPU)

@@ -19,7 +19,7 @@ from bitnet_triton.models.fused.fusion import (
     Fusion,
     Launchers,
 )
-from bitnet_triton.models.planned_attention import layer_inputs
+from bitnet_triton.models.planned_attention import layer_inputs, rotation_of
 
 
 class FusedDecoderLayer(nn.Module):
@@ -87,7 +87,8 @@ class FusedDecoderLayer(nn.Module):
         fusion = self.fusion
         attention, H, Hk = fusion.attention, fusion.heads, fusion.kv_heads
         # queries and keys turn alike: in one go
-        rotated = run.rotate(heads[:, :, : H + Hk], *position_embeddings).transpose(1, 2)
+        turn = rotation_of(attention, position_embeddings)
+        rotated = run.rotate(heads[:, :, : H + Hk], *turn).transpose(1, 2)
         query, key = rotated[:, :H], rotated[:, H:]
         value = heads[:, :, H + Hk :].transpose(1, 2)
         if past_key_values is not None:

@@ -1,0 +1,163 @@
+"""What mode ``linear`` brings to an attention layer: gates, a short convolution, feature maps."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bitnet_triton.nn import Hedgehog, Performer, elu_plus_one
+
+FEATURE_MAPS = ("elu", "relu", "performer", "hedgehog")
+# how much of a state one token lets decay at the start, from the first head to the last
+_FIRST_DECAY, _LAST_DECAY = 1e-3, 1e-1
+_EPS_NORM, _EPS_LENGTH = 1e-6, 1e-6
+
+
+class Gating(NamedTuple):
+    """What hidden states say about a call.
+
+    Attributes:
+        beta: float32 [B T Hk], how far a token replaces what its key reads.
+        log_decay: float32 [B T Hk] or [B T Hk D], at most 0.
+        gate: [B T H D], of the output, before the SiLU.
+    """
+
+    beta: Tensor
+    log_decay: Tensor
+    gate: Tensor
+
+
+class GatedParts(nn.Module):
+    """Parameters of the gated delta rule, in the form of Qwen3-Next's layers; all stay dense.
+
+    One matrix maps hidden states to beta, the decay and the inner half of the output gate. That
+    gate, and the decay of channels, go through D numbers as in Kimi Linear (arXiv:2510.26692): full
+    matrices would weigh more than all ternary ones of the layer.
+
+    Args:
+        config: of the model.
+        of_channels: whether every channel of a key decays by itself (KDA), not a head as a whole.
+        taps: of the convolution; 1: there is none.
+
+    Attributes:
+        inputs: [Hk + (D or Hk) + D, K].
+        decay_out: [Hk D, D], with ``of_channels``; None without.
+        gate_out: [H D, D].
+        log_rate: [Hk], logarithm of what multiplies the decay.
+        decay_bias: [Hk] or [Hk D].
+        convolution: [C taps], of the C = (H + 2 Hk) D projections, the last tap that of the token
+            itself, with which it starts.
+        norm: [D].
+    """
+
+    def __init__(self, config: Any, of_channels: bool, taps: int) -> None:
+        super().__init__()
+        K, H, Hk = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        D = getattr(config, "head_dim", None) or K // H
+        self.sizes = (H, Hk, D)
+        std = config.initializer_range
+        inner = D if of_channels else Hk
+        self.inputs = nn.Parameter(std * torch.randn(Hk + inner + D, K))
+        self.gate_out = nn.Parameter(std * torch.randn(H * D, D))
+        self.decay_out = nn.Parameter(std * torch.randn(Hk * D, D)) if of_channels else None
+        self.log_rate = nn.Parameter(torch.zeros(Hk))
+        decay = torch.linspace(math.log(_FIRST_DECAY), math.log(_LAST_DECAY), Hk).exp()
+        bias = decay.expm1().log()  # the inverse of softplus
+        self.decay_bias = nn.Parameter(bias.repeat_interleave(D) if of_channels else bias)
+        self.convolution = None
+        if taps > 1:
+            weights = std * torch.randn((H + 2 * Hk) * D, taps)
+            weights[:, -1] = 1.0
+            self.convolution = nn.Parameter(weights)
+        self.norm = nn.Parameter(torch.ones(D))
+
+    def gating(self, x: Tensor) -> Gating:
+        """Map hidden states [B T K] to what they say."""
+        H, Hk, D = self.sizes
+        inner = self.inputs.shape[0] - Hk - D
+        beta, decay, gate = F.linear(x, self.inputs.to(x.dtype)).split([Hk, inner, D], dim=-1)
+        if self.decay_out is not None:
+            decay = F.linear(decay, self.decay_out.to(x.dtype))
+        decay = F.softplus(decay.float() + self.decay_bias.float())
+        rate = -self.log_rate.float().exp()
+        if self.decay_out is not None:
+            decay, rate = decay.unflatten(-1, (Hk, D)), rate[:, None]
+        gate = F.linear(gate, self.gate_out.to(x.dtype)).unflatten(-1, (H, D))
+        return Gating(beta.float().sigmoid(), rate * decay, gate)
+
+    def normed(self, out: Tensor, gate: Tensor) -> Tensor:
+        """Norm out [B T H D] and open it by its gate [B T H D]."""
+        x = out.float()
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + _EPS_NORM)
+        return (x * self.norm.float() * F.silu(gate.float())).to(out.dtype)
+
+
+def convolved(x: Tensor, weight: Tensor, first: Tensor | None) -> Tensor:
+    """Sum each channel over its latest tokens, and apply SiLU.
+
+    Args:
+        x: [B R + T C], R = taps - 1 tokens before those of the call.
+        weight: [C taps].
+        first: int64 [T], where the packed sequence of each token begins; None: one sequence a row.
+
+    Returns:
+        [B T C] in the dtype of ``x``.
+    """
+    taps = weight.shape[1]
+    T = x.shape[1] - taps + 1
+    w = weight.float()
+    total = x[:, taps - 1 :].float() * w[:, -1]
+    for back in range(1, taps):
+        former = x[:, taps - 1 - back : taps - 1 - back + T].float() * w[:, taps - 1 - back]
+        if first is not None:
+            inside = torch.arange(T, device=x.device) - back >= first
+            former = former * inside[:, None]
+        total = total + former
+    return F.silu(total).to(x.dtype)
+
+
+def unit(x: Tensor) -> Tensor:
+    """Return x [.. D] at length 1, in its dtype."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + _EPS_LENGTH)).to(x.dtype)
+
+
+class PlainParts(nn.Module):
+    """Feature maps of queries and keys, which have none or some parameters; all stay dense.
+
+    Args:
+        config: of the model.
+        kind: one of ``FEATURE_MAPS``.
+    """
+
+    def __init__(self, config: Any, kind: str) -> None:
+        super().__init__()
+        K, H, Hk = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        D = getattr(config, "head_dim", None) or K // H
+        self.kind = kind
+        self.queries: nn.Module | None = None
+        self.keys: nn.Module | None = None
+        if kind == "performer":  # the same rows: their products are what softmax weighs by
+            self.keys = Performer(D)
+        elif kind == "hedgehog":
+            self.queries, self.keys = Hedgehog(H, D), Hedgehog(Hk, D)
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Map q [B T H D] and k [B T Hk D] to features that are not negative."""
+        if self.kind == "elu":
+            return elu_plus_one(q), elu_plus_one(k)
+        if self.kind == "relu":
+            return F.relu(q), F.relu(k)
+        assert self.keys is not None
+        if self.queries is None:
+            return self.keys(q, queries=True), self.keys(k)
+        return self.queries(q), self.keys(k)
+
+
+def constant_log_decay(heads: int, device: torch.device) -> Tensor:
+    """Return float32 [heads], ln(1 - 2^(-5 - h)) of RetNet (arXiv:2307.08621, eq. 8)."""
+    return torch.log1p(-(2.0 ** (-5.0 - torch.arange(heads, device=device))))
