@@ -32,6 +32,7 @@ from bitnet_triton.kernels.int8_linear.forward import (
 )
 from bitnet_triton.kernels.linear_attention import launch as linear_launch
 from bitnet_triton.kernels.linear_attention.decode import launch_decode as launch_linear_decode
+from bitnet_triton.kernels.linear_attention.step import GatedStep, launch_gated_step
 from bitnet_triton.kernels.lsh_attention import backward as bucket_backward
 from bitnet_triton.kernels.lsh_attention.arguments import BucketCall
 from bitnet_triton.kernels.lsh_attention.forward import launch_forward as launch_bucket_forward
@@ -315,6 +316,21 @@ def launch_linear_attention(D, dtype, of_channels):
     launch_linear_decode(
         *one[:3], log_decay=one[3], beta=one[4], scale=0.1, before=state, after=state
     )
+    inner = (D if of_channels else 4) + 4 + D
+    parts = GatedStep(
+        inputs=meta(inner, 2560, dtype=dtype),
+        decay_out=meta(4 * D, D, dtype=dtype) if of_channels else None,
+        gate_out=meta(8 * D, D, dtype=dtype),
+        log_rate=meta(4, dtype=dtype),
+        decay_bias=meta(4 * D if of_channels else 4, dtype=dtype),
+        convolution=meta(16 * D, 4, dtype=dtype),
+        norm=meta(D, dtype=dtype),
+    )
+    launch_gated_step(
+        meta(1, 1, 16, D, dtype=dtype), meta(1, 1, 2560, dtype=dtype), parts, kv_heads=4,
+        scale=0.1, states=meta(2, 1, 4, D, D), tails=meta(2, 1, 3, 16 * D, dtype=dtype),
+        turn=meta(1, dtype=torch.int32),
+    )  # fmt: skip
 
 
 def record_all():
