@@ -143,7 +143,7 @@ def test_nothing_spills_and_everything_fits(costs, target):
     for launch_name in launches_of(target):
         cost = costs[launch_name, target]
         assert cost.spills <= MOST_SPILLED, launch_name
-        assert cost.registers > 8
+        assert cost.registers >= 8  # the least that a target gives
         assert cost.shared <= LARGEST_KB.get(target, 99) * 1024, launch_name
         assert cost.warps >= 4, launch_name
 
