@@ -12,8 +12,8 @@ from bitnet_triton.cli.arguments import MOST_TOKENS, WrongArgumentError, number
 HELP = (
     "How tokens attend: a mode (`sliding`, `streaming`, `longformer`, `local`, `strided`, `fixed`, "
     "`top_k`, `threshold`, `pooled_blocks`, `indexed_blocks`, `quest`, `native_sparse`, "
-    "`lsh_sampling`, `verified_sampling`, `reformer`, `routing`, `linear`, `full`), a preset of sliding "
-    "window adaptation (`swaa-untrained`, `swaa-untrained-fast`, `swaa-trained`, "
+    "`lsh_sampling`, `verified_sampling`, `reformer`, `routing`, `linear`, `full`), a preset of "
+    "sliding window adaptation (`swaa-untrained`, `swaa-untrained-fast`, `swaa-trained`, "
     "`swaa-trained-fast`, or `swaa` to set everything yourself), or JSON as in config.attention, "
     "which takes every setting."
 )
