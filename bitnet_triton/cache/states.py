@@ -79,6 +79,13 @@ class StateLayer(Memory):
     """
 
     is_savable: ClassVar[bool] = True
+    state: Tensor | None
+    tail: Tensor | None
+    states: Tensor | None
+    tails: Tensor | None
+    last: LastCall | None
+    _turn: int
+    _is_step: bool
 
     def __init__(self) -> None:
         super().__init__()
@@ -175,9 +182,7 @@ class StateLayer(Memory):
     def _put(self, state: Tensor | None, tail: Tensor | None) -> None:
         """Hold these, wherever they lie."""
         self.state, self.tail = state, tail
-        self.states: Tensor | None = None
-        self.tails: Tensor | None = None
-        self.last: LastCall | None = None
+        self.states = self.tails = self.last = None
         self._turn, self._is_step = 0, False
 
     def _take(self, turn: int) -> None:

@@ -113,7 +113,8 @@ class Linear(Mode):
         else:
             written = self._plain(q, k, v, context)
         if starts is not None:
-            written = _Written(*(None if t is None else t.flatten(0, 1) for t in written))
+            flat: list[Any] = [None if t is None else t.flatten(0, 1) for t in written]
+            written = _Written(*flat)
         state = None if memory is None else memory.state
         normalize = not self.is_gated
         settings: Any = {"log_decay": written.log_decay, "beta": written.beta}
