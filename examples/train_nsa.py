@@ -18,7 +18,7 @@ import json
 import random
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean as mean
@@ -58,6 +58,9 @@ ATTENTION: dict[str, dict[str, Any]] = {
 # the same texts
 LENGTHS = ((0.0, 512), (0.15, 1024), (0.35, 2048))
 
+# what of the head start a twin needs in another form
+STARTS: dict[str, Callable[[bt.BitNetForCausalLM], None]] = {}
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 console = Console()
 
@@ -67,8 +70,8 @@ def new_model(preset: recall.Preset, attention: str) -> bt.BitNetForCausalLM:
     model = recall.new_model(preset)
     recall.head_start(model)
     bt.set_attention(model, ATTENTION[attention])
-    if attention == "native_sparse":
-        open_gates(model)
+    if attention in STARTS:
+        STARTS[attention](model)
     return model
 
 
@@ -84,6 +87,9 @@ def open_gates(model: bt.BitNetForCausalLM) -> None:
         bias = layer.self_attn.native_sparse.gates.bias.unflatten(0, (-1, 3))
         begun = 2 if number == 0 else len(bias) // number  # heads, as in `head_start`
         bias[:begun] = torch.tensor([-4.0, -2.0, 2.0] if number == 0 else [-2.0, 2.0, -2.0])
+
+
+STARTS["native_sparse"] = open_gates
 
 
 @dataclass

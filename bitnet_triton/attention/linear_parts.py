@@ -14,6 +14,8 @@ from bitnet_triton.nn import Hedgehog, Performer, elu_plus_one
 FEATURE_MAPS = ("elu", "relu", "performer", "hedgehog")
 # how much of a state one token lets decay at the start, from the first head to the last
 _FIRST_DECAY, _LAST_DECAY = 1e-3, 1e-1
+# SiLU of it is 1: gates start open, where two small matrices would begin near 0 and learn slowly
+_OPEN = 1.278465
 _EPS_NORM, _EPS_LENGTH = 1e-6, 1e-6
 
 
@@ -23,7 +25,7 @@ class Gating(NamedTuple):
     Attributes:
         beta: float32 [B T Hk], how far a token replaces what its key reads.
         log_decay: float32 [B T Hk] or [B T Hk D], at most 0.
-        gate: [B T H D], of the output, before the SiLU.
+        gate: float32 [B T H D], of the output, before the SiLU.
     """
 
     beta: Tensor
@@ -47,6 +49,7 @@ class GatedParts(nn.Module):
         inputs: [Hk + (D or Hk) + D, K].
         decay_out: [Hk D, D], with ``of_channels``; None without.
         gate_out: [H D, D].
+        gate_bias: [H D].
         log_rate: [Hk], logarithm of what multiplies the decay.
         decay_bias: [Hk] or [Hk D].
         convolution: [C taps], of the C = (H + 2 Hk) D projections, the last tap that of the token
@@ -63,6 +66,7 @@ class GatedParts(nn.Module):
         inner = D if of_channels else Hk
         self.inputs = nn.Parameter(std * torch.randn(Hk + inner + D, K))
         self.gate_out = nn.Parameter(std * torch.randn(H * D, D))
+        self.gate_bias = nn.Parameter(torch.full((H * D,), _OPEN))
         self.decay_out = nn.Parameter(std * torch.randn(Hk * D, D)) if of_channels else None
         self.log_rate = nn.Parameter(torch.zeros(Hk))
         decay = torch.linspace(math.log(_FIRST_DECAY), math.log(_LAST_DECAY), Hk).exp()
@@ -87,13 +91,14 @@ class GatedParts(nn.Module):
         if self.decay_out is not None:
             decay, rate = decay.unflatten(-1, (Hk, D)), rate[:, None]
         gate = F.linear(gate, self.gate_out.to(x.dtype)).unflatten(-1, (H, D))
+        gate = gate.float() + self.gate_bias.float().view(H, D)
         return Gating(beta.float().sigmoid(), rate * decay, gate)
 
     def normed(self, out: Tensor, gate: Tensor) -> Tensor:
         """Norm out [B T H D] and open it by its gate [B T H D]."""
         x = out.float()
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + _EPS_NORM)
-        return (x * self.norm.float() * F.silu(gate.float())).to(out.dtype)
+        return (x * self.norm.float() * F.silu(gate)).to(out.dtype)
 
 
 def convolved(x: Tensor, weight: Tensor, first: Tensor | None) -> Tensor:

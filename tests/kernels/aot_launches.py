@@ -321,6 +321,7 @@ def launch_linear_attention(D, dtype, of_channels):
         inputs=meta(inner, 2560, dtype=dtype),
         decay_out=meta(4 * D, D, dtype=dtype) if of_channels else None,
         gate_out=meta(8 * D, D, dtype=dtype),
+        gate_bias=meta(8 * D, dtype=dtype),
         log_rate=meta(4, dtype=dtype),
         decay_bias=meta(4 * D if of_channels else 4, dtype=dtype),
         convolution=meta(16 * D, 4, dtype=dtype),

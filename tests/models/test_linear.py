@@ -142,7 +142,9 @@ def test_it_computes_what_the_gated_delta_rule_says(attention):
         q, k, v, log_decay=-rate * decay, beta=beta.sigmoid(), scale=D**-0.5
     )
     out = out / (out.square().mean(-1, keepdim=True) + 1e-6).sqrt() * part.norm.double()
-    out = out * F.silu((gate @ part.gate_out.double().T).view(1, 11, H, D))
+    out = out * F.silu(
+        (gate @ part.gate_out.double().T + part.gate_bias.double()).view(1, 11, H, D)
+    )
     torch.testing.assert_close(
         seen["attn_sub_norm"][0].double(), out.flatten(2), atol=1e-5, rtol=1e-4
     )

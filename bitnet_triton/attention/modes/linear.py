@@ -147,7 +147,7 @@ class Linear(Mode):
         module = cast("GatedParts", layer.module)
         parts = GatedStep(*(
             None if t is None else t.detach() for t in (
-                module.inputs, module.decay_out, module.gate_out, module.log_rate,
+                module.inputs, module.decay_out, module.gate_out, module.gate_bias, module.log_rate,
                 module.decay_bias, module.convolution, module.norm,
             )
         ))  # type: ignore[arg-type]  # fmt: skip

@@ -29,6 +29,7 @@ class GatedStep(NamedTuple):
         inputs: [Hk + I + D, K], I = D where channels decay by themselves, else Hk.
         decay_out: [Hk D, D] or None.
         gate_out: [H D, D].
+        gate_bias: [H D].
         log_rate: [Hk].
         decay_bias: [Hk] or [Hk D].
         convolution: [C taps] or None.
@@ -38,6 +39,7 @@ class GatedStep(NamedTuple):
     inputs: Tensor
     decay_out: Tensor | None
     gate_out: Tensor
+    gate_bias: Tensor
     log_rate: Tensor
     decay_bias: Tensor
     convolution: Tensor | None
@@ -146,8 +148,8 @@ def _gating_kernel(
 
 @triton.jit
 def _gated_norm_kernel(
-    # tensors: x, gate, out [B H D]; weight [D]
-    x_ptr, gate_ptr, weight_ptr, out_ptr,
+    # tensors: x, gate, out [B H D]; bias [H D]; weight [D]
+    x_ptr, gate_ptr, bias_ptr, weight_ptr, out_ptr,
     # compile-time
     DEPENDENT: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
@@ -159,6 +161,8 @@ def _gated_norm_kernel(
     x = tl.load(x_ptr + row + dims, mask=is_dim, other=0.0).to(tl.float32)
     x *= 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / D + _EPS)
     gate = tl.load(gate_ptr + row + dims, mask=is_dim, other=0.0).to(tl.float32)
+    at = bias_ptr + tl.program_id(0) * D + dims
+    gate += tl.load(at, mask=is_dim, other=0.0).to(tl.float32)
     x *= tl.load(weight_ptr + dims, mask=is_dim, other=0.0).to(tl.float32)
     x *= gate * tl.sigmoid(gate)
     tl.store(out_ptr + row + dims, x.to(out_ptr.dtype.element_ty), mask=is_dim)
@@ -214,7 +218,7 @@ def launch_gated_step(
         turn=turn,
     )  # fmt: skip
     out = torch.empty_like(x)
-    launch(_gated_norm_kernel, (H, B))(x, gate, parts.norm, out, D=D, **overlap)
+    launch(_gated_norm_kernel, (H, B))(x, gate, parts.gate_bias, parts.norm, out, D=D, **overlap)
     return out
 
 
