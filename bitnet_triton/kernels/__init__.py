@@ -10,8 +10,11 @@ from bitnet_triton.kernels.exact_attention import exact_attention
 from bitnet_triton.kernels.exact_attention.launchers import EXACT_BWD, EXACT_FWD
 from bitnet_triton.kernels.flash_attention import Mask, flash_attention, merge_attention
 from bitnet_triton.kernels.flash_attention.launchers import ATTENTION_BWD, ATTENTION_FWD
+from bitnet_triton.kernels.flash_attention.paged_op import PAGED_FWD
 from bitnet_triton.kernels.int8_linear import Int8Weight, int8_linear, int8_linear_topk
 from bitnet_triton.kernels.int8_linear.op import INT8_FWD, INT8_TOPK
+from bitnet_triton.kernels.kv_pages import copy_pages, write_pages
+from bitnet_triton.kernels.kv_pages.op import COPY_PAGES, WRITE_PAGES
 from bitnet_triton.kernels.linear_attention import linear_attention
 from bitnet_triton.kernels.linear_attention.launchers import LINEAR_BWD, LINEAR_FWD
 from bitnet_triton.kernels.lsh_attention import bucket_attention, hash_buckets, lsh_attention
@@ -89,7 +92,10 @@ IMPLEMENTATIONS = {
     "bit_linear_bwd_dweight": BIT_BWD_DWEIGHT,
     "flash_attention": ATTENTION_FWD,
     "flash_attention_bwd": ATTENTION_BWD,
+    "flash_attention_paged": PAGED_FWD,
     "attention_mass": MASS_FWD,
+    "write_pages": WRITE_PAGES,
+    "copy_pages": COPY_PAGES,
     "lsh_hash": HASH,
     "lsh_build": BUILD,
     "lsh_sampling": SAMPLING,
@@ -128,6 +134,7 @@ __all__ = [
     "bit_linear",
     "bucket_attention",
     "compress_blocks",
+    "copy_pages",
     "dense_linear",
     "dense_linear_topk",
     "exact_attention",
@@ -156,4 +163,5 @@ __all__ = [
     "ternary_linear_quantized",
     "top_blocks",
     "verified_sampling_attention",
+    "write_pages",
 ]

@@ -16,9 +16,9 @@ Tiles = dict[str, int]
 Table = Mapping[str, Mapping[int, Tiles]]
 
 # What a kernel may be called in a table after its name, where it has several sets of tiles: for
-# float32, for few byte rows, for keys or rows from a list, for a choice alone
+# float32, for few byte rows, for keys or rows from a list, for a choice alone, for many rows
 FLOAT32_SUFFIX = "_float32"
-_SUFFIXES = (FLOAT32_SUFFIX, "_narrow", "_listed", "_choice")
+_SUFFIXES = (FLOAT32_SUFFIX, "_narrow", "_listed", "_choice", "_many")
 
 ANY = sys.maxsize
 # Added to the size of float32 heads, whose products run on no matrix units of GPUs

@@ -25,11 +25,14 @@ from bitnet_triton.kernels.flash_attention.decode import launch_decode
 from bitnet_triton.kernels.flash_attention.decode_pattern import launch_decode_pattern
 from bitnet_triton.kernels.flash_attention.launch import launch_backward, launch_forward
 from bitnet_triton.kernels.flash_attention.operands import SinkQuery
+from bitnet_triton.kernels.flash_attention.paged import launch_paged
+from bitnet_triton.kernels.flash_attention.paged_call import PagedCall
 from bitnet_triton.kernels.int8_linear.forward import (
     launch_int8_linear,
     launch_int8_linear_topk,
     launch_split_activations,
 )
+from bitnet_triton.kernels.kv_pages.forward import launch_copy_pages, launch_write_pages
 from bitnet_triton.kernels.linear_attention import launch as linear_launch
 from bitnet_triton.kernels.linear_attention.decode import launch_decode as launch_linear_decode
 from bitnet_triton.kernels.linear_attention.step import GatedStep, launch_gated_step
@@ -176,6 +179,7 @@ def launch_attention(D, dtype, mask, softcap=None):
     launch_mass(q, k, lse, call)
     launch_decode(q[:, :1], k, k, mask=Mask(window=1024, sinks=4), scale=D**-0.5)
     launch_decode_patterns(q[:, :1], k, meta(4096, D, dtype=dtype))
+    launch_pages(q[0], meta(64, 64, 2, D, dtype=dtype), mask)
 
 
 def launch_decode_patterns(q, k, table):
@@ -188,6 +192,19 @@ def launch_decode_patterns(q, k, table):
     ):
         positions = None if query is None else meta(1, dtype=torch.int32)
         launch_decode_pattern(q, k, k, mask=mask, scale=0.1, sink_query=query, positions=positions)
+
+
+def launch_pages(q, pages, mask):
+    """Start the kernels over pages: of sequences of one query and of many, and of a batch."""
+    one, batch = (
+        PagedCall(mask, 0.1, None, meta(8, 8, dtype=I32), meta(8, dtype=I32), starts)
+        for starts in (meta(9, dtype=I32), None)
+    )
+    launch_paged(q, pages, pages, one)
+    launch_paged(q[:8, None], pages, pages, batch)
+    new = q[:8, : pages.shape[2]]
+    launch_write_pages(pages, pages, new, new, meta(8, dtype=torch.int64))
+    launch_copy_pages(pages, meta(4, 2, dtype=torch.int64))
 
 
 def launch_exact_attention(D, dtype, mask):

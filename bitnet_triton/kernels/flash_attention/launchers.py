@@ -6,12 +6,13 @@ import functools
 from collections.abc import Iterator
 from dataclasses import replace
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from bitnet_triton.kernels.flash_attention.arguments import Call
+from bitnet_triton.kernels.flash_attention.paged_call import PagedCall
 from bitnet_triton.kernels.flash_attention.reference import (
     Select,
     attention_backward_reference,
@@ -26,6 +27,7 @@ LARGEST_HEAD = 256
 _LARGEST_STRIDE = 2**23
 
 Gradients = tuple[Tensor, Tensor, Tensor]
+AnyCall = TypeVar("AnyCall", Call, PagedCall)
 
 
 @functools.cache
@@ -48,7 +50,7 @@ def _triton_fwd(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Te
     return launch.launch_forward(q, k, v, call)
 
 
-def positive_scale(q: Tensor, call: Call) -> tuple[Tensor, Call]:
+def positive_scale(q: Tensor, call: AnyCall) -> tuple[Tensor, AnyCall]:
     """Return the same attention with a positive factor: the softmax scales what it subtracted."""
     if call.softcap is not None or call.scale > 0:
         return q, call
@@ -76,7 +78,7 @@ def _fits_a_tile(t: Tensor) -> bool:
     return t.stride(-1) == 1 and t.stride(-3) < _LARGEST_STRIDE
 
 
-def triton_objection(q: Tensor, v: Tensor, call: Call) -> str | None:
+def triton_objection(q: Tensor, v: Tensor, call: AnyCall) -> str | None:
     """Say why no kernel computes this; None when one does."""
     widest, largest = max(q.shape[-1], v.shape[-1]), LARGEST_HEAD
     if q.dtype == torch.float32 and smallest_dot(q.device) > 1:

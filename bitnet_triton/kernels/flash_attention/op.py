@@ -18,6 +18,12 @@ from bitnet_triton.kernels.flash_attention.arguments import Call
 from bitnet_triton.kernels.flash_attention.checks import apart, checked_call
 from bitnet_triton.kernels.flash_attention.launchers import ATTENTION_BWD, ATTENTION_FWD
 from bitnet_triton.kernels.flash_attention.mask import Mask
+from bitnet_triton.kernels.flash_attention.paged_call import (
+    PagedCall,
+    checked_paged_call,
+    refuse_lengths,
+)
+from bitnet_triton.kernels.flash_attention.paged_op import paged_attention
 from bitnet_triton.kernels.flash_attention.sink_logits import add_sink_logits
 from bitnet_triton.kernels.quantize.op import FLOATS
 from bitnet_triton.runtime import register_op, remember_backend, remembered_backend, select
@@ -106,6 +112,8 @@ def flash_attention(  # noqa: PLR0913 - lengths have the names that flash-attn g
     leftpad_k: Tensor | None = None,
     seqused_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    page_size: int | None = None,
     s_aux: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -131,6 +139,12 @@ def flash_attention(  # noqa: PLR0913 - lengths have the names that flash-attn g
         seqused_q: int32 [B], number of valid queries of each row; those behind give zeros.
             Default: all.
         seqused_k: int32 [B], one past the last valid key of each row. Default: all.
+        block_table: int32 [B N], the pages in which the keys of each row lie, in order: key j is
+            token ``j % page_size`` of page ``block_table[b, j // page_size]``. ``k`` and ``v`` are
+            then [P page_size Hk D] and [P page_size Hk Dv], ``seqused_k`` says how many keys a row
+            has, and queries may be packed by ``cu_seqlens_q`` alone. Pages are read where they lie;
+            there is no gradient. Masks are causal or not, with a window and sinks.
+        page_size: tokens of a page, to be checked. Default: what ``k`` says.
         s_aux: [H] float16, bfloat16 or float32, learnable sinks (gpt-oss): a logit of each head
             that takes part in the softmax and has no value; -inf: none. Not scaled, not capped.
             Default: none. Keys that every query sees are ``Mask.sinks``.
@@ -146,25 +160,54 @@ def flash_attention(  # noqa: PLR0913 - lengths have the names that flash-attn g
         TypeError: a tensor has a wrong dtype, or ``mask`` is no Mask.
         ValueError: shapes do not fit, a tensor is on another device, one of ``cu_seqlens_q`` and
             ``cu_seqlens_k`` is missing, ``leftpad_k`` meets packed sequences, or ``softcap`` is not
-            positive.
+            positive; ``block_table`` without ``seqused_k``, with other lengths or masks than those
+            above, or where a gradient is wanted.
         BackendUnavailableError: the forced backend cannot run.
     """
-    call = checked_call(
-        q, k, v, mask, scale, softcap, cu_seqlens_q, cu_seqlens_k, leftpad_k, seqused_q, seqused_k
-    )
+    if block_table is not None:
+        if not (cu_seqlens_k is leftpad_k is seqused_q is None):
+            refuse_lengths(cu_seqlens_k=cu_seqlens_k, leftpad_k=leftpad_k, seqused_q=seqused_q)
+        pages = checked_paged_call(
+            q, k, v, mask, scale, softcap, block_table, page_size, cu_seqlens_q, seqused_k
+        )
+    else:
+        if page_size is not None:
+            raise ValueError("`page_size`: expected a `block_table` with it")
+        call = checked_call(
+            q, k, v, mask, scale, softcap, cu_seqlens_q, cu_seqlens_k, leftpad_k, seqused_q,
+            seqused_k,
+        )  # fmt: skip
     if s_aux is not None:
         check_tensor("s_aux", s_aux)
         check_dtype("s_aux", s_aux, *FLOATS)
         check_shape("s_aux", s_aux, "H", H=q.shape[-2])
         check_device("s_aux", s_aux, q.device)
-    if torch.compiler.is_compiling():
-        v, call = apart(k, v, call)
     wants_gradient = torch.is_grad_enabled() and (
         q.requires_grad or k.requires_grad or v.requires_grad
     )
-    # a tracer sees the registered op, which has the same gradient
-    eager = wants_gradient and not torch.compiler.is_compiling()
-    out, lse = (_FlashAttention.apply if eager else _attention_fwd)(q, k, v, call)
+    out, lse = (
+        _attend(q, k, v, call, wants_gradient)
+        if block_table is None
+        else _attend_to_pages(q, k, v, pages, wants_gradient)
+    )
     if s_aux is not None:
         out, lse = add_sink_logits(out, lse, s_aux)
     return (out, lse) if return_lse else out
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, call: Call, wants_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    if torch.compiler.is_compiling():
+        v, call = apart(k, v, call)
+        # a tracer sees the registered op, which has the same gradient
+        return _attention_fwd(q, k, v, call)
+    return (_FlashAttention.apply if wants_gradient else _attention_fwd)(q, k, v, call)
+
+
+def _attend_to_pages(
+    q: Tensor, k: Tensor, v: Tensor, call: PagedCall, wants_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    if wants_gradient:
+        raise ValueError("`block_table`: attention over pages has no gradient, use torch.no_grad()")
+    return paged_attention(q, k, v.view_as(v) if v is k else v, call)

@@ -29,6 +29,16 @@ CPU: Table = {
     "flash_attention_decode_merge": {
         ANY: {},
     },
+    # of pages, a tile has at most the keys of one
+    "flash_attention_paged": {  # ROWS: of a tile, at least
+        ANY: {"ROWS": 1, "BLOCK_N": 32},
+    },
+    "flash_attention_paged_many": {
+        ANY: {"ROWS": 128, "BLOCK_N": 128},
+    },
+    "flash_attention_paged_merge": {
+        ANY: {},
+    },
 }
 
 # Also where it takes keys or rows from a list
@@ -73,6 +83,21 @@ GPU: Table = {
     "flash_attention_decode_merge": {
         ANY: {"num_warps": 4},
     },
+    "flash_attention_paged": {
+        128: {"ROWS": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
+        256: {"ROWS": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1},
+        FLOAT32 + 64: {"ROWS": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1},
+        ANY: {"ROWS": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
+    },
+    "flash_attention_paged_many": {
+        128: {"ROWS": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
+        256: {"ROWS": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
+        FLOAT32 + 64: {"ROWS": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
+        FLOAT32 + 128: {"ROWS": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
+    },
+    "flash_attention_paged_merge": {
+        ANY: {"num_warps": 4},
+    },
 }
 
 # What is not as on other NVIDIA GPUs, where shared memory is smaller and there is no wgmma
@@ -110,6 +135,10 @@ HIP: Table = {
     },
     "flash_attention_decode_pattern": {
         ANY: {"BLOCK_N": 16, "num_warps": 8, "num_stages": 1},
+    },
+    "flash_attention_paged_many": {
+        **GPU["flash_attention_paged_many"],
+        128: {"ROWS": 64, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
     },
     "flash_attention_bwd_dkdv": {**_DKDV, **_DKDV_HIP},
     "flash_attention_bwd_dkdv_listed": {**_DKDV, **_DKDV_HIP},
