@@ -11,6 +11,7 @@ documentation strings. Two per cent of the files, chosen by a hash of their name
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import random
@@ -31,7 +32,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, SequentialSampler
 from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerFast,
@@ -41,6 +42,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import bitnet_triton as bt
 from bitnet_triton import BitNetConfig, BitNetForCausalLM
@@ -49,9 +51,8 @@ from bitnet_triton.models.convert import convert_checkpoint
 from bitnet_triton.nn import BitLinear
 
 CONTEXT, LONG_CONTEXT = 1024, 4096
-LONG_THETA = (
-    50000.0  # RoPE base: four times the length, and the slow pairs turn no further than before
-)
+# Half of what YaRN multiplies cosines and sines with beyond ln 4: one number serves short and long
+TEMPERATURE = 1.07
 VOCABULARY = 4096
 END_OF_TEXT = "<|endoftext|>"
 HELD_OUT_PERCENT = 2
@@ -149,23 +150,42 @@ class Blocks(Dataset):
         return {"input_ids": block, "labels": block}
 
 
-class Stretches(Dataset):
-    """Stretches of the long context, each out of one file, in a random order without end."""
+class Windows(Dataset):
+    """Batches in turns: one window of the long context, then as many tokens in short ones.
+
+    Each window is drawn out of one file, by its number alone.
+    """
 
     def __init__(self, files: list[Tensor], count: int) -> None:
-        self.files, self.count = [f for f in files if len(f) >= LONG_CONTEXT], count
-        self.weights = [len(f) - LONG_CONTEXT + LONG_CONTEXT // 4 for f in self.files]
+        self.files, self.count = files, count
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         rng = random.Random(index)
-        (tokens,) = rng.choices(self.files, self.weights)
-        start = rng.randint(0, len(tokens) - LONG_CONTEXT)
-        stretch = tokens[start : start + LONG_CONTEXT].long()
-        stretch[0] = 0  # a window begins with the end-of-text token, as a prompt does
-        return {"input_ids": stretch, "labels": stretch}
+        length = CONTEXT if index % 2 else LONG_CONTEXT
+        files = [f for f in self.files if len(f) >= length]
+        weights = [len(f) - length + CONTEXT for f in files]
+        rows = []
+        for tokens in rng.choices(files, weights, k=LONG_CONTEXT // length):
+            start = rng.randint(0, len(tokens) - length)
+            rows.append(tokens[start : start + length].long())
+        batch = torch.stack(rows)
+        return {"input_ids": batch, "labels": batch}
+
+
+def long_factors(config: BitNetConfig) -> list[float]:
+    """Return by what YaRN divides each frequency for the long context (arXiv:2309.00071)."""
+    yarn = copy.copy(config)
+    yarn.rope_parameters = {
+        "rope_type": "yarn", "rope_theta": config.rope_parameters["rope_theta"],
+        "factor": LONG_CONTEXT / CONTEXT, "original_max_position_embeddings": CONTEXT,
+    }  # fmt: skip
+    slower, _ = ROPE_INIT_FUNCTIONS["yarn"](yarn, None)
+    D = 2 * len(slower)
+    trained = config.rope_parameters["rope_theta"] ** (-torch.arange(0, D, 2).double() / D)
+    return [round(factor, 6) for factor in (trained / slower.double()).tolist()]
 
 
 @torch.no_grad()
@@ -258,11 +278,19 @@ class Speed(TrainerCallback):
 
 
 class TernaryTrainer(Trainer):
-    """Trainer with the two-stage learning rate of BitNet b1.58, or its second stage alone."""
+    """Trainer with the two-stage learning rate of BitNet b1.58, or its second stage alone.
+
+    In one stage data comes in its own order.
+    """
 
     def __init__(self, *, one_stage: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.one_stage = one_stage
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.one_stage:
+            return SequentialSampler(train_dataset or self.train_dataset)
+        return super()._get_train_sampler(train_dataset)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: Optimizer | None = None
@@ -383,37 +411,43 @@ def train(
 def extend(
     output: Annotated[Path, typer.Option(help="Folder for checkpoints and the result.")],
     source: Annotated[Path, typer.Option(help="The model to go on with.")] = Path(bt.TINY_MODEL),
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 300,
-    batch_size: Annotated[int, typer.Option(help="Stretches in a step.")] = 1,
-    learning_rate: Annotated[float, typer.Option(help="Peak.")] = 4e-4,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 150,
+    learning_rate: Annotated[float, typer.Option(help="Peak.")] = 1e-4,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
-    compile: Annotated[bool, typer.Option(help="Compile the model: faster steps.")] = True,
+    compile: Annotated[bool, typer.Option(help="Compile the model: faster steps.")] = False,
     files: Annotated[int | None, typer.Option(help="Only the first files, for a trial.")] = None,
 ) -> None:
-    """Go on training with stretches of 4096 tokens out of long files, and a larger RoPE base.
+    """Go on training with windows of 4096 tokens and of 1024 in turns.
+
+    Frequencies are LongRoPE's: windows of 1024 are read with those that the model has, longer ones
+    with YaRN's. Without steps nothing else changes.
 
     Example: python examples/train_tiny.py extend --output runs/tiny-4096
     """
     tokenizer = AutoTokenizer.from_pretrained(source, model_max_length=LONG_CONTEXT)
     tokenizer.save_pretrained(output)
     model = load_masters(source)
-    model.config.max_position_embeddings = LONG_CONTEXT
-    model.config.rope_parameters = {"rope_type": "default", "rope_theta": LONG_THETA}
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    bt.extend_context(
+        model, LONG_CONTEXT / CONTEXT, "longrope", original_max_position_embeddings=CONTEXT,
+        long_factor=long_factors(model.config), attention_factor=TEMPERATURE,
+    )  # fmt: skip
     model.config._attn_implementation = "bitnet_triton"
     trainer = TernaryTrainer(
         model=model,
         args=training_arguments(
-            output, steps, batch_size, learning_rate, compile, weight_decay=0.0,
-            warmup_steps=steps // 10 + 1, logging_steps=10, save_steps=min(25, steps),
+            output, steps, 1, learning_rate, compile, weight_decay=0.0,
+            gradient_accumulation_steps=2,  # a long window and short ones
+            warmup_steps=steps // 10 + 1, logging_steps=5, save_steps=min(10, max(steps, 1)),
         ),
-        train_dataset=Stretches(
-            tokenize(tokenizer, read_texts(held_out=False, files=files)), steps * batch_size
+        train_dataset=Windows(
+            tokenize(tokenizer, read_texts(held_out=False, files=files)), 2 * steps
         ),
-        callbacks=[Speed(batch_size * LONG_CONTEXT)],
+        data_collator=lambda items: items[0],
+        callbacks=[Speed(2 * LONG_CONTEXT)],
         one_stage=True,
     )  # fmt: skip
-    trainer.train(resume_from_checkpoint=resume or None)
+    if steps:
+        trainer.train(resume_from_checkpoint=resume or None)
     model.config.use_cache = True  # Trainer turned it off; generation needs it
     trainer.save_model()
     tokenizer.save_pretrained(output)

@@ -132,6 +132,14 @@ class Mode:
         return None
 
     @property
+    def span(self) -> int | None:
+        """Where it counts positions: from how many tokens on no key is ever further away.
+
+        Frequencies that go by the length of a text are chosen for that.
+        """
+        return None
+
+    @property
     def kept(self) -> Kept | None:
         """Which keys and values the tokens to come may read; None: all."""
         return None

@@ -134,6 +134,13 @@ class AttentionPlan:
         return any(mode.counts_positions for mode in self)
 
     @property
+    def span(self) -> int | None:
+        """How many tokens a query sees, where no layer looks further; None: one may."""
+        spans = [mode.span for mode in self]
+        known = [span for span in spans if span is not None]
+        return max(known) if len(known) == len(spans) else None
+
+    @property
     def reads_hidden_states(self) -> bool:
         """Whether any mode reads what enters its layer."""
         return any(mode.reads_hidden_states for mode in self)

@@ -89,8 +89,18 @@ class Frequencies:
         )
 
     @contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Let rotary embeddings that choose by length use these."""
+    def in_use(self, rotary: RotaryEmbedding | None = None) -> Iterator[None]:
+        """Let rotary embeddings that choose by length use these.
+
+        Args:
+            rotary: the one that is called; torch.compile traces no context variable, but sees
+                through an attribute, which is then never set outside the graph.
+        """
+        if torch.compiler.is_compiling() and rotary is not None:
+            rotary.traced = self
+            yield
+            rotary.traced = None
+            return
         token = _IN_USE.set(self)
         try:
             yield
@@ -111,6 +121,7 @@ class RotaryEmbedding(hf.BitNetRotaryEmbedding):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.rope_parameters = dict(config.rope_parameters)
+        self.traced: Frequencies | None = None  # within one call, while torch.compile traces it
 
     @property
     def depends_on_length(self) -> bool:
@@ -133,7 +144,7 @@ class RotaryEmbedding(hf.BitNetRotaryEmbedding):
         inv_freq: Tensor = self.inv_freq
         scale: float | Tensor = self.attention_scaling
         if self.depends_on_length:
-            chosen = _IN_USE.get() or self.choose(text_lengths(position_ids))
+            chosen = self.traced or _IN_USE.get() or self.choose(text_lengths(position_ids))
             inv_freq, scale = chosen.inv_freq, chosen.scale
         angles = rotary_angles(position_ids, inv_freq.to(x.device))
         parts = (angles.cos() * scale, angles.sin() * scale)
@@ -265,6 +276,8 @@ def chosen_frequencies(
     attention_mask: Any,
     position_ids: Tensor | None,
     context_length: int | Tensor | None,
+    *,
+    span: int | None = None,
 ) -> Frequencies:
     """Return the frequencies of a call: those of its cache, or a choice that the cache keeps.
 
@@ -276,6 +289,8 @@ def chosen_frequencies(
         position_ids: as the model got them.
         context_length: tokens that each text will have at most, padding not counted, a number or
             integers [B]; None: those of this call.
+        span: tokens that a query sees at most, where no layer looks further: the choice is made
+            for that, and a text may be endless.
 
     Raises:
         TypeError: ``context_length`` is of a wrong type.
@@ -286,6 +301,11 @@ def chosen_frequencies(
     held = 0 if cache is None else int(cache.get_seq_length())
     if held:
         return _kept(cache, held + T, context_length)
+    if span is not None:
+        chosen = rotary.choose(torch.tensor([span]))
+        if cache is not None:
+            keep_frequencies(cache, chosen)
+        return chosen
     told = lengths = _told_lengths(attention_mask, position_ids, B, T)
     if context_length is not None:
         lengths = _checked_length(context_length, lengths, B)

@@ -338,9 +338,37 @@ def test_lengths_that_nobody_reads_or_that_do_not_fit_are_refused():
     for value, message in ((19, "at least the 20"), (torch.tensor([40]), r"\[B\]"), (4.0, "float")):
         with pytest.raises((TypeError, ValueError), match=f"`context_length`.*{message}"):
             model(ids, context_length=value)
-    streaming = extended("dynamic_yarn", dense_model(attention={"mode": "streaming", "window": 8}))
-    with pytest.raises(ValueError, match="`attention`: 'streaming' counts positions itself"):
-        streaming(ids)
+    with pytest.raises(ValueError, match="`cache`: pages of continuous batching mix keys"):
+        model(ids, use_cache=False, cache=object())
+    plan = [{"mode": "streaming", "window": 8}, "full"]
+    mixed = extended("dynamic_yarn", dense_model(attention={"prefill": plan, "decode": plan}))
+    with pytest.raises(ValueError, match="`attention`: 'streaming' counts positions itself, other"):
+        mixed(ids)
+
+
+@pytest.mark.parametrize("method", BY_LENGTH)
+@pytest.mark.parametrize("window", [TRAINED - 4, 2 * TRAINED])
+def test_an_endless_stream_is_turned_for_what_its_queries_see(method, window):
+    attention = {"mode": "streaming", "window": window, "sinks": 4}
+    model = extended(method, dense_model(attention=attention))
+    assert model.attention_plan.span == window + 4
+    fixed = extended(method, dense_model())
+    inv_freq, scale = fixed.model.rotary_emb.choose(torch.tensor([window + 4])).shared()
+    ids, new = draw(1, 5), 4 * TRAINED  # far beyond the window, with positions that start again
+    sequences, logits = generated_logits(model, ids, new)
+    with torch.no_grad():
+        whole = model(sequences).logits[:, -new - 1 : -1]
+    torch.testing.assert_close(logits, whole, atol=2e-5, rtol=2e-4)
+
+    class Fixed(RotaryEmbedding):
+        depends_on_length = False
+
+    rotary = Fixed(model.config)
+    rotary.inv_freq, rotary.attention_scaling = inv_freq, scale
+    model.use_rotary(rotary)
+    with torch.no_grad():
+        again = model(sequences).logits[:, -new - 1 : -1]
+    torch.testing.assert_close(again, whole, atol=2e-5, rtol=2e-4)
 
 
 def test_frequencies_outlive_a_cast_and_transformers_auto_class(tmp_path):

@@ -349,7 +349,7 @@ def test_what_it_cannot_do_is_refused_by_name(folder):
     with pytest.raises(ValueError, match="'native_sparse' takes padding on one side of a row"):
         model(PADDED, attention_mask=torch.ones(2, 1, 7, 7, dtype=torch.bool), use_cache=False)
     with pytest.raises(bt.CheckpointError, match="native_sparse"):
-        load(bt.TINY_MODEL, attention="native_sparse")
+        load(bt.RECALL_MODEL, attention="native_sparse")
 
 
 @pytest.mark.parametrize("attention", [SPARSE, OWN], ids=["shared", "own keys"])

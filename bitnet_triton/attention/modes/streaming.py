@@ -44,6 +44,11 @@ class Streaming(Mode):
         """The window of the next token without itself, and the sinks."""
         return Kept(self.window - 1, self.sinks)
 
+    @property
+    def span(self) -> int:
+        """The window and the sinks."""
+        return self.sinks + self.window
+
     def memory(self, other: Mode) -> Memory:
         """Return a memory whose positions can start again, if all layers stream."""
         if not isinstance(other, Streaming):

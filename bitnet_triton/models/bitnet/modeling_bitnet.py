@@ -26,6 +26,7 @@ from bitnet_triton.models.bitnet.planned import (
     named_cache,
     prepared_cache,
     replace_dynamic_cache,
+    span_of,
 )
 from bitnet_triton.models.bitnet.reversible import make_reversible, run_decoder
 from bitnet_triton.models.checkpoint import check_checkpoint, check_folder, check_suffixes
@@ -265,9 +266,15 @@ class BitNetModel(_TernaryModel, hf.BitNetModel):
         check_context_length(context_length, rotary)
         frequencies: Frequencies | None = None
         if x is not None and rotary.depends_on_length:
+            if kwargs.get("cache") is not None:
+                raise ValueError(
+                    f"`cache`: pages of continuous batching mix keys that rope type "
+                    f"{rotary.rope_type!r} turns for different lengths; use `generate`"
+                )
             frequencies = chosen_frequencies(
-                rotary, past_key_values, x, attention_mask, position_ids, context_length
-            )
+                rotary, past_key_values, x, attention_mask, position_ids, context_length,
+                span=span_of(self.attention_plan, rotary.rope_type),
+            )  # fmt: skip
         if self.attention_plan is None:
             check_no_plan_arguments(prompt_len=prompt_len, global_tokens=global_tokens)
         elif x is not None:
@@ -285,7 +292,7 @@ class BitNetModel(_TernaryModel, hf.BitNetModel):
             "inputs_embeds": inputs_embeds,
             **kwargs,
         }
-        with nullcontext() if frequencies is None else frequencies.in_use():
+        with nullcontext() if frequencies is None else frequencies.in_use(rotary):
             if self.config.reversible:
                 return run_decoder(self, **call)
             return super().forward(past_key_values=past_key_values, use_cache=use_cache, **call)

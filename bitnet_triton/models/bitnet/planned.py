@@ -59,7 +59,6 @@ def describe_call(
     prompt_len = resolve_prompt_len(prompt_len, is_answer, mask, B, offset)
     frequencies, rotary_scale = model.rotary_emb.inv_freq, model.rotary_emb.attention_scaling
     if chosen is not None:
-        check_positions_of_texts(plan, model.rotary_emb.rope_type)
         # modes that rotate by themselves refuse rows that turn differently
         frequencies, rotary_scale = chosen.shared()
     more: dict[str, Any] = {
@@ -177,14 +176,21 @@ def named_cache(model: Any, cache: str | Mapping[str, Any]) -> Cache:
     return build_cache(plan, layers)
 
 
-def check_positions_of_texts(plan: AttentionPlan, rope_type: str) -> None:
-    """Raise where positions say nothing about the length of a text, on which frequencies depend."""
-    for mode in plan:
-        if mode.counts_positions:
-            raise ValueError(
-                f"`attention`: {mode.name!r} counts positions itself, and rope type {rope_type!r} "
-                "chooses frequencies by the length of a text"
-            )
+def span_of(plan: AttentionPlan | None, rope_type: str) -> int | None:
+    """Return for how many tokens frequencies are chosen whatever a text has; None: by its length.
+
+    Raises:
+        ValueError: some layers count positions in their cache, others see the whole text.
+    """
+    if plan is None or not plan.counts_positions:
+        return None
+    if plan.span is None:
+        name = next(mode.name for mode in plan if mode.counts_positions)
+        raise ValueError(
+            f"`attention`: {name!r} counts positions itself, other layers do not, and rope type "
+            f"{rope_type!r} chooses frequencies by the length of a text"
+        )
+    return plan.span
 
 
 def check_no_plan_arguments(**arguments: Any) -> None:
