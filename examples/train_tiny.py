@@ -6,7 +6,7 @@ documentation strings. Two per cent of the files, chosen by a hash of their name
     python examples/train_tiny.py train --output runs/tiny
     python examples/train_tiny.py extend --source runs/tiny --output runs/tiny-4096
     python examples/train_tiny.py evaluate runs/tiny-4096
-    bitnet-triton pack runs/tiny-4096 runs/tiny-packed
+    bitnet-triton pack runs/tiny-4096 runs/tiny-packed --dtype bfloat16
 """
 
 from __future__ import annotations
@@ -411,8 +411,11 @@ def train(
 def extend(
     output: Annotated[Path, typer.Option(help="Folder for checkpoints and the result.")],
     source: Annotated[Path, typer.Option(help="The model to go on with.")] = Path(bt.TINY_MODEL),
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 150,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 100,
     learning_rate: Annotated[float, typer.Option(help="Peak.")] = 1e-4,
+    share: Annotated[
+        float, typer.Option(min=0, max=1, help="Of the trained weights, the rest as before.")
+    ] = 0.5,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
     compile: Annotated[bool, typer.Option(help="Compile the model: faster steps.")] = False,
     files: Annotated[int | None, typer.Option(help="Only the first files, for a trial.")] = None,
@@ -420,7 +423,8 @@ def extend(
     """Go on training with windows of 4096 tokens and of 1024 in turns.
 
     Frequencies are LongRoPE's: windows of 1024 are read with those that the model has, longer ones
-    with YaRN's. Without steps nothing else changes.
+    with YaRN's. The result is a mean of the weights before and after (arXiv:2109.01903): it takes
+    back what short windows lose by training, and most of what long ones win.
 
     Example: python examples/train_tiny.py extend --output runs/tiny-4096
     """
@@ -432,12 +436,13 @@ def extend(
         long_factor=long_factors(model.config), attention_factor=TEMPERATURE,
     )  # fmt: skip
     model.config._attn_implementation = "bitnet_triton"
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     trainer = TernaryTrainer(
         model=model,
         args=training_arguments(
             output, steps, 1, learning_rate, compile, weight_decay=0.0,
             gradient_accumulation_steps=2,  # a long window and short ones
-            warmup_steps=steps // 10 + 1, logging_steps=5, save_steps=min(10, max(steps, 1)),
+            warmup_steps=steps // 10 + 1, logging_steps=5, save_steps=min(10, steps),
         ),
         train_dataset=Windows(
             tokenize(tokenizer, read_texts(held_out=False, files=files)), 2 * steps
@@ -446,8 +451,10 @@ def extend(
         callbacks=[Speed(2 * LONG_CONTEXT)],
         one_stage=True,
     )  # fmt: skip
-    if steps:
-        trainer.train(resume_from_checkpoint=resume or None)
+    trainer.train(resume_from_checkpoint=resume or None)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(before[name].to(weight.device).lerp(weight, share))
     model.config.use_cache = True  # Trainer turned it off; generation needs it
     trainer.save_model()
     tokenizer.save_pretrained(output)

@@ -1,5 +1,6 @@
 """The training script runs, resumes and evaluates, on a few files."""
 
+import copy
 import importlib.util
 import math
 import re
@@ -46,6 +47,31 @@ def test_trains_resumes_and_evaluates(script, tmp_path):
     assert 2 < float(loss) < 12  # three steps learn little; a guess is 12 bits a token
 
 
+def as_yarn(config, factor, length):
+    config = copy.copy(config)
+    config.rope_parameters = {
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": factor,
+        "original_max_position_embeddings": length,
+    }  # fmt: skip
+    return config
+
+
+def test_windows_come_in_turns_each_out_of_one_file(script):
+    files = [torch.arange(start, start + 200) for start in (0, 1000, 2000)]
+    files.append(torch.arange(5000, 5100))  # too short for a long window
+    windows = script.Windows(files, 40)
+    starts = set()
+    for number in range(len(windows)):
+        rows = windows[number]["input_ids"]
+        assert rows.shape == ((2, 64) if number % 2 else (1, 128))
+        assert (rows.diff(dim=1) == 1).all()
+        assert number % 2 or rows.max() < 5000
+        starts |= set(rows[:, 0].tolist())
+    assert torch.equal(windows[7]["input_ids"], script.Windows(files, 8)[7]["input_ids"])
+    assert len(starts) > 20
+    assert any(start >= 5000 for start in starts)
+
+
 @pytest.mark.slow
 def test_packed_weights_are_trained_on_with_a_longer_context(script, tmp_path):
     folder = tmp_path / "long"
@@ -54,7 +80,13 @@ def test_packed_weights_are_trained_on_with_a_longer_context(script, tmp_path):
     run(script, *extend, "--steps", "2", "--resume")
     model = bt.BitNetForCausalLM.from_pretrained(folder)
     assert model.config.max_position_embeddings == 128
-    assert model.config.rope_parameters["rope_theta"] == script.LONG_THETA
+    rope = model.config.rope_parameters
+    assert rope["rope_type"] == "longrope"
+    assert set(rope["short_factor"]) == {1.0}
+    assert rope["original_max_position_embeddings"] == 64
+    yarn, _ = script.ROPE_INIT_FUNCTIONS["yarn"](as_yarn(model.config, factor=2, length=64), None)
+    text = model.model.rotary_emb.choose(torch.tensor([65]))
+    torch.testing.assert_close(text.inv_freq, yarn, rtol=1e-5, atol=0)
     # it knows what the packed model had learned
     losses = re.findall(r"([\d.]+) bits per byte", run(script, "evaluate", str(folder)))
     assert float(losses[0]) < 2.5
