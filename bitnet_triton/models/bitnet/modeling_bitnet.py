@@ -273,7 +273,7 @@ class BitNetModel(_TernaryModel, hf.BitNetModel):
                 )
             frequencies = chosen_frequencies(
                 rotary, past_key_values, x, attention_mask, position_ids, context_length,
-                span=span_of(self.attention_plan, rotary.rope_type),
+                span=span_of(self.attention_plan, str(rotary.rope_type)),
             )  # fmt: skip
         if self.attention_plan is None:
             check_no_plan_arguments(prompt_len=prompt_len, global_tokens=global_tokens)
