@@ -15,8 +15,7 @@ import json
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -38,9 +37,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from bitnet_triton import BitNetConfig, BitNetForCausalLM
-from bitnet_triton.training.tasks import TASKS, Prompt, Task, TextTokens, build
+from bitnet_triton.training.tasks import Prompt, TextTokens, draw_dense, draw_prompt
 from bitnet_triton.training.tasks.haystack import docstrings
-from bitnet_triton.training.tasks.words import MARKERS, NAMES, NUMBERS, Names
+from bitnet_triton.training.tasks.words import MARKERS, NAMES, NUMBERS
 
 VOCABULARY = 1024
 END_OF_TEXT = "<|endoftext|>"
@@ -88,25 +87,6 @@ PRESETS = {
         context=16384,
     ),
 }
-# The tasks as they are drawn in training: of any density, and asking for all that they hid
-MIX: dict[str, Callable[[random.Random], Task]] = {
-    "recall": lambda rng: replace(TASKS["recall"], words_per_pair=sparsity(rng, 6), asked=None),
-    "needles": lambda rng: replace(TASKS["needles"], words_per_note=sparsity(rng, 10), asked=None),
-    "passkey": lambda rng: TASKS["passkey"],
-    "copy": lambda rng: TASKS["copy"],
-    "tracking": lambda rng: replace(
-        TASKS["tracking"],
-        hops=rng.choice((1, 2, 3, 4, 4)),
-        words_per_chain=sparsity(rng, 32),
-        asked=None,
-    ),
-    "association": lambda rng: replace(
-        TASKS["association"], words_per_note=sparsity(rng, 10), asked=None
-    ),
-}
-ALONE = ("common_words", "frequent_words")
-ALONE_PERCENT = 15
-
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 console = Console()
 
@@ -176,11 +156,6 @@ def _pass_on(
     attention.o_proj.weight[target, heads] = scale * codes.T
 
 
-def sparsity(rng: random.Random, least: int) -> int:
-    """Return how many words of a text there are for each fact: few, or up to 64 times as many."""
-    return round(least * 2 ** rng.triangular(0, 6, 0))
-
-
 def train_tokenizer(context: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE whose names, numbers and markers are one token each."""
     tokenizer = Tokenizer(models.BPE())
@@ -232,52 +207,6 @@ def new_model(preset: Preset) -> BitNetForCausalLM:
         attn_implementation="bitnet_triton",
     )
     return BitNetForCausalLM(config)
-
-
-def draw_prompt(rng: random.Random, tokens: TextTokens, length: int) -> tuple[list[str], Prompt]:
-    """Draw the tasks of one text and build it; names the task of each question."""
-    names = Names(rng)
-    if rng.random() * 100 < ALONE_PERCENT:
-        chosen = [rng.choice(ALONE)]
-        draws = [TASKS[chosen[0]].draw(rng, names, length)]
-        return chosen, build(draws, tokens, length, rng)
-    # a short text holds one kind of facts, many of them; a long one may hold all kinds
-    chosen = rng.sample(list(MIX), rng.randint(1, min(len(MIX), 1 + length // 256)))
-    room = int(0.8 * length / len(chosen))
-    draws = [MIX[name](rng).draw(rng, names, room) for name in chosen]
-    while True:
-        try:
-            prompt = build(draws, tokens, length, rng)
-        except ValueError:
-            draws, chosen = draws[:-1], chosen[:-1]  # too much for so short a text
-            continue
-        return [name for name, draw in zip(chosen, draws) for _ in draw.questions], prompt
-
-
-def draw_dense(rng: random.Random, tokens: TextTokens, length: int) -> tuple[list[str], Prompt]:
-    """Draw a text without a text: one list, or some facts, asked for again and again.
-
-    A third to a half of its tokens are answers, and no guess gets far.
-    """
-    names, name = Names(rng), rng.choice(("copy", "recall", "association", "association"))
-    size = round(2 ** rng.uniform(2, 5))
-    if name == "copy":
-        draw = replace(TASKS["copy"], words=size).draw(rng, names, 4 * size)
-    elif name == "recall":
-        task = replace(TASKS["recall"], words_per_pair=1, asked=None)
-        draw = task.draw(rng, names, min(size, length // 5))
-    else:
-        task = replace(TASKS["association"], words_per_note=1, asked=None)
-        draw = task.draw(rng, names, min(size, length // 8))
-    first, *rest = draw.questions
-    questions, used = [first], 1 + sum(map(len, (*draw.facts, first.words, first.answer)))
-    while True:
-        for question in rng.sample(rest or [first], len(rest) or 1):
-            used += len(question.words) + len(question.answer)
-            if used > length:
-                prompt = build([replace(draw, questions=tuple(questions))], tokens, length, rng)
-                return [name] * len(questions), prompt
-            questions.append(question)
 
 
 @dataclass

@@ -102,9 +102,13 @@ class Mode:
             an endless stream needs; a call's own ``position_ids`` are refused then.
         wants_prompt_len: whether its memory is to be told when a prompt is over, for which the
             length of the prompt has to be known; ``generate`` tells it.
+        trains: what is trained when a model is adapted to the mode: "model", all weights or
+            adapters beside them; "module", what the mode brings alone; "nothing", it has no
+            gradient.
     """
 
     name: ClassVar[str] = ""
+    trains: ClassVar[str] = "model"
     counts_positions: ClassVar[bool] = False
     wants_prompt_len: ClassVar[bool] = False
 

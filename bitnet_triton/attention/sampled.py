@@ -25,6 +25,7 @@ class SamplingMode(Mode):
     """
 
     wants_prompt_len: ClassVar[bool] = True
+    trains: ClassVar[str] = "nothing"
 
     def attend(self, k: Tensor, v: Tensor, prompt: int, context: AttentionContext) -> Attend | None:
         """Return what attends to k [B Tk Hk D] and v; None: everything is read all the same.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +21,7 @@ from bitnet_triton.training.footprint import measure_footprint
 from bitnet_triton.training.perplexity import bits, windows
 from bitnet_triton.training.results import Report, Store, summarise
 from bitnet_triton.training.settings import Setting, make_cache, parse_setting
-from bitnet_triton.training.subject import folder_of
+from bitnet_triton.training.subject import digest, folder_of
 from bitnet_triton.training.tasks import TASKS, TextTokens, check_tasks
 
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -50,7 +49,7 @@ class Job:
     def describe(self) -> dict[str, Any]:
         """Return plain data that names everything a result depends on."""
         return {
-            "model": _digest(self.folder),
+            "model": digest(self.folder),
             **{k: v for k, v in dataclasses.asdict(self).items() if k != "folder"},
         }
 
@@ -286,15 +285,3 @@ def _measure_task(
             }
         )  # fmt: skip
         tell(setting.name, name, length, done, len(prompts))
-
-
-def _digest(folder: str) -> str:
-    """Return a hash of a folder's weights, config and tokenizer."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(folder).iterdir()):
-        if path.suffix in (".safetensors", ".json"):
-            digest.update(path.name.encode())
-            with path.open("rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-    return digest.hexdigest()[:16]

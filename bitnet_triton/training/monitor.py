@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from bitnet_triton.kernels import quantize_weight
 from bitnet_triton.nn import BitLinear
@@ -29,12 +29,19 @@ class TernaryMonitor(TrainerCallback):
     For one step before each line it keeps a byte for each ternary weight. Only masters that are
     trained are looked at: packed weights neither flip nor move. In sharded training all processes
     gather a layer at a time.
+
+    ``Trainer`` calls those that report (wandb, TensorBoard) before the callbacks that it is given:
+    ``TernaryMonitor().attach(trainer)`` instead of ``callbacks=`` lets them see these values too.
     """
 
     def __init__(self) -> None:
         self._codes: dict[str, Tensor] = {}
         self._found: dict[str, float] = {}
         self._since: tuple[float, int] | None = None
+
+    def attach(self, trainer: Trainer) -> None:
+        """Watch a trainer, ahead of all other callbacks: they find what is added to a line."""
+        trainer.callback_handler.callbacks.insert(0, self)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -72,3 +73,15 @@ def _tokenizer(model: PreTrainedModel) -> Any:
             f"`model`: no tokenizer was found at {origin!r}, where it comes from; save both to a "
             "folder, and pass that"
         ) from error
+
+
+def digest(folder: str) -> str:
+    """Return a hash of a folder's weights, config and tokenizer."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix in (".safetensors", ".json"):
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+    return digest.hexdigest()[:16]

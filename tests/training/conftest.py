@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import bitnet_triton as bt
+from bitnet_triton.models.convert import convert_checkpoint
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -28,3 +30,18 @@ def documents():
         {"input_ids": [3 + (start + i) % 60 for i in range(length)], "prompt_len": 2}
         for start, length in enumerate([12, 7, 20, 9] * 8)
     ]
+
+
+@pytest.fixture(scope="session")
+def packed_folder(tmp_path_factory):
+    """Return a folder with a packed model of random weights and the recall model's tokenizer."""
+    folder = tmp_path_factory.mktemp("packed")
+    torch.manual_seed(0)
+    sizes = {**SIZES, "vocab_size": 1024, "max_position_embeddings": 512}
+    model = bt.BitNetForCausalLM(bt.BitNetConfig(**sizes, tie_word_embeddings=True))
+    ternary = {"linear_class": "autobitlinear", "quantization_mode": "online"}
+    model.config.quantization_config = {"quant_method": "bitnet", **ternary}
+    model.save_pretrained(folder / "masters")
+    convert_checkpoint(folder / "masters", folder / "packed", to="packed")
+    AutoTokenizer.from_pretrained(bt.RECALL_MODEL).save_pretrained(folder / "packed")
+    return str(folder / "packed")

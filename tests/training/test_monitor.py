@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -69,3 +71,22 @@ def test_a_model_without_trained_ternary_weights_has_no_shares(masters, document
     trainer.train()
     assert "memory_gb" in trainer.state.log_history[0]
     assert not {"flips", "tokens_per_second"} & set(trainer.state.log_history[0])
+
+
+def test_attached_it_speaks_before_those_that_report(masters, documents, tmp_path):
+    class Reporter(TrainerCallback):  # as those of wandb and TensorBoard: called with the line once
+        seen: ClassVar[list] = []
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            self.seen.append(dict(logs))
+
+    arguments = TrainingArguments(
+        output_dir=tmp_path, max_steps=2, logging_steps=1, use_cpu=True, report_to=[],
+        disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    trainer = Trainer(masters, arguments, PackingCollator(), documents, callbacks=[Reporter()])
+    TernaryMonitor().attach(trainer)
+    trainer.train()
+    first, second = (line for line in Reporter.seen if "loss" in line)
+    assert {"share_zero", "flips", "quantization_error", "memory_gb"} <= first.keys()
+    assert first["share_zero"] != second["share_zero"]

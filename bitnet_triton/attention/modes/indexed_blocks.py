@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,8 @@ class IndexedBlocks(BlockMode):
             about that alone.
         dense_below: tokens of a text that read everything.
     """
+
+    trains: ClassVar[str] = "module"  # attention teaches the index, and stays as it is
 
     block: int = 128
     selected: int = 16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import random
 import sysconfig
@@ -36,6 +37,12 @@ def docstrings(*, held_out: bool) -> Iterator[str]:
         found = [ast.get_docstring(n) for n in ast.walk(tree) if isinstance(n, _DOCUMENTED)]
         if text := "\n\n".join(filter(None, found)):
             yield text
+
+
+@functools.cache  # parsing all these files takes seconds
+def documentation(*, held_out: bool) -> str:
+    """Return the documentation of all files of one part."""
+    return "\n\n".join(docstrings(held_out=held_out))
 
 
 class Haystack:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from bitnet_triton.training.tasks.haystack import Haystack, docstrings
+from bitnet_triton.training.tasks.haystack import Haystack, documentation
 from bitnet_triton.training.tasks.words import NAMES, NUMBERS
 
 
@@ -27,7 +27,7 @@ class TextTokens:
         self._ids: dict[str, list[int]] = {}
         plain, whole = self.encode(["a"]), tokenizer("a")["input_ids"]
         self.start = whole[: len(whole) - len(plain)] if whole[-len(plain) :] == plain else []
-        text = "\n\n".join(docstrings(held_out=held_out))
+        text = documentation(held_out=held_out)
         self.haystack = Haystack(
             tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         )

@@ -1,0 +1,195 @@
+"""What of a model is trained, and what is written when that is done."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitnet_triton.attention import AttentionPlan
+from bitnet_triton.models import BitNetConfig, BitNetForCausalLM, merge_adapters, set_attention
+from bitnet_triton.models.convert import convert_checkpoint
+from bitnet_triton.training.documents import Document
+from bitnet_triton.training.jobs import Adaptation, TrainingJob
+from bitnet_triton.training.packing import PackingCollator
+
+# Keeps codes that are written as masters, and those that are packed, in one format of checkpoints
+_TERNARY = {
+    "quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online",
+}  # fmt: skip
+
+
+class Trainee:
+    """A model in the state that a job trains it in.
+
+    Args:
+        job: says what is trained.
+        base: folder of the model.
+        plan: how it attends.
+        output: folder of the run.
+    """
+
+    def __init__(self, job: TrainingJob, base: str, plan: AttentionPlan, output: Path) -> None:
+        self.job, self.base, self.plan, self.output = job, base, plan, output
+
+    @property
+    def what(self) -> str:
+        """Return what is trained: "adapters", "module" (what a mode brings alone), "weights"."""
+        if any(mode.trains == "module" for mode in self.plan):
+            return "module"
+        return "adapters" if isinstance(self.job, Adaptation) and self.job.lora else "weights"
+
+    def check(self) -> None:
+        """Refuse what cannot be trained, before a model is loaded.
+
+        Raises:
+            ImportError: adapters need peft, which is not installed.
+            ValueError: a mode has no gradient, or brings weights that adapters do not hold.
+        """
+        config = BitNetConfig.from_pretrained(self.base)
+        for mode in self.plan:
+            if mode.trains == "nothing":
+                raise ValueError(
+                    f"`attention`: {mode.name!r} has no gradient; there is nothing to train"
+                )
+        if self.what == "adapters":
+            if any(mode.module(config) is not None for mode in self.plan):
+                raise ValueError(
+                    "`lora`: the attention brings weights of its own, which adapters do not hold; "
+                    "train all weights (`lora: false`, --full)"
+                )
+            _peft()
+
+    def load(self) -> nn.Module:
+        """Return the model with its plan; what is trained requires a gradient, nothing else."""
+        torch.manual_seed(self.job.seed)  # adapters and modules of modes begin at random
+        if getattr(self.job, "scratch", False):
+            model = self._random()
+        elif self.what == "weights":
+            masters = self.output / "masters"
+            if not masters.exists():
+                convert_checkpoint(self.base, masters, to="masters", dtype=torch.float32)
+            model = BitNetForCausalLM.from_pretrained(masters, dtype=torch.float32)
+        else:
+            model = BitNetForCausalLM.from_pretrained(self.base, fuse=False)
+        set_attention(model, self.plan.to_config()).to(device())
+        if self.what == "module":
+            self._freeze_all_but_modules(model)
+        return self._with_adapters(model) if self.what == "adapters" else model
+
+    def _random(self) -> Any:
+        config = BitNetConfig.from_pretrained(self.base)
+        config.attention, config.quantization_config = None, None
+        model = BitNetForCausalLM(config).float()
+        model.config.quantization_config = dict(_TERNARY)  # what its masters are is saved with them
+        return model
+
+    def _freeze_all_but_modules(self, model: nn.Module) -> None:
+        names = tuple(f".{mode.name}." for mode in self.plan if mode.trains == "module")
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = any(part in name for part in names)
+            if parameter.requires_grad:  # steps are smaller than bfloat16 resolves
+                parameter.data = parameter.data.float()
+
+    def _with_adapters(self, model: Any) -> nn.Module:
+        job, peft = self.job, _peft()
+        assert isinstance(job, Adaptation)
+        lora = peft.LoraConfig(
+            r=job.rank, lora_alpha=job.alpha, target_modules=list(job.targets),
+            task_type="CAUSAL_LM",
+        )  # fmt: skip
+        try:
+            return peft.get_peft_model(model, lora)
+        except ValueError as error:
+            raise ValueError(f"`targets`: {' '.join(str(error).split())}") from error
+
+    def try_step(self) -> None:
+        """Find out whether the model can be trained so, with two short documents.
+
+        Raises:
+            ValueError: it cannot; the message says why.
+        """
+        model: Any = self.load().train()
+        ids = list(range(3, 40))
+        document = {"input_ids": ids, "labels": [-100] * 24 + ids[24:], "prompt_len": 24}
+        batch = PackingCollator(tell_prompts=True)([document, document])
+        there = {k: v.to(model.device) if hasattr(v, "to") else v for k, v in batch.items()}
+        try:
+            model(**there).loss.backward()
+        except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
+            reason = str(error).removeprefix("`attention`: ")
+            raise ValueError(
+                f"`attention`: cannot be trained on packed documents: {reason}"
+            ) from error
+
+    def save(self, model: Any, folder: Path, documents: list[Document]) -> dict[str, float] | None:
+        """Write the trained model; return what merging its adapters has changed, if it has.
+
+        Args:
+            model: from ``load``, trained.
+            folder: a new one.
+            documents: one of them tells how far merging changes the logits.
+        """
+        if self.what == "module":
+            model.save_pretrained(folder)
+        elif self.what == "weights":
+            self._save_packed(model, folder)
+        elif isinstance(self.job, Adaptation) and self.job.merge:
+            return self._save_merged(model, folder, documents)
+        else:
+            self._save_beside(model, folder)
+        return None
+
+    def _save_packed(self, model: Any, folder: Path) -> None:
+        trained, packed = self.output / "trained", folder / "packed"
+        shutil.rmtree(trained, ignore_errors=True)
+        model.save_pretrained(trained)
+        convert_checkpoint(trained, packed, to="packed", dtype=torch.bfloat16)
+        for path in packed.iterdir():
+            path.replace(folder / path.name)
+        packed.rmdir()
+
+    def _save_merged(self, model: Any, folder: Path, documents: list[Document]) -> dict[str, float]:
+        merged = merge_adapters(model, input_ids=torch.tensor([documents[0]["input_ids"]]))
+        merged.model.save_pretrained(folder)
+        codes = merged.changed_codes.values()
+        return {
+            "logits_change": merged.logits_change, "changed_codes": sum(codes) / len(codes),
+        }  # fmt: skip
+
+    def _save_beside(self, model: Any, folder: Path) -> None:
+        beside = BitNetForCausalLM.from_pretrained(self.base, fuse=False)
+        set_attention(beside, self.plan.to_config()).save_pretrained(folder)
+        # a folder with a model and adapters gives both, and the model from there
+        for kind in model.peft_config.values():
+            kind.base_model_name_or_path = str((self.output / "model").absolute())
+        model.save_pretrained(folder, save_embedding_layers=False)
+
+
+def device() -> torch.device:
+    """Return where a model is trained: the accelerator, where there is one."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Give a folder that becomes ``target`` when the block ends well."""
+    partial = target.with_name(target.name + ".partial")
+    for path in (partial, target):
+        shutil.rmtree(path, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    partial.replace(target)
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("`lora`: adapters need peft: install bitnet-triton[train]") from error
+    return peft
