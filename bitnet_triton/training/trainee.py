@@ -70,7 +70,7 @@ class Trainee:
         torch.manual_seed(self.job.seed)  # adapters and modules of modes begin at random
         if getattr(self.job, "scratch", False):
             model = self._random()
-        elif self.what == "weights":
+        elif self.what != "adapters":  # without which Trainer takes no packed model
             masters = self.output / "masters"
             if not masters.exists():
                 convert_checkpoint(self.base, masters, to="masters", dtype=torch.float32)
@@ -90,11 +90,11 @@ class Trainee:
         return model
 
     def _freeze_all_but_modules(self, model: nn.Module) -> None:
-        names = tuple(f".{mode.name}." for mode in self.plan if mode.trains == "module")
         for name, parameter in model.named_parameters():
-            parameter.requires_grad = any(part in name for part in names)
-            if parameter.requires_grad:  # steps are smaller than bfloat16 resolves
-                parameter.data = parameter.data.float()
+            parameter.requires_grad = self._is_own(name)
+
+    def _is_own(self, name: str) -> bool:
+        return any(f".{mode.name}." in name for mode in self.plan if mode.trains == "module")
 
     def _with_adapters(self, model: Any) -> nn.Module:
         job, peft = self.job, _peft()
@@ -136,7 +136,13 @@ class Trainee:
             documents: one of them tells how far merging changes the logits.
         """
         if self.what == "module":
-            model.save_pretrained(folder)
+            packed = self._packed()
+            found = {name: p for name, p in packed.named_parameters() if self._is_own(name)}
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if name in found:
+                        found[name].copy_(parameter)
+            packed.save_pretrained(folder)
         elif self.what == "weights":
             self._save_packed(model, folder)
         elif isinstance(self.job, Adaptation) and self.job.merge:
@@ -145,10 +151,20 @@ class Trainee:
             self._save_beside(model, folder)
         return None
 
+    def _packed(self) -> Any:
+        model = BitNetForCausalLM.from_pretrained(self.base, fuse=False)
+        return set_attention(model, self.plan.to_config())
+
+    def _forget_full(self, model: Any) -> Any:
+        """Leave full attention out of a config: transformers reads the checkpoint without us."""
+        if self.plan.to_config() == {"mode": "full"}:
+            model.config.attention = None
+        return model
+
     def _save_packed(self, model: Any, folder: Path) -> None:
         trained, packed = self.output / "trained", folder / "packed"
         shutil.rmtree(trained, ignore_errors=True)
-        model.save_pretrained(trained)
+        self._forget_full(model).save_pretrained(trained)
         convert_checkpoint(trained, packed, to="packed", dtype=torch.bfloat16)
         for path in packed.iterdir():
             path.replace(folder / path.name)
@@ -156,15 +172,14 @@ class Trainee:
 
     def _save_merged(self, model: Any, folder: Path, documents: list[Document]) -> dict[str, float]:
         merged = merge_adapters(model, input_ids=torch.tensor([documents[0]["input_ids"]]))
-        merged.model.save_pretrained(folder)
+        self._forget_full(merged.model).save_pretrained(folder)
         codes = merged.changed_codes.values()
         return {
             "logits_change": merged.logits_change, "changed_codes": sum(codes) / len(codes),
         }  # fmt: skip
 
     def _save_beside(self, model: Any, folder: Path) -> None:
-        beside = BitNetForCausalLM.from_pretrained(self.base, fuse=False)
-        set_attention(beside, self.plan.to_config()).save_pretrained(folder)
+        self._forget_full(self._packed()).save_pretrained(folder)
         # a folder with a model and adapters gives both, and the model from there
         for kind in model.peft_config.values():
             kind.base_model_name_or_path = str((self.output / "model").absolute())
