@@ -286,9 +286,9 @@ def launch_sampling(D, dtype, T=4096, H=20, Hk=5, bits=10, tables=148):
     if (D, dtype) == (128, BF16):
         launch_sign_scores(meta(1, H, D // 16, dtype=torch.int16), tail[:, :, : D // 16])
     bounds = meta(1, T // 32, Hk, 2 * D, dtype=dtype)
-    # the choice of 32 pages has 8 bytes of local memory for heads of 64 on sm_100 and sm_120,
-    # and in float32 any choice of pages of 32
-    pages = 16 if D == 64 else 32
+    # the choice of 32 pages has 8 bytes of local memory for heads of 64 on sm_120, and in float32
+    # 8 to 16 bytes on sm_90, sm_100 and sm_120; for heads of 64 any choice of pages of 32 has 8
+    pages = 16 if D == 64 or dtype == F32 else 32
     if (D, dtype) != (64, F32):
         call = Verified(bounds, used, used, 32, pages, 1, 3, 256, 3, "normal", 0.1, 0.1, 0.1)
         triton_verified(q, k, k, call)

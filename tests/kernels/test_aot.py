@@ -50,6 +50,7 @@ INT8_PRODUCTS = (
 )  # fmt: skip
 # what a decode step is made of
 OVERLAPPED = (
+    "project_row", "gating", "short_convolution", "gated_norm",
     "rms_norm_fwd", "rms_norm_quantize_fwd", "relu2_mul_norm_quantize_fwd", "silu_mul_quantize_fwd",
     "quantize_activations_fwd", "ternary_linear_fwd", "ternary_linear_fwd_one",
     "ternary_linear_fwd_few", "rotary_and_store", "flash_attention_decode",
@@ -160,11 +161,18 @@ def test_integer_products_run_on_int8_matrix_units(costs, kernel, target):
         assert all(re.match(INT8_INSTRUCTION[target], i) for i in instructions), launch_name
 
 
+def is_choice_by_codes(launch):
+    return kernel_name(launch) == "top_blocks_fwd" and launch.args[1].dtype == torch.int8
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("kernel", FLOAT_PRODUCTS)
 def test_other_products_run_in_their_own_precision(costs, kernel, target):
     """bfloat16 on matrix units, float32 never rounded to TF32."""
-    chosen = [n for n, launch in launches_of(target).items() if kernel_name(launch) == kernel]
+    chosen = [
+        n for n, launch in launches_of(target).items()
+        if kernel_name(launch) == kernel and not is_choice_by_codes(launch)
+    ]  # fmt: skip
     assert {launches_of(target)[n].args[0].dtype for n in chosen} == {BF16, F32}
     for launch_name in chosen:
         instructions = costs[launch_name, target].instructions
@@ -189,6 +197,19 @@ def test_wide_products_of_narrow_inputs_run_on_matrix_units(costs, kernel, targe
             assert all(re.match(WIDE_INSTRUCTION, i) for i in instructions), launch_name
         else:
             assert all(re.search(r"v_mfma_f32_\w+_f32", i) for i in instructions), launch_name
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_codes_of_an_index_are_multiplied_as_integers(costs, target):
+    chosen = [
+        n for n, launch in launches_of(target).items()
+        if is_choice_by_codes(launch)
+    ]  # fmt: skip
+    assert chosen
+    for launch_name in chosen:
+        found = costs[launch_name, target].instructions
+        assert found, launch_name
+        assert all(re.match(INT8_INSTRUCTION[target], i) for i in found), launch_name
 
 
 def test_many_tokens_multiply_by_whole_groups_of_warps_on_hopper(costs):

@@ -193,8 +193,14 @@ def test_the_budget_follows_from_the_spread():
     assert budget_reference(scores, rest, told, 1.6, 0.025, 50, "sampled") > 2 * budget
     normal = normal_spread_reference(scores[:, told] - scores[:, told].amax(-1, True), 4900, 1.6)
     assert (normal > 0).all()
-    steep = (3 * scores, rest, told[:60], 1.6, 0.5, 50)
-    assert budget_reference(*steep, "normal") > budget_reference(*steep, "sampled")
+    # of few terms on a steep slope the sampled variance is most often far too small
+    few = told[:480].view(-1, 60)
+    steep = [(3 * scores, rest, part, 1.6, 0.5, 50) for part in few]
+    normal, sampled = (
+        sum(budget_reference(*arguments, kind) for arguments in steep)
+        for kind in ("normal", "sampled")
+    )
+    assert normal > sampled
     assert budget_reference(scores * 0, rest, told, 1.6, 0.05, 50, "sampled") == 50
     assert budget_reference(scores, rest & False, told[:0], 1.6, 0.05, 50, "sampled") == 0
 

@@ -205,20 +205,23 @@ def launch_gated_step(
     log_decay = beta.new_empty((B, 1, kv_heads) if channels is None else (B, 1, kv_heads, D))
     launch(_gating_kernel, (kv_heads, B))(
         inner, channels, parts.log_rate, parts.decay_bias, beta, log_decay, inner.shape[1],
-        D=D, **overlap,
+        D=D, **tiles("gating", D, device), **overlap,
     )  # fmt: skip
     mixed = torch.empty_like(heads)
     taps = 1 if parts.convolution is None else parts.convolution.shape[1]
     launch(_short_convolution_kernel, (many, B))(
-        heads, tails, parts.convolution, mixed, turn, H + kv_heads, D=D, TAPS=taps, **overlap
-    )
+        heads, tails, parts.convolution, mixed, turn, H + kv_heads, D=D, TAPS=taps,
+        **tiles("short_convolution", D, device), **overlap,
+    )  # fmt: skip
     q, k, v = mixed.split([H, kv_heads, kv_heads], dim=2)
     x = launch_decode(
         q, k, v, log_decay=log_decay, beta=beta, scale=scale, before=states, after=states,
         turn=turn,
     )  # fmt: skip
     out = torch.empty_like(x)
-    launch(_gated_norm_kernel, (H, B))(x, gate, parts.gate_bias, parts.norm, out, D=D, **overlap)
+    launch(_gated_norm_kernel, (H, B))(
+        x, gate, parts.gate_bias, parts.norm, out, D=D, **tiles("gated_norm", D, device), **overlap
+    )
     return out
 
 

@@ -34,6 +34,9 @@ CPU: Table = {
         ANY: {"BLOCK_V": 32},
     },
     "project_row": {ANY: {"BLOCK_N": 16, "BLOCK_K": 64}},
+    "gating": {ANY: {}},
+    "short_convolution": {ANY: {}},
+    "gated_norm": {ANY: {}},
 }
 
 _WIDE = {"BLOCK_T": 32, "num_warps": 4, "num_stages": 1}
@@ -72,6 +75,9 @@ GPU: Table = {
         ANY: {"BLOCK_V": 16, "num_warps": 4, "num_stages": 1},
     },
     "project_row": {ANY: {"BLOCK_N": 8, "BLOCK_K": 256, "num_warps": 4}},
+    "gating": {ANY: {"num_warps": 4}},
+    "short_convolution": {ANY: {"num_warps": 4}},
+    "gated_norm": {ANY: {"num_warps": 4}},
 }
 
 register_tiles(cpu=CPU, gpu=GPU)

@@ -5,6 +5,9 @@ Scores of a tile of units become scores of blocks at once, and of these the best
 are divided among programs, each with its share of the blocks, and a second kernel merges what they
 kept. Lengths are read from memory and the grid depends on shapes alone, so that a launch recorded
 once serves every decode step.
+
+Queries are rows of the products on a GPU. On a CPU units are: they are multiplied where they lie,
+and the queries, which are the same in every trip, are packed once (``UNITS_FIRST``, beside tiles).
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from torch import Tensor
 from bitnet_triton.kernels.common.attention import load_rows, load_run
 from bitnet_triton.kernels.common.best.forward import ranks
 from bitnet_triton.kernels.common.dependent import dependent, wait_for_inputs
+from bitnet_triton.kernels.common.tiles import round_half_even
 from bitnet_triton.kernels.top_blocks.units import Units
 from bitnet_triton.runtime import cdiv, launch
 from bitnet_triton.runtime.autotune import head_size, tiles
@@ -34,31 +38,40 @@ _NO_BLOCK = tl.constexpr(0x7FFFFFFF)
 
 
 @triton.jit
-def _empty(ROWS: tl.constexpr, BEST: tl.constexpr, SELECTED: tl.constexpr) -> tl.tensor:
-    """Return places for ranks [ROWS, BEST]: below every rank, no two alike; unused ones on top."""
+def _empty(
+    ROWS: tl.constexpr, BEST: tl.constexpr, SELECTED: tl.constexpr, AXIS: tl.constexpr
+) -> tl.tensor:
+    """Return BEST places along AXIS for ranks of rows: below every rank, no two alike.
+
+    Places that are not used are on top.
+    """
     slot = tl.arange(0, BEST)
     lowest = tl.where(slot < SELECTED, slot.to(tl.int64) + (_NONE + 1), 2**63 - 1)
-    return tl.zeros((ROWS, BEST), tl.int64) + lowest[None, :]
+    rows = tl.zeros((ROWS,), tl.int64)
+    return tl.expand_dims(rows, AXIS) + tl.expand_dims(lowest, 1 - AXIS)
 
 
 @triton.jit
-def _keep(best, rank) -> tl.tensor:
-    """Put ranks [M] in the place of the lowest of best [M, BEST], where they are higher."""
-    worst = tl.min(best, axis=1)
-    is_taken = (best == worst[:, None]) & (rank > worst)[:, None]
-    return tl.where(is_taken, rank[:, None], best)
+def _keep(best, rank, AXIS: tl.constexpr) -> tl.tensor:
+    """Put ranks [M] in the place of the lowest along AXIS of best, where they are higher."""
+    worst = tl.min(best, axis=AXIS)
+    is_taken = (best == tl.expand_dims(worst, AXIS)) & tl.expand_dims(rank > worst, AXIS)
+    return tl.where(is_taken, tl.expand_dims(rank, AXIS), best)
 
 
 @triton.jit
-def _store_blocks(best, out_ptrs, is_row, BEST: tl.constexpr, SELECTED: tl.constexpr) -> None:
-    """Store the blocks of ranks [M, BEST] in order, -1 behind them, at ``out_ptrs`` [M]."""
+def _store_blocks(
+    best, out_ptrs, is_row, BEST: tl.constexpr, SELECTED: tl.constexpr, AXIS: tl.constexpr
+) -> None:
+    """Store the blocks of ranks, BEST along AXIS, in order, -1 behind them, at ``out_ptrs`` [M]."""
     slot = tl.arange(0, BEST)
-    is_block = (best > _NONE + BEST) & (slot < SELECTED)[None, :]
+    is_block = (best > _NONE + BEST) & tl.expand_dims(slot < SELECTED, 1 - AXIS)
     index = 0x7FFFFFFF - (best & 0x7FFFFFFF).to(tl.int32)
     index = tl.where(is_block, index, _NO_BLOCK)
-    last = tl.min(index, axis=1) * 0 - 1
+    last = tl.min(index, axis=AXIS) * 0 - 1
     for i in range(SELECTED):
-        last = tl.min(tl.where(index > last[:, None], index, _NO_BLOCK), axis=1)
+        is_later = index > tl.expand_dims(last, AXIS)
+        last = tl.min(tl.where(is_later, index, _NO_BLOCK), axis=AXIS)
         tl.store(out_ptrs + i, tl.where(last == _NO_BLOCK, -1, last), mask=is_row)
 
 
@@ -68,15 +81,18 @@ def _load_heads(
     BLOCK_D: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """Return the sum of GROUP heads of each row, or of what is positive or negative in them."""
-    total = tl.zeros((at.shape[0], BLOCK_D), tl.float32)
-    for g in range(GROUP):
-        q = load_rows(ptr, at + g * stride_h, 1, is_row, D, BLOCK_D).to(tl.float32)
-        if SIGN > 0:
-            q = tl.maximum(q, 0.0)
-        elif SIGN < 0:
-            q = tl.minimum(q, 0.0)
-        total += q
-    return total
+    if GROUP == 1 and SIGN == 0:
+        return load_rows(ptr, at, 1, is_row, D, BLOCK_D)
+    else:
+        total = tl.zeros((at.shape[0], BLOCK_D), tl.float32)
+        for g in range(GROUP):
+            q = load_rows(ptr, at + g * stride_h, 1, is_row, D, BLOCK_D).to(tl.float32)
+            if SIGN > 0:
+                q = tl.maximum(q, 0.0)
+            elif SIGN < 0:
+                q = tl.minimum(q, 0.0)
+            total += q
+        return total
 
 
 @triton.jit
@@ -89,6 +105,101 @@ def _load_units(
         return load_run(ptr, first, lanes, stride_u, is_unit, D, BLOCK_D)
     else:
         return load_rows(ptr, unit, stride_u, is_unit, D, BLOCK_D)
+
+
+@triton.jit
+def _codes(q) -> tl.tensor:
+    """Round rows [M, D] to int8 by their largest magnitude; the order of scores needs no scale."""
+    q = q.to(tl.float32)
+    largest = tl.maximum(tl.max(tl.abs(q), axis=1), 1e-30)
+    codes = round_half_even(q * tl.div_rn(127.0, largest)[:, None])
+    return codes.to(tl.int8)
+
+
+@triton.jit
+def _products(q, k, acc, AXIS: tl.constexpr) -> tl.tensor:
+    """Return the products of rows [M, D] and units [N, D], units along AXIS, added to ``acc``."""
+    if AXIS == 0:
+        return tl.dot(k, tl.trans(q), acc, input_precision="ieee")  # [N, M]
+    else:
+        return tl.dot(q, tl.trans(k), acc, input_precision="ieee")  # [M, N]
+
+
+@triton.jit
+def _block_values(
+    q, q_least, q_ptr, at, q_stride_h, is_row, keys_ptr, keys_stride_u, scale_ptr, scale_stride_u,
+    j0, whole, end_u, AXIS: tl.constexpr, MASKED: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, BOUNDS: tl.constexpr, UNITS: tl.constexpr, BEFORE: tl.constexpr,
+    RELOAD: tl.constexpr, BLOCK_N: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Return the best scores of rows in the blocks from j0 on, blocks along AXIS.
+
+    Without a mask all units are seen. A block has UNITS that start in it; BEFORE more reach into
+    it.
+    """
+    BLOCK_D: tl.constexpr = triton.next_power_of_2(D)
+    COLUMNS: tl.constexpr = triton.next_power_of_2(UNITS + BEFORE)
+    PLAIN: tl.constexpr = COLUMNS == UNITS
+    NB: tl.constexpr = 1 if COLUMNS >= BLOCK_N else BLOCK_N // COLUMNS
+    PARTS: tl.constexpr = COLUMNS // BLOCK_N if COLUMNS > BLOCK_N else 1
+    M: tl.constexpr = q.shape[0]
+    value = tl.full((NB, M) if AXIS == 0 else (M, NB), float("-inf"), tl.float32)
+    for part in range(PARTS):
+        c = part * BLOCK_N + tl.arange(0, BLOCK_N)
+        if PLAIN:
+            unit = j0 * UNITS + c
+            is_unit = unit < end_u
+        else:
+            unit = (j0 + c // COLUMNS) * UNITS - BEFORE + c % COLUMNS
+            is_unit = (c % COLUMNS < UNITS + BEFORE) & (unit >= 0) & (unit < end_u)
+        start = j0 * UNITS + part * BLOCK_N
+        is_loaded = is_unit if MASKED else None
+        k = _load_units(keys_ptr, unit, start, keys_stride_u, is_loaded, PLAIN, D, BLOCK_D)
+        if RELOAD:  # both tiles of queries would not fit into registers
+            q = _load_heads(q_ptr, at, q_stride_h, is_row, GROUP, 1, D, BLOCK_D)
+        scores = _products(q, k, None, AXIS).to(tl.float32)
+        if BOUNDS:
+            if RELOAD:
+                q_least = _load_heads(q_ptr, at, q_stride_h, is_row, GROUP, -1, D, BLOCK_D)
+            k = _load_units(keys_ptr + D, unit, start, keys_stride_u, is_loaded, PLAIN, D, BLOCK_D)
+            scores = _products(q_least, k, scores, AXIS)
+        if scale_ptr is not None:
+            at_scale = scale_ptr + unit.to(tl.int64) * scale_stride_u
+            scores *= tl.expand_dims(tl.load(at_scale, mask=is_unit, other=0.0), 1 - AXIS)
+        if MASKED:
+            is_whole = tl.expand_dims(unit, 1 - AXIS) < tl.expand_dims(whole, AXIS)
+            is_seen = tl.expand_dims(is_unit, 1 - AXIS) & is_whole
+            scores = tl.where(is_seen, scores, float("-inf"))
+        if COLUMNS == 1:
+            value = scores
+        elif NB == 1:
+            value = tl.maximum(value, tl.expand_dims(tl.max(scores, axis=AXIS), AXIS))
+        elif AXIS == 0:
+            value = tl.max(tl.reshape(scores, (NB, COLUMNS, M)), axis=1)
+        else:
+            value = tl.max(tl.reshape(scores, (M, NB, COLUMNS)), axis=2)
+    return value
+
+
+@triton.jit
+def _keep_blocks(best, value, j0, own, initial, local, AXIS: tl.constexpr) -> tl.tensor:
+    """Take the blocks from j0 on with their scores into the best ones, both along AXIS."""
+    NB: tl.constexpr = value.shape[AXIS]
+    j = tl.expand_dims(j0 + tl.arange(0, NB), 1 - AXIS)
+    own = tl.expand_dims(own, AXIS)
+    rank = ranks(value, j)
+    rank = tl.where(value > float("-inf"), rank, _NONE)
+    forced = (j < initial) | (j > own - local)
+    highest = (tl.full(j.shape, _FORCED, tl.int64) << 32) | (0x7FFFFFFF - j).to(tl.int64)
+    rank = tl.where(forced, highest, rank)
+    rank = tl.where(j <= own, rank, _NONE)
+    if NB == 1:
+        best = _keep(best, tl.max(rank, axis=AXIS), AXIS)
+    else:
+        for i in range(NB):
+            is_block = tl.expand_dims(tl.arange(0, NB) == i, 1 - AXIS)
+            best = _keep(best, tl.max(tl.where(is_block, rank, _NONE), axis=AXIS), AXIS)
+    return best
 
 
 @triton.jit
@@ -119,20 +230,20 @@ def _top_blocks_fwd_kernel(
     scale_stride_b, scale_stride_u, scale_stride_h,
     # sizes
     Tq, Tk, initial, local,
-    # compile-time; a block has UNITS that start in it, and BEFORE that reach into it
+    # compile-time; UNITS_FIRST: products are units times queries, not queries times units
     DEPENDENT: tl.constexpr, GROUP: tl.constexpr, SETS: tl.constexpr, D: tl.constexpr,
     BOUNDS: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr, UNITS: tl.constexpr,
     SELECTED: tl.constexpr, SPLITS: tl.constexpr, RELOAD: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr, UNITS_FIRST: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(DEPENDENT)
     BLOCK_D: tl.constexpr = triton.next_power_of_2(D)
     BEST: tl.constexpr = triton.next_power_of_2(SELECTED)
+    AXIS: tl.constexpr = 0 if UNITS_FIRST else 1
     BEFORE: tl.constexpr = WINDOW // STRIDE - 1
     COLUMNS: tl.constexpr = triton.next_power_of_2(UNITS + BEFORE)
     PLAIN: tl.constexpr = COLUMNS == UNITS
     NB: tl.constexpr = 1 if COLUMNS >= BLOCK_N else BLOCK_N // COLUMNS
-    PARTS: tl.constexpr = COLUMNS // BLOCK_N if COLUMNS > BLOCK_N else 1
 
     split = tl.program_id(0) % SPLITS
     key_head = tl.program_id(1)
@@ -159,81 +270,54 @@ def _top_blocks_fwd_kernel(
     row = first_q + t.to(tl.int64)
     at = row * q_stride_t + (key_head * SETS + s) * GROUP * q_stride_h
     q_ptr += batch * q_stride_b
+    q_least = 0
     if BOUNDS:
         q = _load_heads(q_ptr, at, q_stride_h, is_row, GROUP, 1, D, BLOCK_D)
         q_least = _load_heads(q_ptr, at, q_stride_h, is_row, GROUP, -1, D, BLOCK_D)
         q_least = q_least.to(keys_ptr.dtype.element_ty)
     else:
         q = _load_heads(q_ptr, at, q_stride_h, is_row, GROUP, 0, D, BLOCK_D)
-    # codes are exact in the dtype of the queries
-    dtype: tl.constexpr = keys_ptr.dtype.element_ty if scale_ptr is None else q_ptr.dtype.element_ty
-    q = q.to(dtype)
+    q = _codes(q) if scale_ptr is not None else q.to(keys_ptr.dtype.element_ty)
 
     first_u = (first // STRIDE).to(tl.int64)
     keys_ptr += batch * keys_stride_b + first_u * keys_stride_u + key_head * keys_stride_h
     if scale_ptr is not None:
         scale_ptr += batch * scale_stride_b + first_u * scale_stride_u + key_head * scale_stride_h
 
-    best = _empty(BLOCK_M, BEST, SELECTED)
+    best = _empty(BLOCK_M, BEST, SELECTED, AXIS)
     length = tl.cdiv(tl.cdiv(blocks, NB), SPLITS) * NB
     begin = split * length
-    for j0 in range(begin, tl.minimum(begin + length, blocks), NB):
-        j = j0 + tl.arange(0, NB)
-        value = tl.full((BLOCK_M, NB), float("-inf"), tl.float32)
-        for part in range(PARTS):
-            c = part * BLOCK_N + tl.arange(0, BLOCK_N)
-            if PLAIN:
-                unit = j0 * UNITS + c
-                is_unit = unit < end_u
-            else:
-                unit = (j0 + c // COLUMNS) * UNITS - BEFORE + c % COLUMNS
-                is_unit = (c % COLUMNS < UNITS + BEFORE) & (unit >= 0) & (unit < end_u)
-            start = j0 * UNITS + part * BLOCK_N
-            k = _load_units(keys_ptr, unit, start, keys_stride_u, is_unit, PLAIN, D, BLOCK_D)
-            if RELOAD:  # both tiles of queries would not fit into registers
-                q = _load_heads(q_ptr, at, q_stride_h, is_row, GROUP, 1, D, BLOCK_D)
-            scores = tl.dot(q, tl.trans(k.to(dtype)), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
-            if BOUNDS:
-                if RELOAD:
-                    q_least = _load_heads(q_ptr, at, q_stride_h, is_row, GROUP, -1, D, BLOCK_D)
-                k = _load_units(
-                    keys_ptr + D, unit, start, keys_stride_u, is_unit, PLAIN, D, BLOCK_D
-                )
-                scores = tl.dot(q_least, tl.trans(k), scores, input_precision="ieee")
-            if scale_ptr is not None:
-                at_scale = scale_ptr + unit.to(tl.int64) * scale_stride_u
-                scores *= tl.load(at_scale, mask=is_unit, other=0.0)[None, :]
-            is_seen = is_unit[None, :] & (unit[None, :] < whole[:, None])
-            scores = tl.where(is_seen, scores, float("-inf"))
-            if COLUMNS == 1:
-                value = scores
-            elif NB == 1:
-                value = tl.maximum(value, tl.max(scores, axis=1)[:, None])
-            else:
-                value = tl.max(tl.reshape(scores, (BLOCK_M, NB, COLUMNS)), axis=2)
-        rank = ranks(value, j[None, :])
-        rank = tl.where(value > float("-inf"), rank, _NONE)
-        forced = (j[None, :] < initial) | (j[None, :] > own[:, None] - local)
-        highest = (tl.full((NB,), _FORCED, tl.int64) << 32) | (0x7FFFFFFF - j).to(tl.int64)
-        rank = tl.where(forced, highest[None, :], rank)
-        rank = tl.where(j[None, :] <= own[:, None], rank, _NONE)
-        if NB == 1:
-            best = _keep(best, tl.max(rank, axis=1))
-        else:
-            for i in range(NB):
-                column = (tl.arange(0, NB) == i)[None, :]
-                best = _keep(best, tl.max(tl.where(column, rank, _NONE), axis=1))
+    end = tl.minimum(begin + length, blocks)
+    if UNITS_FIRST and PLAIN:
+        # tiles of units that every row sees whole, before those at the edge
+        seen = tl.min(tl.where(is_row, whole, whole + (1 << 30)), axis=0) // UNITS // NB * NB
+        middle = tl.maximum(tl.minimum(seen, (end - begin) // NB * NB + begin), begin)
+        for j0 in range(begin, middle, NB):
+            value = _block_values(
+                q, q_least, q_ptr, at, q_stride_h, is_row, keys_ptr, keys_stride_u, scale_ptr,
+                scale_stride_u, j0, whole, end_u, AXIS, False, GROUP, D, BOUNDS, UNITS, BEFORE,
+                RELOAD, BLOCK_N,
+            )  # fmt: skip
+            best = _keep_blocks(best, value, j0, own, initial, local, AXIS)
+        begin = middle
+    for j0 in range(begin, end, NB):
+        value = _block_values(
+            q, q_least, q_ptr, at, q_stride_h, is_row, keys_ptr, keys_stride_u, scale_ptr,
+            scale_stride_u, j0, whole, end_u, AXIS, True, GROUP, D, BOUNDS, UNITS, BEFORE,
+            RELOAD, BLOCK_N,
+        )  # fmt: skip
+        best = _keep_blocks(best, value, j0, own, initial, local, AXIS)
 
     Hu = tl.num_programs(1)
     set_row = ((batch * Tq_all + row) * Hu + key_head) * SETS + s
     if SPLITS == 1:
-        _store_blocks(best, out_ptr + set_row * SELECTED, is_row, BEST, SELECTED)
+        _store_blocks(best, out_ptr + set_row * SELECTED, is_row, BEST, SELECTED, AXIS)
     else:
-        slot = tl.arange(0, BEST)
-        out_ptrs = out_ptr + (set_row * SPLITS + split)[:, None] * BEST + slot[None, :]
+        slot = tl.expand_dims(tl.arange(0, BEST), 1 - AXIS)
+        at_rank = tl.expand_dims((set_row * SPLITS + split) * BEST, AXIS) + slot
         # unused places count as empty from now on
-        best = tl.where((slot < SELECTED)[None, :], best, _NONE)
-        tl.store(out_ptrs, best, mask=is_row[:, None] & (slot < BEST)[None, :])
+        best = tl.where(slot < SELECTED, best, _NONE)
+        tl.store(out_ptr + at_rank, best, mask=tl.expand_dims(is_row, AXIS) & (slot < BEST))
 
 
 @triton.jit
@@ -258,7 +342,7 @@ def _top_blocks_merge_kernel(
         last = tl.max(tl.where(rank < last, rank, _NONE), axis=0)
         best = tl.where(slot == i, last, best)
     out_ptrs = out_ptr + row * SELECTED + tl.zeros((1,), tl.int32)
-    _store_blocks(best[None, :], out_ptrs, tl.full((1,), 1, tl.int1), BEST, SELECTED)
+    _store_blocks(best[None, :], out_ptrs, tl.full((1,), 1, tl.int1), BEST, SELECTED, 1)
 
 
 def launch_top_blocks(

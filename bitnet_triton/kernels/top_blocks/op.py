@@ -9,13 +9,19 @@ import torch
 from torch import Tensor
 
 from bitnet_triton.kernels.common.checks import check_device, check_dtype, check_shape, check_tensor
-from bitnet_triton.kernels.top_blocks.reference import pool_keys_reference, top_blocks_reference
+from bitnet_triton.kernels.top_blocks.reference import (
+    pool_keys_reference,
+    rounded_queries,
+    top_blocks_reference,
+)
 from bitnet_triton.kernels.top_blocks.units import Kind, Units
 from bitnet_triton.runtime import Implementation, register_op, select
 from bitnet_triton.runtime.device import smallest_dot
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-_LARGEST_HEAD, _LARGEST_CODED = 256, 128
+_LARGEST_HEAD = 256
+# of integer products on a GPU
+_SMALLEST_CODED, _LARGEST_CODED = 32, 128
 _TOKENS = Units()
 
 
@@ -69,15 +75,18 @@ def choice_objection(q: Tensor, keys: Tensor) -> str | None:
     D, least = q.shape[-1], smallest_dot(q.device)
     if not least <= D <= _LARGEST_HEAD:
         return f"heads of {D} values; up to {_LARGEST_HEAD} run, on a GPU from {least}"
-    if least > 1 and keys.dtype == torch.int8 and (D > _LARGEST_CODED or q.dtype == torch.float32):
-        # registers would spill
-        return f"codes on a GPU: for queries of 16 bits and up to {_LARGEST_CODED} values"
+    # in float32 and beyond these sizes registers would spill
+    fits = _SMALLEST_CODED <= D <= _LARGEST_CODED and q.dtype != torch.float32
+    if least > 1 and keys.dtype == torch.int8 and not fits:
+        sizes = f"{_SMALLEST_CODED} up to {_LARGEST_CODED}"
+        return f"codes on a GPU: for queries of 16 bits and of {sizes} values"
     return None
 
 
 def _reference_top(q: Tensor, keys: Tensor, choice: Choice) -> Tensor:
     if choice.scale is not None:
-        keys = keys.to(q.dtype) * choice.scale[..., None].to(q.dtype)
+        q = rounded_queries(q, choice.sets)
+        keys = keys.float() * choice.scale[..., None]
     settings = {n: getattr(choice, n) for n in ("units", "block", "selected", "initial", "local")}
     chosen = q.new_full((*q.shape[:2], choice.sets, choice.selected), -1, dtype=torch.int32)
     for b, rows, first, end in _sequences(q, choice):
@@ -153,7 +162,8 @@ def top_blocks(  # noqa: PLR0913 - what the units are, which are chosen, and whe
             of Hu. Default: H, a set for each head.
         tokens: columns up to the last query, padding included; rows of ``keys`` beyond them do
             not count. Default: Tq.
-        scale: float32 [B U Hu], what codes are multiplied by; packed: [U Hu].
+        scale: float32 [B U Hu], what codes are multiplied by; packed: [U Hu]. Each query is rounded
+            to 127 steps of its largest entry then, so that products are those of integers.
         leftpad: int32 [B], columns of padding in front; blocks count from the first token.
         seqused: int32 [B], columns up to the last query of each row; at most ``tokens``.
         cu_seqlens: int32 [B + 1], where packed sequences start; queries and keys are the same

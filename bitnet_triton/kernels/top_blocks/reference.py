@@ -31,6 +31,13 @@ def unit_scores(q: Tensor, keys: Tensor, *, sets: int, bounds: bool) -> Tensor:
     return positive + torch.einsum("tsgd,usd->tsu", heads.clamp_max(0), least)
 
 
+def rounded_queries(q: Tensor, sets: int) -> Tensor:
+    """Return what queries [B T H D] become beside codes: integers, float32 [B T sets D]."""
+    total = q.float().unflatten(2, (sets, -1)).sum(3)
+    largest = total.abs().amax(-1, keepdim=True).clamp_min(1e-30)
+    return (total * (127.0 / largest)).round()
+
+
 def block_scores(scores: Tensor, positions: Tensor, *, units: Units, block: int) -> Tensor:
     """Return the scores of blocks [T sets N]: the best of their units that are whole by then.
 
