@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,13 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
         return {}
     if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
         raise ValueError(f"{wanted}, got {path}, which holds a {type(found).__name__}")
-    return {name.replace("-", "_"): value for name, value in found.items()}
+    return {name.replace("-", "_"): _number(value) for name, value in found.items()}
+
+
+def _number(value: Any) -> Any:
+    """Read `1e-4` as people mean it: YAML 1.1 takes it for a word, as it has no point."""
+    is_number = isinstance(value, str) and re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", value)
+    return float(value) if is_number else value
 
 
 def check_names(options: Mapping[str, Any], kind: type) -> None:

@@ -1,0 +1,72 @@
+"""Options of ``adapt`` and ``train``: flags over a YAML file, and one line for what is wrong."""
+
+import pytest
+from typer.testing import CliRunner
+
+import bitnet_triton as bt
+from bitnet_triton.cli import app
+from bitnet_triton.cli.arguments import WrongArgumentError
+from bitnet_triton.training import adapt as runs
+
+runner = CliRunner()
+
+
+class ReachedError(Exception):
+    """Carries the job that a command would have run."""
+
+
+@pytest.fixture
+def job(monkeypatch):
+    """Return what turns a command line into its job; nothing is run."""
+
+    def stop(job, tell):
+        raise ReachedError(job)
+
+    monkeypatch.setattr(runs, "adapt", stop)
+    monkeypatch.setattr(runs, "pretrain", stop)
+
+    def read(*arguments):
+        with pytest.raises(ReachedError) as reached:
+            runner.invoke(app, list(map(str, arguments)), catch_exceptions=False)
+        return reached.value.args[0]
+
+    return read
+
+
+def test_flags_win_over_the_file(job, tmp_path):
+    config = tmp_path / "adapt.yaml"
+    config.write_text(
+        "attention: sliding:window=7\nself-distill: true\nrate: 0.5\ntargets: [q_proj]\nseed: 3\n"
+    )
+    found = job("adapt", "--config", config, "--output", "run", "--rate", "0.25", "--full",
+                "--eval-task", "recall", "--eval-task", "copy")  # fmt: skip
+    assert found.attention == "sliding:window=7"
+    assert (found.self_distill, found.rate, found.seed, found.lora) == (True, 0.25, 3, False)
+    assert list(found.targets) == ["q_proj"]
+    assert list(found.eval_tasks) == ["recall", "copy"]
+    assert found.model == str(bt.RECALL_MODEL)
+    config.write_text("rate: 1e-3\n")
+    assert job("adapt", "--config", config, "--output", "run").rate == 0.001
+    found = job("train", "--output", "run", "--model", "tiny", "--scratch", "--seed", "0")
+    assert (found.scratch, found.seed, found.model) == (True, 0, str(bt.TINY_MODEL))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ratee: 1", "unknown option 'ratee'; did you mean 'rate'"),
+        ("rate: [", "expected a YAML file with options by name"),
+        ("- rate", "which holds a list"),
+        ("rate: soon", "`rate`: expected a number, got 'soon'"),
+        ("", "`--output`: expected a folder"),
+        (None, "No such file"),
+    ],
+)
+def test_a_wrong_file_is_told_before_anything_runs(text, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "folder_of", None)  # no model is looked for
+    config = tmp_path / "x.yaml"
+    if text is not None:
+        config.write_text(text)
+    output = [] if text == "" else ["--output", "run"]
+    with pytest.raises(WrongArgumentError, match=message):
+        runner.invoke(app, ["adapt", "--config", str(config), *output], catch_exceptions=False)
