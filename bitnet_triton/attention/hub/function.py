@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from bitnet_triton.attention.context import AttentionContext
 from bitnet_triton.attention.hub.mask import describe_mask
+from bitnet_triton.attention.hub.pages import attend_in_engine
 from bitnet_triton.attention.mode import Reads
 from bitnet_triton.attention.modes.full import Full
 from bitnet_triton.attention.phases import count_reads, run_plan
@@ -57,6 +58,11 @@ def attend(
     """
     if kwargs.get("output_attentions") and not torch.compiler.is_compiling():
         _tell_no_weights()  # as "sdpa" of transformers does
+    if kwargs.get("cache") is not None:
+        out = attend_in_engine(
+            module, query, key, value, scaling=scaling, softcap=softcap, s_aux=s_aux, **kwargs
+        )
+        return out, None
     plan = getattr(module, "attention_plan", None)
     if plan is not None and s_aux is not None:
         raise ValueError("`s_aux`: a model with an attention plan has no learnable sinks")

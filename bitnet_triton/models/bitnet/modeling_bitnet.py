@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 from bitnet_triton.attention import AttentionPlan, hub
 from bitnet_triton.cache import MEMORIES
 from bitnet_triton.errors import CheckpointError
+from bitnet_triton.models.batching import pages_manager
 from bitnet_triton.models.bitnet.configuration_bitnet import BitNetConfig
 from bitnet_triton.models.bitnet.greedy import decode_greedily, greedy_objection, tell_once
 from bitnet_triton.models.bitnet.planned import (
@@ -415,6 +416,26 @@ class BitNetForCausalLM(_TernaryModel, hf.BitNetForCausalLM):
         elif cache_implementation is not None:
             kwargs["cache_implementation"] = cache_implementation
         return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    def init_continuous_batching(
+        self,
+        generation_config: Any = None,
+        continuous_batching_config: Any = None,
+        workload_hints: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Return a manager of transformers' continuous batching; ``generate_batch`` calls it.
+
+        With ``attn_implementation="bitnet_triton"`` the pages of its cache are read in place.
+        """
+        is_kept = getattr(self, "_cached_continuous_batching_manager", None) is not None
+        if self.config._attn_implementation == hub.NAME and not is_kept:
+            return pages_manager(
+                self, generation_config, continuous_batching_config, workload_hints
+            )
+        return super().init_continuous_batching(
+            generation_config, continuous_batching_config, workload_hints, **kwargs
+        )
 
     def prepare_inputs_for_generation(
         self, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any

@@ -1,0 +1,122 @@
+"""transformers' continuous batching over our attention writes what ``generate`` writes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from transformers import ContinuousBatchingConfig, GenerationConfig
+
+import bitnet_triton
+from bitnet_triton import BitNetConfig, BitNetForCausalLM
+from bitnet_triton.attention.hub import pages
+
+pytestmark = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"),
+    reason="the cache of continuous batching before transformers 5.23 has another layout",
+)
+SIZES = {
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+GREEDY = {
+    "max_new_tokens": 12, "do_sample": False, "repetition_penalty": 1.0, "eos_token_id": None,
+    "pad_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model")
+    BitNetForCausalLM(BitNetConfig(**SIZES)).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def model(folder):
+    return BitNetForCausalLM.from_pretrained(
+        folder, attn_implementation="bitnet_triton", dtype=torch.float32
+    )
+
+
+def settings(**more):
+    """Return a small engine, which splits prompts and shares pages."""
+    return ContinuousBatchingConfig(
+        **{"page_size": 16, "num_blocks": 40, "max_batch_tokens": 48} | more
+    )
+
+
+def prompts(*lengths):
+    return [torch.randint(3, 96, (n,)).tolist() for n in lengths]
+
+
+def written(model, many):
+    """Return what ``generate`` writes for each prompt by itself."""
+    rows = [model.generate(torch.tensor([p]), generation_config=greedy())[0] for p in many]
+    return [row[len(p) :].tolist() for row, p in zip(rows, many)]
+
+
+def greedy(**more):
+    return GenerationConfig(**GREEDY | more)
+
+
+def batched(model, many, **more):
+    done = model.generate_batch(
+        many, generation_config=greedy(), continuous_batching_config=settings(**more)
+    )
+    assert [one.error for one in done.values()] == [None] * len(many)
+    return [one.generated_tokens for one in done.values()]
+
+
+def test_mixed_requests_get_the_tokens_of_generate(model, monkeypatch):
+    """Prompts of several steps beside decode steps, with a prefix that two of them share."""
+    calls, attend = [], pages.flash_attention
+
+    def count(*args, **kwargs):
+        calls.append("block_table" in kwargs)
+        return attend(*args, **kwargs)
+
+    monkeypatch.setattr(pages, "flash_attention", count)
+    many = prompts(3, 60, 17, 100, 1)
+    many.append(many[3][:64] + many[0])
+    expected = written(model, many)
+    assert not calls
+    assert batched(model, many) == expected
+    assert calls.count(True) > 10  # read in pages
+
+
+def test_a_model_with_a_plan_is_refused_by_name(folder):
+    model = BitNetForCausalLM.from_pretrained(folder, attention={"mode": "sliding", "window": 8})
+    assert model.config._attn_implementation == "bitnet_triton"
+    with pytest.raises(ValueError, match="models without an attention plan"):
+        model.init_continuous_batching(greedy(), settings())
+
+
+def test_what_the_engine_would_drop_is_refused_by_name(model):
+    with pytest.raises(ValueError, match="`repetition_penalty`: transformers' continuous"):
+        model.init_continuous_batching(greedy(repetition_penalty=1.2), settings())
+    model.generation_config.repetition_penalty = 1.2  # what `generate` takes where none is given
+    with pytest.raises(ValueError, match="`repetition_penalty`: transformers' continuous"):
+        model.init_continuous_batching(greedy(repetition_penalty=None), settings())
+
+
+def test_tables_come_from_the_slots_that_are_read():
+    table = pages.block_table_of(
+        torch.tensor([12, 13, 14, 15, 4, 5, 8]), torch.tensor([0, 6, 7], dtype=torch.int32), 4
+    )
+    assert table[0].tolist() == [3, 1]
+    assert table[1, 0] == 2
+
+
+def test_packed_weights_as_loaded_write_the_same_tokens():
+    """The embedded model, fused as it is loaded, without the penalty that the engine drops."""
+    model = BitNetForCausalLM.from_pretrained(
+        Path(bitnet_triton.__file__).parent / "assets" / "tiny",
+        attn_implementation="bitnet_triton", dtype=torch.float32,
+    )  # fmt: skip
+    assert "Fused" in type(model.model.layers[0]).__name__
+    many = prompts(5, 70, 20)
+    assert batched(model, many) == written(model, many)
