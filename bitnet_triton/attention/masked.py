@@ -54,7 +54,8 @@ def attend_and_tell(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask, context: AttentionContext
 ) -> Tensor:
     """Attend by ``mask``, and tell the memory of the layer that attention has run."""
-    out, lse = masked_attention(q, k, v, mask, context)
+    attend = flash_attention if context.memory is None else context.memory.attend
+    out, lse = masked_attention(q, k, v, mask, context, attend)
     if context.memory is not None:
         assert context.inputs is not None
         context.memory.after(

@@ -7,13 +7,14 @@ from bitnet_triton.cache.index_keys import IndexLayer
 from bitnet_triton.cache.latest import Latest
 from bitnet_triton.cache.memory import Attended, Call, Memory, begin_call
 from bitnet_triton.cache.named import MEMORIES, MemoryKind, parse_memory, register_memory
+from bitnet_triton.cache.quantised import Quantised, QuantisedLayer
 from bitnet_triton.cache.sinks import SinkWindowLayer
 from bitnet_triton.cache.states import LastCall, StateLayer
 from bitnet_triton.cache.streaming import StreamingLayer
 from bitnet_triton.cache.tables import TablesLayer
 from bitnet_triton.cache.units import UnitsLayer
 
-for _name, _kind in {"latest": Latest}.items():
+for _name, _kind in {"latest": Latest, "quantised": Quantised}.items():
     register_memory(_name, _kind)
 
 __all__ = [
@@ -28,6 +29,8 @@ __all__ = [
     "Latest",
     "Memory",
     "MemoryKind",
+    "Quantised",
+    "QuantisedLayer",
     "SinkWindowLayer",
     "StateLayer",
     "StreamingLayer",

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from bitnet_triton.kernels import Mask
+from bitnet_triton.kernels import Mask, flash_attention
 from bitnet_triton.kernels.flash_attention.operands import SinkQuery
 
 
@@ -131,6 +131,17 @@ class Memory(CacheLayerMixin):
         In a recorded step nobody calls it: there the memory's own ``decode`` has all of this. It
         may be called again for one ``update``, where somebody tries attention out.
         """
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> tuple[Tensor, Tensor]:
+        """Attend in a mode that is a mask: over what ``update`` has given, and whatever is beside.
+
+        Args:
+            q: [B Tq H D], rotated.
+            k: [B Tk Hk D], what ``update`` has returned.
+            v: likewise.
+            **settings: as ``flash_attention`` takes them, with ``return_lse``.
+        """
+        return flash_attention(q, k, v, **settings)
 
     def held_padding(self) -> Tensor | None:
         """Return int32 [B], how many slots of what ``update`` has given hold no token.

@@ -11,6 +11,8 @@ from bitnet_triton.kernels.exact_attention.launchers import EXACT_BWD, EXACT_FWD
 from bitnet_triton.kernels.flash_attention import Mask, flash_attention, merge_attention
 from bitnet_triton.kernels.flash_attention.launchers import ATTENTION_BWD, ATTENTION_FWD
 from bitnet_triton.kernels.flash_attention.paged_op import PAGED_FWD
+from bitnet_triton.kernels.hadamard import hadamard
+from bitnet_triton.kernels.hadamard.op import HADAMARD_FWD
 from bitnet_triton.kernels.int8_linear import Int8Weight, int8_linear, int8_linear_topk
 from bitnet_triton.kernels.int8_linear.op import INT8_FWD, INT8_TOPK
 from bitnet_triton.kernels.kv_pages import copy_pages, write_pages
@@ -37,6 +39,8 @@ from bitnet_triton.kernels.native_sparse.attend import GATED_SUM_BWD, GATED_SUM_
 from bitnet_triton.kernels.native_sparse.compress import POOL_BWD, POOL_FWD
 from bitnet_triton.kernels.native_sparse.launchers import COMPRESSED_BWD, COMPRESSED_FWD
 from bitnet_triton.kernels.packing import TernaryWeight
+from bitnet_triton.kernels.quantised_attention import KeyValueCodes, quantised_attention
+from bitnet_triton.kernels.quantised_attention.op import QUANTISED_FWD
 from bitnet_triton.kernels.quantize import quantize_activations, quantize_weight
 from bitnet_triton.kernels.quantize.op import (
     ACTIVATIONS_FWD,
@@ -96,6 +100,8 @@ IMPLEMENTATIONS = {
     "attention_mass": MASS_FWD,
     "write_pages": WRITE_PAGES,
     "copy_pages": COPY_PAGES,
+    "hadamard": HADAMARD_FWD,
+    "quantised_attention": QUANTISED_FWD,
     "lsh_hash": HASH,
     "lsh_build": BUILD,
     "lsh_sampling": SAMPLING,
@@ -123,6 +129,7 @@ __all__ = [
     "IMPLEMENTATIONS",
     "HashTables",
     "Int8Weight",
+    "KeyValueCodes",
     "Mask",
     "MergedTernaryWeight",
     "SignCodes",
@@ -139,6 +146,7 @@ __all__ = [
     "dense_linear_topk",
     "exact_attention",
     "flash_attention",
+    "hadamard",
     "hash_buckets",
     "int8_linear",
     "int8_linear_topk",
@@ -149,6 +157,7 @@ __all__ = [
     "native_sparse_attention",
     "pool_keys",
     "pool_last_keys",
+    "quantised_attention",
     "quantize_activations",
     "quantize_weight",
     "relu2_mul_norm_quantize",

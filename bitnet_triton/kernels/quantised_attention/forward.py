@@ -1,0 +1,392 @@
+"""Triton attention over codes of keys and values: bound by reading the codes once.
+
+One program reads one split of the codes of one key head, for a tile of rows: queries times the
+query heads that share the key head. All queries see all codes. Keys and values lie rotated, so the
+queries come rotated, and what is summed here is rotated back by the kernel that merges the splits.
+Lengths are read from memory and the grid depends on shapes alone, so that a launch recorded once
+serves every decode step.
+
+On a CPU, queries of 16 bits and weights become planes of int8, 15 bits in two of them, and meet the
+codes as they are; elsewhere codes are widened to the type of the queries.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra import libdevice
+
+from bitnet_triton.kernels.common.dependent import dependent, wait_for_inputs
+from bitnet_triton.kernels.common.tiles import round_half_even
+from bitnet_triton.kernels.flash_attention.decode import num_splits
+from bitnet_triton.kernels.flash_attention.operands import score_factors
+from bitnet_triton.kernels.hadamard.forward import launch_hadamard, rotation
+from bitnet_triton.kernels.quantised_attention.codes import GROUP, KeyValueCodes
+from bitnet_triton.runtime import cdiv, launch
+from bitnet_triton.runtime.autotune import tiles
+from bitnet_triton.runtime.device import smallest_dot
+
+# Rows of queries and heads that a program takes, at most
+_MOST_ROWS, _MOST_ROWS_ON_GPU = 32, 16
+
+_LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _load_halves(
+    ptr, rows, stride, is_row, HALF: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr
+) -> tuple:  # fmt: skip
+    """Load codes of rows, int8 [rows, PADDED]: of the first half of the channels and the second."""
+    cols = tl.arange(0, PADDED)
+    at = ptr + rows.to(tl.int64)[:, None] * stride + cols[None, :]
+    mask = is_row[:, None] & (cols < HALF)[None, :] if PADDED != HALF else is_row[:, None]
+    if BITS == 4:
+        both = tl.load(at, mask=mask, other=0)  # [rows, PADDED]
+        return (both & 15).to(tl.int8), (both >> 4).to(tl.int8)
+    else:
+        return tl.load(at, mask=mask, other=0), tl.load(at + HALF, mask=mask, other=0)
+
+
+@triton.jit
+def _fetch_rows(ptr, rows, stride, BYTES: tl.constexpr) -> None:
+    """Ask for rows of bytes, a cache line at a time: on a CPU, a load that is not used fetches."""
+    line = tl.arange(0, triton.next_power_of_2(tl.cdiv(BYTES, 64))) * 64
+    at = ptr + rows.to(tl.int64)[:, None] * stride + tl.minimum(line, BYTES - 1)[None, :]
+    tl.load(at, volatile=True)
+
+
+@triton.jit
+def _load_pair(ptr, at, mask, HALF: tl.constexpr) -> tuple:
+    """Load both halves of rows as float32."""
+    low = tl.load(ptr + at, mask=mask, other=0.0).to(tl.float32)
+    high = tl.load(ptr + HALF + at, mask=mask, other=0.0).to(tl.float32)
+    return low, high
+
+
+@triton.jit
+def _planes(x, per_step) -> tl.tensor:
+    """Return x [M, N] in steps, at most 16319 of them, as int8 [2 M, N].
+
+    The first M rows count 128 each, the others 1: 127 * 128 + 63 = 16319.
+    """
+    code = round_half_even(x * per_step)
+    coarse = round_half_even(code * 0.0078125)
+    is_coarse = (tl.arange(0, 2) == 0)[:, None, None]
+    both = tl.where(is_coarse, coarse[None], (code - 128.0 * coarse)[None])  # [2, M, N]
+    return tl.reshape(both.to(tl.int8), (2 * x.shape[0], x.shape[1]))
+
+
+@triton.jit
+def _of_planes(sums, M: tl.constexpr, N: tl.constexpr) -> tl.tensor:
+    """Return what int32 [2 M, N] of products with planes amount to, float32 [M, N], in steps."""
+    weight = tl.where(tl.arange(0, 2) == 0, 128.0, 1.0)[:, None, None]
+    return tl.sum(tl.reshape(sums.to(tl.float32), (2, M, N)) * weight, axis=0)
+
+
+@triton.jit
+def _largest(x) -> tl.tensor:
+    """Return the largest magnitude of each row, by bit patterns, which order like magnitudes."""
+    bits = tl.max(tl.abs(x).to(tl.int32, bitcast=True), axis=1)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _step_of(largest) -> tuple:
+    """Return the step in which values up to ``largest`` have planes, and how many make 1."""
+    largest = tl.where(largest < 1e-30, 1e-30, largest)
+    return largest * (1.0 / 16319.0), 16319.0 / largest
+
+
+@triton.jit
+def _scores_by_planes(
+    q_low, q_high, largest_q, k_low, k_high, s_low, s_high, z_low, z_high, scale,
+    BITS: tl.constexpr, N: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Return products of queries [M, HALF] twice with codes [N, HALF] twice, float32 [M, N]."""
+    M: tl.constexpr = q_low.shape[0]
+    if BITS == 4:
+        # a bound for all channels serves as well as the largest of each row, and is cheaper
+        largest_s = tl.max(_largest(tl.maximum(s_low, s_high)), axis=0)
+        step, per_step = _step_of(largest_q * largest_s)
+        x_low = q_low * s_low
+        x_high = q_high * s_high
+    else:
+        step, per_step = _step_of(largest_q)
+        x_low = q_low
+        x_high = q_high
+    sums = tl.dot(_planes(x_low, per_step[:, None]), tl.trans(k_low), out_dtype=tl.int32)
+    sums = tl.dot(_planes(x_high, per_step[:, None]), tl.trans(k_high), sums, out_dtype=tl.int32)
+    scores = _of_planes(sums, M, N) * step[:, None]
+    if BITS == 4:
+        return scores - tl.sum(x_low * z_low + x_high * z_high, axis=1)[:, None]
+    else:
+        return scores * scale[None, :]
+
+
+@triton.jit
+def _scores_by_floats(
+    q_low, q_high, k_low, k_high, s_low, s_high, z_low, z_high, scale, BITS: tl.constexpr
+) -> tl.tensor:  # fmt: skip
+    """Return the same with keys in the type of the queries."""
+    dtype: tl.constexpr = q_low.dtype
+    if BITS == 4:
+        low = ((k_low.to(tl.float32) - z_low) * s_low).to(dtype)
+        high = ((k_high.to(tl.float32) - z_high) * s_high).to(dtype)
+    else:
+        low = k_low.to(dtype)
+        high = k_high.to(dtype)
+    scores = tl.dot(q_low, tl.trans(low), input_precision="ieee")  # [M, N]
+    scores = tl.dot(q_high, tl.trans(high), scores, input_precision="ieee")
+    if BITS == 8:
+        scores *= scale[None, :]
+    return scores
+
+
+@triton.jit
+def _quantised_attention_fwd_kernel(
+    # tensors: q [B Tq H D], rotated; codes as in KeyValueCodes; out float32 [B Tq H S D] and
+    # lse float32 [B Tq H S], base 2, of S splits; used int32 [B]
+    q_ptr, k_ptr, k_scale_ptr, k_zero_ptr, v_ptr, v_scale_ptr, out_ptr, lse_ptr, used_ptr,
+    # strides, in elements; those of scales of tokens, and of groups
+    q_stride_b, q_stride_t, q_stride_h, code_stride_b, code_stride_h, code_stride_t,
+    k_scale_stride_b, k_scale_stride_h, k_scale_stride_g, v_scale_stride_b, v_scale_stride_h,
+    # sizes and scalars
+    Tq, capacity, scale_log2, softcap_log2,
+    # compile-time
+    DEPENDENT: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr,
+    PLANES: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    wait_for_inputs(DEPENDENT)
+    HALF: tl.constexpr = D // 2
+    PADDED: tl.constexpr = triton.next_power_of_2(HALF)
+    BYTES: tl.constexpr = D * BITS // 8
+    split = tl.program_id(0) % SPLITS
+    key_head = tl.program_id(1).to(tl.int64)
+    H = tl.num_programs(1) * GROUP
+    b = tl.program_id(2)
+    batch = b.to(tl.int64)
+    n = tl.minimum(tl.load(used_ptr + b), capacity)
+
+    # row m: query m // GROUP of head m % GROUP of the group
+    m = tl.program_id(0) // SPLITS * ROWS + tl.arange(0, ROWS)
+    t = m // GROUP
+    head = key_head * GROUP + m % GROUP
+    is_row = t < Tq
+    cols = tl.arange(0, PADDED)
+    is_value = is_row[:, None] & (cols < HALF)[None, :]
+    row_at = batch * q_stride_b + t.to(tl.int64) * q_stride_t + head * q_stride_h
+    q_at = row_at[:, None] + cols[None, :]
+    q_low = tl.load(q_ptr + q_at, mask=is_value, other=0.0)  # [ROWS, PADDED]
+    q_high = tl.load(q_ptr + HALF + q_at, mask=is_value, other=0.0)
+    largest_q = tl.zeros((ROWS,), tl.float32)
+    if PLANES:
+        q_low = q_low.to(tl.float32)
+        q_high = q_high.to(tl.float32)
+        largest_q = tl.maximum(_largest(q_low), _largest(q_high))
+
+    length = tl.cdiv(tl.cdiv(n, SPLITS), BLOCK_N) * BLOCK_N
+    begin = split * length
+    end = tl.minimum(begin + length, n)
+    k_ptr += batch * code_stride_b + key_head * code_stride_h
+    v_ptr += batch * code_stride_b + key_head * code_stride_h
+    k_scale_ptr += batch * k_scale_stride_b + key_head * k_scale_stride_h
+    k_zero_ptr += batch * k_scale_stride_b + key_head * k_scale_stride_h
+    v_scale_ptr += batch * v_scale_stride_b + key_head * v_scale_stride_h
+    acc_low = tl.zeros((ROWS, PADDED), tl.float32)
+    acc_high = tl.zeros((ROWS, PADDED), tl.float32)
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    # sums over keys are kept for each place in a tile, and added up at the end
+    total = tl.zeros((ROWS, BLOCK_N), tl.float32)
+    offset = tl.zeros((ROWS, BLOCK_N), tl.float32)
+    factor = scale_log2 if softcap_log2 is None else softcap_log2
+    for start in range(begin, end, BLOCK_N):
+        j = start + tl.arange(0, BLOCK_N)
+        is_key = j < end
+        group_at = start // BLOCK_N * k_scale_stride_g + cols[None, :]
+        is_channel = (cols < HALF)[None, :]
+        v_scale = tl.load(v_scale_ptr + j, mask=is_key, other=0.0)
+        # what the other number of bits has; nobody reads these
+        s_low, s_high, z_low, z_high = q_low, q_low, q_low, q_low
+        k_scale = v_scale
+        if BITS == 4:
+            s_low, s_high = _load_pair(k_scale_ptr, group_at, is_channel, HALF)  # [1, PADDED]
+            z_low, z_high = _load_pair(k_zero_ptr, group_at, is_channel, HALF)
+        else:
+            k_scale = tl.load(k_scale_ptr + j, mask=is_key, other=0.0)
+        if PLANES:  # on a CPU
+            _fetch_rows(k_ptr, j + BLOCK_N, code_stride_t, BYTES)
+        k_low, k_high = _load_halves(k_ptr, j, code_stride_t, is_key, HALF, PADDED, BITS)
+        if PLANES:
+            scores = _scores_by_planes(
+                q_low, q_high, largest_q, k_low, k_high, s_low, s_high, z_low, z_high, k_scale,
+                BITS, BLOCK_N,
+            )  # fmt: skip
+        else:
+            scores = _scores_by_floats(
+                q_low, q_high, k_low, k_high, s_low, s_high, z_low, z_high, k_scale, BITS
+            )
+        if softcap_log2 is not None:
+            scores = libdevice.tanh(scores * scale_log2)
+        scores = tl.where(is_key[None, :], scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        pivot = tl.where(new_top == float("-inf"), 0.0, new_top) * factor
+        weights = tl.exp2(scores * factor - pivot[:, None])
+        shrink = tl.exp2(top * factor - pivot)
+        top = new_top
+        total = total * shrink[:, None] + weights
+        if PLANES:
+            _fetch_rows(v_ptr, j + BLOCK_N, code_stride_t, BYTES)
+        v_low, v_high = _load_halves(v_ptr, j, code_stride_t, is_key, HALF, PADDED, BITS)
+        if PLANES:
+            w = weights * v_scale[None, :]
+            if BITS == 4:
+                offset = offset * shrink[:, None] + w
+            step, per_step = _step_of(tl.max(v_scale, axis=0))
+            planes = _planes(w, per_step)
+            low = _of_planes(tl.dot(planes, v_low, out_dtype=tl.int32), ROWS, PADDED)
+            high = _of_planes(tl.dot(planes, v_high, out_dtype=tl.int32), ROWS, PADDED)
+            acc_low = acc_low * shrink[:, None] + low * step
+            acc_high = acc_high * shrink[:, None] + high * step
+        else:
+            dtype: tl.constexpr = q_low.dtype
+            ZERO: tl.constexpr = 8 if BITS == 4 else 0
+            low = ((v_low.to(tl.float32) - ZERO) * v_scale[:, None]).to(dtype)
+            high = ((v_high.to(tl.float32) - ZERO) * v_scale[:, None]).to(dtype)
+            acc_low *= shrink[:, None]
+            acc_high *= shrink[:, None]
+            w = weights.to(dtype)
+            acc_low = tl.dot(w, low, acc_low, input_precision="ieee")  # [ROWS, PADDED]
+            acc_high = tl.dot(w, high, acc_high, input_precision="ieee")
+    total = tl.sum(total, axis=1)
+    if PLANES and BITS == 4:
+        shift = 8.0 * tl.sum(offset, axis=1)
+        acc_low -= shift[:, None]
+        acc_high -= shift[:, None]
+
+    row = (batch * Tq + t) * H + head
+    inverse = 1.0 / tl.where(total > 0, total, 1.0)[:, None]
+    at = out_ptr + (row * SPLITS + split)[:, None] * D + cols[None, :]
+    tl.store(at, acc_low * inverse, mask=is_value)
+    tl.store(at + HALF, acc_high * inverse, mask=is_value)
+    tl.store(lse_ptr + row * SPLITS + split, top * factor + tl.log2(total), mask=is_row)
+
+
+@triton.jit
+def _quantised_attention_merge_kernel(
+    # tensors: parts float32 [B Tq H S D] and part_lse [B Tq H S], base 2; matrix float32 [D D] or
+    # None; what attention over other keys has given, more [B Tq H D] and more_lse [B H Tq], or
+    # None; out [B Tq H D]; lse [B H Tq]
+    parts_ptr, part_lse_ptr, matrix_ptr, more_ptr, more_lse_ptr, out_ptr, lse_ptr,
+    # sizes
+    Tq, H,
+    # compile-time
+    DEPENDENT: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    wait_for_inputs(DEPENDENT)
+    BLOCK_S: tl.constexpr = triton.next_power_of_2(SPLITS)
+    BLOCK_D: tl.constexpr = triton.next_power_of_2(D)
+    SOME: tl.constexpr = 16  # values that are rotated at a time, to spare registers
+    t = tl.program_id(0) // H
+    head = tl.program_id(0) % H
+    batch = tl.program_id(1).to(tl.int64)
+    row = (batch * Tq + t) * H + head
+    dims = tl.arange(0, BLOCK_D)
+    s = tl.arange(0, BLOCK_S)
+    is_split = s < SPLITS
+    lses = tl.load(part_lse_ptr + row * SPLITS + s, mask=is_split, other=float("-inf"))
+    top = tl.max(lses, 0)
+    pivot = tl.where(top == float("-inf"), 0.0, top)
+    weights = tl.exp2(lses - pivot)
+    total = tl.sum(weights, 0)
+    weights /= tl.where(total > 0, total, 1.0)
+    at = parts_ptr + (row * SPLITS + s)[:, None] * D
+    if matrix_ptr is None:
+        is_part = is_split[:, None] & (dims < D)[None, :]
+        parts = tl.load(at + dims[None, :], mask=is_part, other=0.0)  # [S, BLOCK_D]
+        out = tl.sum(parts * weights[:, None], axis=0)
+    else:
+        out = tl.zeros((BLOCK_D,), tl.float32)
+        for k in range(0, D, SOME):
+            some = k + tl.arange(0, SOME)
+            is_part = is_split[:, None] & (some < D)[None, :]
+            parts = tl.load(at + some[None, :], mask=is_part, other=0.0)
+            x = tl.sum(parts * weights[:, None], axis=0)  # [SOME]
+            is_value = (some < D)[:, None] & (dims < D)[None, :]
+            matrix = tl.load(
+                matrix_ptr + some[:, None] * D + dims[None, :], mask=is_value, other=0.0
+            )  # [SOME, BLOCK_D]
+            out += tl.sum(matrix * x[:, None], axis=0)
+    lse = (top + tl.log2(total)) * _LN_2
+    lse_at = (batch * H + head) * Tq + t
+    if more_ptr is not None:
+        other = tl.load(more_lse_ptr + lse_at)
+        larger = tl.maximum(lse, other)
+        pivot = tl.where(larger == float("-inf"), 0.0, larger)
+        mine = tl.exp(lse - pivot)
+        theirs = tl.exp(other - pivot)
+        both = mine + theirs
+        more = tl.load(more_ptr + row * D + dims, mask=dims < D, other=0.0).to(tl.float32)
+        out = (out * mine + more * theirs) / tl.where(both > 0, both, 1.0)
+        lse = larger + tl.log(both)
+    tl.store(out_ptr + row * D + dims, out.to(out_ptr.dtype.element_ty), mask=dims < D)
+    tl.store(lse_ptr + lse_at, lse)
+
+
+def launch_quantised_attention(
+    q: Tensor,
+    codes: KeyValueCodes,
+    used: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    more: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attend to codes, without checks and only by launches: it can be captured.
+
+    Arguments are those of ``quantised_attention``; q has contiguous heads.
+
+    Args:
+        q: [B Tq H D].
+        codes: of keys and values.
+        used: int32 [B].
+        scale: multiplies the scores.
+        softcap: bounds them.
+        more: out [B Tq H D] and lse [B H Tq] of other keys, contiguous, to be merged with.
+    """
+    (B, Tq, H, D), Hk = q.shape, codes.keys.shape[1]
+    on_cpu = smallest_dot(q.device) == 1
+    planes, out_dtype = on_cpu and q.dtype != torch.float32, q.dtype
+    matrix = rotation(D, q.device) if codes.is_rotated else None
+    if matrix is not None:
+        # the dtype of products; planes are made of float32
+        dtype = torch.float32 if planes else q.dtype
+        q = launch_hadamard(q.reshape(-1, D), matrix, dtype).view(B, Tq, H, D)
+    group = H // Hk
+    most = _MOST_ROWS if on_cpu else _MOST_ROWS_ON_GPU
+    rows = max(min(triton.next_power_of_2(Tq * group), most), smallest_dot(q.device))
+    row_tiles = cdiv(Tq * group, rows)
+    splits = num_splits(codes.capacity, q.device) if row_tiles == 1 else 1
+    parts = torch.empty((B, Tq, H, splits, D), dtype=torch.float32, device=q.device)
+    part_lse = torch.empty((B, Tq, H, splits), dtype=torch.float32, device=q.device)
+    out = torch.empty((B, Tq, H, D), dtype=out_dtype, device=q.device)
+    lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
+    k_scale = codes.key_scale
+    launch(_quantised_attention_fwd_kernel, (splits * row_tiles, Hk, B))(
+        q, codes.keys, k_scale, k_scale if codes.key_zero is None else codes.key_zero,
+        codes.values, codes.value_scale, parts, part_lse, used,
+        *q.stride()[:3], *codes.keys.stride()[:3],
+        *k_scale.stride()[:2], k_scale.stride(2), *codes.value_scale.stride()[:2],
+        Tq, codes.capacity, *score_factors(scale, softcap),
+        GROUP=group, D=D, BITS=codes.bits, PLANES=planes, SPLITS=splits, ROWS=rows, BLOCK_N=GROUP,
+        **tiles("quantised_attention_fwd", D, q.device), **dependent(q.device),
+    )  # fmt: skip
+    more_out, more_lse = (None, None) if more is None else more
+    launch(_quantised_attention_merge_kernel, (Tq * H, B))(
+        parts, part_lse, matrix, more_out, more_lse, out, lse,
+        Tq, H,
+        D=D, SPLITS=splits,
+        **tiles("quantised_attention_merge", D, q.device), **dependent(q.device),
+    )  # fmt: skip
+    return out, lse
