@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from bitnet_triton.kernels import Mask, SparseBlocks
+from bitnet_triton.kernels import KeyValueCodes, Mask, SparseBlocks
 from bitnet_triton.kernels.attention_mass.forward import launch_mass
 from bitnet_triton.kernels.bit_linear.backward import (
     launch_bit_linear_bwd_dweight,
@@ -59,6 +59,7 @@ from bitnet_triton.kernels.native_sparse.decode import (
     launch_gates,
 )
 from bitnet_triton.kernels.native_sparse.gates import launch_gated_sum, launch_gated_sum_bwd
+from bitnet_triton.kernels.quantised_attention.forward import launch_quantised_attention
 from bitnet_triton.kernels.quantize.forward import (
     launch_quantize_activations,
     launch_quantize_with_sums,
@@ -205,6 +206,17 @@ def launch_pages(q, pages, mask):
     new = q[:8, : pages.shape[2]]
     launch_write_pages(pages, pages, new, new, meta(8, dtype=torch.int64))
     launch_copy_pages(pages, meta(4, 2, dtype=torch.int64))
+
+
+def launch_codes(D, dtype):
+    """Start attention over codes: one query, merged with other keys, and many."""
+    used = meta(1, dtype=torch.int32)
+    for bits in (4, 8):
+        codes = KeyValueCodes.empty(1, 2, 256, D, bits, torch.device("meta"), rotate=True)
+        for Tq in (1, 64):
+            q = meta(1, Tq, 8, D, dtype=dtype)
+            more = (meta(1, Tq, 8, D, dtype=dtype), meta(1, 8, Tq)) if bits == 4 else None
+            launch_quantised_attention(q, codes, used, scale=D**-0.5, more=more)
 
 
 def launch_exact_attention(D, dtype, mask):
@@ -379,6 +391,7 @@ def record_all():
         for D, dtype in ((64, BF16), (128, BF16), (256, BF16), (64, F32), (128, F32)):
             launch_attention(D, dtype, Mask())
             launch_exact_attention(D, dtype, Mask(sinks=4))
+            launch_codes(D, dtype)
             launch_choice_of_blocks(D, dtype)
             launch_chosen_blocks(D, dtype, group=4)
             launch_buckets(D, dtype)

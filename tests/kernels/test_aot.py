@@ -59,7 +59,8 @@ OVERLAPPED = (
     "int8_linear_fwd", "int8_linear_topk_fwd", "merge_best", "top_blocks_fwd", "top_blocks_merge",
     "pool_keys", "block_index_step", "lsh_hash", "lsh_mean_direction", "lsh_probe", "lsh_gather",
     "sign_scores",    "verified_draw", "selected_blocks_fwd_rows", "linear_attention_decode",
-    "compressed_attention_decode", "compress_step", "sparse_gates",
+    "compressed_attention_decode", "compress_step", "sparse_gates", "hadamard_fwd",
+    "quantised_attention_fwd", "quantised_attention_merge",
 )  # fmt: skip
 MANY_TOKENS = ("ternary_linear_fwd", "bit_linear_fwd", "bit_linear_fwd_from_codes")
 FLOAT_PRODUCTS = (
@@ -72,7 +73,7 @@ FLOAT_PRODUCTS = (
     "lsh_attention_fwd", "lsh_attention_bwd_dq", "lsh_attention_bwd_dkdv",
     "selected_blocks_fwd_rows", "selected_blocks_bwd_dq_rows", "selected_blocks_bwd_dkdv",
     "compressed_attention_fwd", "compressed_attention_bwd_dq", "compressed_attention_bwd_dkdv",
-    "compressed_attention_decode",
+    "compressed_attention_decode", "quantised_attention_fwd",
 )  # fmt: skip
 # that multiply in float32, and in TF32 what came as bfloat16 or float16
 WIDE_PRODUCTS = (
@@ -81,7 +82,7 @@ WIDE_PRODUCTS = (
 )  # fmt: skip
 WIDE_INSTRUCTION = r"mma\.sync\S+tf32|wgmma\S+tf32|tcgen05\S+tf32|v_mfma_f32_\w+_f32"
 # float32 whatever the inputs are: signs of products are all that is kept
-EXACT_PRODUCTS = ("lsh_hash",)
+EXACT_PRODUCTS = ("lsh_hash", "hadamard_fwd")
 # lines of the table that every run compiles anew
 SAMPLE = 16
 

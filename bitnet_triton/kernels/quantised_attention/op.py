@@ -11,13 +11,13 @@ from bitnet_triton.kernels.common.checks import (
     check_shape,
     check_tensor,
 )
+from bitnet_triton.kernels.flash_attention.launchers import LARGEST_HEAD
 from bitnet_triton.kernels.flash_attention.merge import merge_attention
 from bitnet_triton.kernels.quantised_attention.codes import KeyValueCodes
 from bitnet_triton.kernels.quantised_attention.reference import quantised_attention_reference
 from bitnet_triton.kernels.quantize.op import FLOATS
 from bitnet_triton.runtime import Implementation, register_op, select
-
-_LARGEST_HEAD = 256  # a program holds whole heads of a tile of rows
+from bitnet_triton.runtime.device import smallest_dot
 
 Results = tuple[Tensor, Tensor]
 
@@ -46,7 +46,10 @@ def _reference_fwd(
 
 
 def _objection(q: Tensor) -> str | None:
-    return None if q.shape[-1] <= _LARGEST_HEAD else f"heads have at most {_LARGEST_HEAD} values"
+    largest = LARGEST_HEAD
+    if q.dtype == torch.float32 and smallest_dot(q.device) > 1:
+        largest //= 2  # products of float32 run in registers there
+    return None if q.shape[-1] <= largest else f"heads have at most {largest} values"
 
 
 QUANTISED_FWD = {
