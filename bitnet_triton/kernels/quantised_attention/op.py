@@ -46,9 +46,8 @@ def _reference_fwd(
 
 
 def _objection(q: Tensor) -> str | None:
-    largest = LARGEST_HEAD
-    if q.dtype == torch.float32 and smallest_dot(q.device) > 1:
-        largest //= 2  # products of float32 run in registers there
+    # larger heads do not fit into the registers of every GPU
+    largest = LARGEST_HEAD if smallest_dot(q.device) == 1 else LARGEST_HEAD // 2
     return None if q.shape[-1] <= largest else f"heads have at most {largest} values"
 
 

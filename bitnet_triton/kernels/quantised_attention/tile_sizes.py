@@ -9,7 +9,7 @@ CPU: Table = {
     "quantised_attention_merge": {ANY: {}},
 }
 GPU: Table = {
-    "quantised_attention_fwd": {ANY: {"num_warps": 8, "num_stages": 1}},
+    "quantised_attention_fwd": {ANY: {"num_warps": 4, "num_stages": 1}},
     "quantised_attention_merge": {ANY: {"num_warps": 4}},
 }
 
