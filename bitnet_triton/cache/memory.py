@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -141,7 +141,7 @@ class Memory(CacheLayerMixin):
             v: likewise.
             **settings: as ``flash_attention`` takes them, with ``return_lse``.
         """
-        return flash_attention(q, k, v, **settings)
+        return cast("tuple[Tensor, Tensor]", flash_attention(q, k, v, **settings))
 
     def held_padding(self) -> Tensor | None:
         """Return int32 [B], how many slots of what ``update`` has given hold no token.

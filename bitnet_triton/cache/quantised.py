@@ -70,7 +70,7 @@ class Quantised(MemoryKind):
 
 
 class QuantisedLayer(Memory):
-    """Everything: the first ``sinks`` tokens and the latest ``recent`` ones as they are, codes else.
+    """The first ``sinks`` tokens and the latest ``recent`` ones as they are, codes of all others.
 
     ``near`` holds the former: [B Hk sinks + recent D], the latest in a ring. Token number p of a
     row, which padding does not count, lies at p where p < sinks, else at
@@ -158,7 +158,9 @@ class QuantisedLayer(Memory):
         length = given[0].shape[-2]
         empty = [length - h - (b - a) for h, a, b in zip(held, before, after)]
         device = key_states.device
-        self._padding = torch.tensor(empty, dtype=torch.int32, device=device) if any(empty) else None
+        self._padding = (
+            torch.tensor(empty, dtype=torch.int32, device=device) if any(empty) else None
+        )
         self._coded = torch.tensor(coded, dtype=torch.int32, device=device) if any(coded) else None
         with torch.no_grad():
             self._take_in(given, before, after)
@@ -333,8 +335,7 @@ class QuantisedLayer(Memory):
         mine = [self.bits, self.recent, self.sinks, int(self.rotate)]
         if about != mine:
             raise CheckpointError(
-                "`cache`: expected codes with bits, recent, sinks and rotate "
-                f"{mine}, got {about}"
+                f"`cache`: expected codes with bits, recent, sinks and rotate {mine}, got {about}"
             )
         self.lazy_initialization(saved["keys"], saved["values"])
         self.near = saved["keys"], saved["values"]

@@ -1,4 +1,4 @@
-"""A memory of codes: what stays as it is, what codes stand for, and everything a cache has to do."""
+"""A memory of codes: what stays as it is, what codes stand for, all that a cache has to do."""
 
 import pytest
 import torch

@@ -27,6 +27,7 @@ from bitnet_triton.kernels.flash_attention.launch import launch_backward, launch
 from bitnet_triton.kernels.flash_attention.operands import SinkQuery
 from bitnet_triton.kernels.flash_attention.paged import launch_paged
 from bitnet_triton.kernels.flash_attention.paged_call import PagedCall
+from bitnet_triton.kernels.hadamard.forward import launch_hadamard
 from bitnet_triton.kernels.int8_linear.forward import (
     launch_int8_linear,
     launch_int8_linear_topk,
@@ -391,7 +392,8 @@ def record_all():
         for D, dtype in ((64, BF16), (128, BF16), (256, BF16), (64, F32), (128, F32)):
             launch_attention(D, dtype, Mask())
             launch_exact_attention(D, dtype, Mask(sinks=4))
-            if D <= 128:
+            launch_hadamard(meta(64, D, dtype=dtype), meta(D, D), dtype)
+            if D <= 128 and dtype == BF16:
                 launch_codes(D, dtype)
             launch_choice_of_blocks(D, dtype)
             launch_chosen_blocks(D, dtype, group=4)

@@ -5,7 +5,6 @@ import torch
 
 from bitnet_triton.kernels import KeyValueCodes, Mask, flash_attention, quantised_attention
 from bitnet_triton.kernels.flash_attention.reference import attention_reference
-from bitnet_triton.kernels.hadamard.reference import hadamard_reference
 from bitnet_triton.kernels.quantised_attention.reference import quantised_attention_reference
 from bitnet_triton.testing import assert_close
 

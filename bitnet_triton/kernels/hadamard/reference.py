@@ -1,4 +1,4 @@
-"""The normalised Hadamard rotation in plain PyTorch (Sylvester's matrix): the oracle of the tests."""
+"""Rotation by Sylvester's matrix, normalised, in plain PyTorch: the oracle of the tests."""
 
 from __future__ import annotations
 

@@ -46,8 +46,11 @@ def _reference_fwd(
 
 
 def _objection(q: Tensor) -> str | None:
-    # larger heads do not fit into the registers of every GPU
-    largest = LARGEST_HEAD if smallest_dot(q.device) == 1 else LARGEST_HEAD // 2
+    on_cpu = smallest_dot(q.device) == 1
+    if q.dtype == torch.float32 and not on_cpu:
+        return "float32 products of tiles of codes do not fit into the registers of GPUs"
+    # larger heads do not fit into them either
+    largest = LARGEST_HEAD if on_cpu else LARGEST_HEAD // 2
     return None if q.shape[-1] <= largest else f"heads have at most {largest} values"
 
 

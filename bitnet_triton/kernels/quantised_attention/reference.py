@@ -11,7 +11,7 @@ from bitnet_triton.kernels.quantised_attention.codes import KeyValueCodes
 def quantised_attention_reference(
     q: Tensor, codes: KeyValueCodes, used: Tensor, *, scale: float, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attend with every query of q [B Tq H D] to the first ``used`` [B] tokens that codes stand for.
+    """Attend with q [B Tq H D] to the first ``used`` [B] tokens of what codes stand for.
 
     Returns:
         out [B Tq H D] and lse [B H Tq], in the dtype of ``q``.
