@@ -2,27 +2,38 @@
 
 from bitnet_triton.cache.compressed import CompressedLayer
 from bitnet_triton.cache.evicting import EvictingLayer
+from bitnet_triton.cache.expected_attention import ExpectedAttention
 from bitnet_triton.cache.growing import GrowingLayer, grow_in_place
+from bitnet_triton.cache.h2o import H2O
 from bitnet_triton.cache.index_keys import IndexLayer
 from bitnet_triton.cache.latest import Latest
 from bitnet_triton.cache.memory import Attended, Call, Memory, begin_call
 from bitnet_triton.cache.named import MEMORIES, MemoryKind, parse_memory, register_memory
 from bitnet_triton.cache.quantised import Quantised, QuantisedLayer
 from bitnet_triton.cache.sinks import SinkWindowLayer
+from bitnet_triton.cache.snapkv import SnapKV
 from bitnet_triton.cache.states import LastCall, StateLayer
 from bitnet_triton.cache.streaming import StreamingLayer
 from bitnet_triton.cache.tables import TablesLayer
 from bitnet_triton.cache.units import UnitsLayer
 
-for _name, _kind in {"latest": Latest, "quantised": Quantised}.items():
+for _name, _kind in {
+    "h2o": H2O,
+    "snapkv": SnapKV,
+    "expected_attention": ExpectedAttention,
+    "latest": Latest,
+    "quantised": Quantised,
+}.items():
     register_memory(_name, _kind)
 
 __all__ = [
+    "H2O",
     "MEMORIES",
     "Attended",
     "Call",
     "CompressedLayer",
     "EvictingLayer",
+    "ExpectedAttention",
     "GrowingLayer",
     "IndexLayer",
     "LastCall",
@@ -32,6 +43,7 @@ __all__ = [
     "Quantised",
     "QuantisedLayer",
     "SinkWindowLayer",
+    "SnapKV",
     "StateLayer",
     "StreamingLayer",
     "TablesLayer",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bitnet_triton.cache.growing import GrowingLayer
@@ -56,8 +58,7 @@ class EvictingLayer(GrowingLayer):
     keeps_places: ClassVar[bool] = False
     is_continuous: ClassVar[bool] = False
     least: int = 0
-    first: int = 0  # of these tokens of a text every head keeps all,
-    last: float = 0  # and so many of the latest ones, or such a share of the budget
+    first: int = 0  # so many tokens at the start of a text every head keeps
 
     def __init__(self, budget: float) -> None:
         super().__init__()
@@ -88,6 +89,13 @@ class EvictingLayer(GrowingLayer):
 
     def carry(self, slots: Tensor) -> None:
         """Keep the slots [B Hk kept] of whatever else is kept for each of them."""
+
+    def latest(self, limits: Tensor) -> Tensor:
+        """Return how many of the latest tokens stay, whatever their scores, of ``limits`` [B]."""
+        return torch.zeros_like(limits)
+
+    def rows_changed(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Take other rows of the batch, of whatever else is kept."""
 
     # --- events
 
@@ -127,7 +135,8 @@ class EvictingLayer(GrowingLayer):
         super().reserve(new)
         for store, t in zip(self.stores, (key_states, value_states)):
             store[:, :, held : held + new] = t
-        self.advance(new)
+        self._count(new)
+        super().advance(new)
         assert self.keys is not None
         assert self.values is not None
         return self.keys, self.values
@@ -144,12 +153,14 @@ class EvictingLayer(GrowingLayer):
                 "left only"
             )
         self.take(attended)
-        T = attended.q.shape[1]
-        if not self.is_continuous and (self._is_told or self.least >= T):
-            return
-        limits, valid = self._limits_with(0), self._valid()
-        if bool((valid > limits).any()):
-            self._drop(self.score(attended), torch.minimum(valid, limits))
+        later = 0 if self.is_continuous else self._generated(attended.q.shape[1])
+        if self.is_continuous or (not self._is_told and attended.q.shape[1] - later > self.least):
+            limits, valid = self._limits_with(0) + later, self._valid()
+            if bool((valid > limits).any()):
+                scores = F.pad(self.score(_without(attended, later)), (0, later), value=torch.inf)
+                self._drop(scores, torch.minimum(valid, limits), later)
+                return
+        super().reserve(0)  # no view of what a call has computed is left
 
     def held_padding(self) -> Tensor | None:
         """Return int32 [B], how many slots of a row are empty; None: none, or nobody knows."""
@@ -262,6 +273,7 @@ class EvictingLayer(GrowingLayer):
             value = getattr(self, name)
             if value is not None:
                 setattr(self, name, change(value))
+        self.rows_changed(change)
 
     # --- eviction
 
@@ -294,6 +306,13 @@ class EvictingLayer(GrowingLayer):
             self.padding = padded if bool(padded.any()) else None
         self.columns += new
 
+    def _generated(self, new: int) -> int:
+        """Return how many of the latest ``new`` tokens a row has written itself behind a prompt."""
+        if self._prompt is None:
+            return 0
+        # where rows differ, tokens that some have written belong to the prompts of others
+        return min(max(self.columns - int(torch.as_tensor(self._prompt).max()), 0), new)
+
     def _make_room(self) -> None:
         """Drop some rows where a step would find no room for its token."""
         if not self.is_continuous or not self.held:
@@ -305,19 +324,22 @@ class EvictingLayer(GrowingLayer):
             self._drop(self.score(None), torch.where(is_full, fewer, valid))
 
     @torch.no_grad()
-    def _drop(self, scores: Tensor, keep: Tensor) -> None:
-        """Keep the best ``keep`` [B] slots of every head, by scores [B Hk held]."""
+    def _drop(self, scores: Tensor, keep: Tensor, later: int = 0) -> None:
+        """Keep the best ``keep`` [B] slots of every head, by scores [B Hk held].
+
+        The ``later`` last ones have been written behind a prompt, and stay.
+        """
         assert self.keys is not None
         assert self.values is not None
         width = int(keep.max())
-        slots = self._best(scores, keep, width)  # [B Hk width]
+        slots = self._best(scores, keep, width, later)  # [B Hk width]
         rows = slots[..., None].expand(-1, -1, -1, self.keys.shape[-1])
         values = slots[..., None].expand(-1, -1, -1, self.values.shape[-1])
         kept = self.keys.gather(2, rows), self.values.gather(2, values)
         self.carry(slots)
         empty = width - keep
         self.padding = empty if bool(empty.any()) else None
-        self._dropped_at = self.columns
+        self._dropped_at = self.columns - later
         if self.keys is self._views[0] and self.key_store is not None:
             # a recorded step finds them where they were
             for store, t in zip(self.stores, kept):
@@ -327,15 +349,13 @@ class EvictingLayer(GrowingLayer):
         else:
             self.keys, self.values = kept
 
-    def _best(self, scores: Tensor, keep: Tensor, width: int) -> Tensor:
+    def _best(self, scores: Tensor, keep: Tensor, width: int, later: int) -> Tensor:
         """Return the slots to keep in their order, int64 [B Hk width]; of equals the newer ones."""
         held, device = scores.shape[-1], scores.device
         slot = torch.arange(held, device=device)
         empty = torch.zeros_like(keep) if self.padding is None else self.padding
         first = keep.clamp_max(self.first)
-        last = self.last if self.last >= 1 else self._limits_with(0).double() * self.last
-        last = torch.as_tensor(last).ceil().long().expand_as(keep)
-        last = torch.minimum(last, keep - first)
+        last = torch.minimum(self.latest(self._limits_with(0)) + later, keep - first)
         empty, first, last, keep = (t.to(device)[:, None, None] for t in (empty, first, last, keep))
         is_safe = (slot < empty + first) | (slot >= held - last)
         rank = scores.float().masked_fill(is_safe, float("inf"))
@@ -345,3 +365,14 @@ class EvictingLayer(GrowingLayer):
         # a row that keeps less than the longest has empty slots in front, whatever stands there
         place = torch.arange(width, device=device)
         return chosen.masked_fill(place >= keep, -1).sort(-1).values.clamp_min(0)
+
+
+def _without(attended: Attended, later: int) -> Attended:
+    """Return a call without its ``later`` last tokens."""
+    if not later:
+        return attended
+    rotary = attended.rotary
+    if rotary is not None:
+        rotary = rotary[0][:, :-later], rotary[1][:, :-later]
+    q, k, lse = attended.q[:, :-later], attended.k[:, :-later], attended.lse[:, :, :-later]
+    return replace(attended, q=q, k=k, lse=lse, rotary=rotary)
