@@ -1,8 +1,9 @@
 """Give a dense model the index of ``indexed_blocks``, and train nothing but that.
 
 The weights of the model stay as they are; the index learns from its attention. First attention
-reads everything ("dense"), then what the index chooses ("selected"). The embedded recall model
-takes less than one hundredth of the tokens that it was trained on.
+reads everything ("dense"), then, where rows are asked for, what the index chooses ("selected").
+The embedded recall model takes less than one hundredth of the tokens that it was trained on. Rows
+are short: steps are what few tokens have to be divided into, and texts may be longer afterwards.
 
     python examples/convert_sparse.py --output runs/indexed
     bitnet-triton eval --model runs/indexed --length 2048
@@ -73,11 +74,11 @@ def convert(
     model: Annotated[Path, typer.Option(help="Folder of a packed dense model.")] = Path(
         bt.RECALL_MODEL
     ),
-    block: Annotated[int, typer.Option(help="Tokens of a block.")] = 16,
-    selected: Annotated[int, typer.Option(help="Blocks that a token reads.")] = 16,
-    length: Annotated[int, typer.Option(help="Tokens of a row.")] = 2048,
-    dense_rows: Annotated[int, typer.Option(help="Rows of the first stage.")] = 6,
-    selected_rows: Annotated[int, typer.Option(help="Rows of the second stage.")] = 3,
+    block: Annotated[int, typer.Option(help="Tokens of a block.")] = 8,
+    selected: Annotated[int, typer.Option(help="Blocks that a token reads.")] = 32,
+    length: Annotated[int, typer.Option(help="Tokens of a row.")] = 512,
+    dense_rows: Annotated[int, typer.Option(help="Rows of the first stage.")] = 36,
+    selected_rows: Annotated[int, typer.Option(help="Rows of the second stage.")] = 0,
     rate: Annotated[float, typer.Option(help="Learning rate.")] = 5e-3,
     seed: Annotated[int, typer.Option(help="Of the texts.")] = 0,
 ) -> None:
