@@ -171,6 +171,21 @@ class RotaryEmbedding(hf.BitNetRotaryEmbedding):
         scale = inv_freq.new_tensor([factor for _, factor in parts])[inverse, None]
         return Frequencies(inv_freq, scale, known, columns)
 
+    def choose_for_pages(self) -> Frequencies:
+        """Return those of the longest text: for all requests of continuous batching alike.
+
+        Requests share pages and steps there, and none may meet keys that are turned otherwise.
+
+        Raises:
+            ValueError: for this rope type no text is the longest.
+        """
+        if self._last_step is None:
+            raise ValueError(
+                f"`cache`: rope type {self.rope_type!r} turns for ever longer texts ever otherwise, "
+                "and pages of continuous batching are read by all of them; use `generate`"
+            )
+        return self.choose(torch.tensor([self._last_step]))
+
     def last_position(self, lengths: Tensor) -> Tensor:
         """Return up to how many tokens texts of some lengths [B] keep their frequencies: [B]."""
         grown, last = lengths.clamp_min(self._trained), self._last_step

@@ -338,8 +338,8 @@ def test_lengths_that_nobody_reads_or_that_do_not_fit_are_refused():
     for value, message in ((19, "at least the 20"), (torch.tensor([40]), r"\[B\]"), (4.0, "float")):
         with pytest.raises((TypeError, ValueError), match=f"`context_length`.*{message}"):
             model(ids, context_length=value)
-    with pytest.raises(ValueError, match="`cache`: pages of continuous batching mix keys"):
-        model(ids, use_cache=False, cache=object())
+    with pytest.raises(ValueError, match="`cache`: rope type 'dynamic' turns for ever longer"):
+        extended("dynamic")(ids, use_cache=False, cache=object())
     plan = [{"mode": "streaming", "window": 8}, "full"]
     mixed = extended("dynamic_yarn", dense_model(attention={"prefill": plan, "decode": plan}))
     with pytest.raises(ValueError, match="`attention`: 'streaming' counts positions itself, other"):

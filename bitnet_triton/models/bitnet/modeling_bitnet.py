@@ -268,14 +268,12 @@ class BitNetModel(_TernaryModel, hf.BitNetModel):
         frequencies: Frequencies | None = None
         if x is not None and rotary.depends_on_length:
             if kwargs.get("cache") is not None:
-                raise ValueError(
-                    f"`cache`: pages of continuous batching mix keys that rope type "
-                    f"{rotary.rope_type!r} turns for different lengths; use `generate`"
-                )
-            frequencies = chosen_frequencies(
-                rotary, past_key_values, x, attention_mask, position_ids, context_length,
-                span=span_of(self.attention_plan, str(rotary.rope_type)),
-            )  # fmt: skip
+                frequencies = rotary.choose_for_pages()
+            else:
+                frequencies = chosen_frequencies(
+                    rotary, past_key_values, x, attention_mask, position_ids, context_length,
+                    span=span_of(self.attention_plan, str(rotary.rope_type)),
+                )  # fmt: skip
         if self.attention_plan is None:
             check_no_plan_arguments(prompt_len=prompt_len, global_tokens=global_tokens)
         elif x is not None:
