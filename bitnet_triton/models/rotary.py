@@ -181,7 +181,7 @@ class RotaryEmbedding(hf.BitNetRotaryEmbedding):
         """
         if self._last_step is None:
             raise ValueError(
-                f"`cache`: rope type {self.rope_type!r} turns for ever longer texts ever otherwise, "
+                f"`cache`: rope type {self.rope_type!r} turns for ever longer texts otherwise, "
                 "and pages of continuous batching are read by all of them; use `generate`"
             )
         return self.choose(torch.tensor([self._last_step]))
