@@ -1,4 +1,4 @@
-"""Tiles of the kernels of attention_mass, by shape class (``runtime/autotune.py`` chooses)."""
+"""Tiles of the kernel of attention_mass, by shape class (``runtime/autotune.py`` chooses)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,7 @@ _MASS: dict[int, Tiles] = {
     FLOAT32 + 128: {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
 }
 
-CPU: Table = {
-    "attention_mass_fwd": {ANY: {"BLOCK_M": 128, "BLOCK_N": 128}},
-    "attention_mass_decode": {ANY: {"BLOCK_N": 32}},
-}
-# that of flash_attention_decode, without values
-GPU: Table = {
-    "attention_mass_fwd": _MASS,
-    "attention_mass_decode": {ANY: {"BLOCK_N": 32, "num_warps": 8, "num_stages": 1}},
-}
+CPU: Table = {"attention_mass_fwd": {ANY: {"BLOCK_M": 128, "BLOCK_N": 128}}}
+GPU: Table = {"attention_mass_fwd": _MASS}
 
 register_tiles(cpu=CPU, gpu=GPU)
