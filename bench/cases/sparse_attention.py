@@ -20,13 +20,18 @@ from torch import Tensor
 from bench.case import Case, PeerMissingError, Point, Provider, Settings, Work
 from bitnet_triton.kernels import (
     SparseBlocks,
+    Units,
     compress_blocks,
     flash_attention,
     native_sparse_attention,
+    pool_keys,
     selected_block_attention,
+    top_blocks,
 )
 
 BLOCKS = SparseBlocks()
+INDEX_BLOCK = 128  # tokens of a block that an index chooses
+PAGE, PAGES = 16, 64
 _TOLERANCE = 8e-3
 _SAMPLE = 32
 _PASSES = {"forward": 1.0, "backward": 2.5, "forward+backward": 3.5, "decode": 1.0}
@@ -221,6 +226,86 @@ def _native_sparse(inputs: Inputs) -> Work:
     return _work(attend, inputs, leaves, formula, keys)
 
 
+def _chosen(
+    inputs: Inputs, choose: Callable[[Tensor], Tensor], queries: list[Tensor], block: int,
+    units: float, selected: int,
+) -> Work:  # fmt: skip
+    """Return the work of a choice and of attention to what it chooses.
+
+    Args:
+        inputs: the point.
+        choose: maps queries of the choice to blocks [1 Tq Hk S].
+        queries: those of the choice; each call takes the next ones, as each step of decoding would.
+        block: tokens of a block.
+        units: keys and values that the choice costs as much as, for a query.
+        selected: blocks that a query reads.
+    """
+    if "backward" in inputs.passes:
+        raise PeerMissingError("the choice has no gradient; behind it stands that of `selected`")
+    indices, ring = choose(queries[0]), itertools.cycle(queries)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return selected_block_attention(q, k, v, choose(next(ring)), block=block)
+
+    keys = units + _read_keys(inputs, selected * block)
+    formula = functools.partial(_selected_formula, indices=indices, block=block)
+    return _work(attend, inputs, (inputs.q, inputs.k, inputs.v), formula, keys)
+
+
+def _drawn(inputs: Inputs, heads: int) -> list[Tensor]:
+    """Return queries [1 Tq heads D] of a choice: one tensor, or one for each of some steps."""
+    random = torch.Generator(inputs.q.device).manual_seed(1)
+    Tq, D = inputs.q.shape[1], inputs.q.shape[-1]
+    count = _STEPS if inputs.passes == "decode" else 1
+    shape = (1, Tq, heads, D)
+    draws = [torch.randn(shape, generator=random, device=inputs.q.device) for _ in range(count)]
+    return [draw.to(inputs.q.dtype) for draw in draws]
+
+
+def _indexed(inputs: Inputs, *, codes: bool) -> Work:
+    """The blocks with the token whose index key a query of its own likes best (MSA)."""
+    (T, Hk), H = inputs.k.shape[1:3], inputs.q.shape[2]
+    queries, keys, scale = _drawn(inputs, Hk), inputs.v[:, :, :1].contiguous(), None
+    if codes:
+        scale = keys.float().abs().amax(-1) / 127
+        keys = (keys.float() / scale[..., None]).round().to(torch.int8)
+
+    def choose(index: Tensor) -> Tensor:
+        return top_blocks(
+            index, keys, scale=scale, block=INDEX_BLOCK, selected=BLOCKS.selected, initial=0
+        )
+
+    if inputs.passes == "decode":  # bytes of one index key beside those of all keys and values
+        units = T * keys.element_size() / (2 * Hk * inputs.k.element_size())
+    else:  # products of Hk index queries beside two products of H heads
+        units = (T + 1) / 2 * Hk / (2 * H)
+    return _chosen(inputs, choose, queries, INDEX_BLOCK, units, BLOCKS.selected)
+
+
+def _pooled(inputs: Inputs) -> Work:
+    """The blocks whose mean keys the queries of a group like best (InfLLM-v2, MoBA)."""
+    return _by_units(inputs, Units("mean", BLOCKS.selection, BLOCKS.selection), BLOCKS.selected)
+
+
+def _quest(inputs: Inputs) -> Work:
+    """The pages in which a query could like a key best, by bounds of their channels."""
+    return _by_units(inputs, Units("bounds", PAGE, PAGE), PAGES)
+
+
+def _by_units(inputs: Inputs, units: Units, selected: int) -> Work:
+    Hk = inputs.k.shape[2]
+    kept, decodes = pool_keys(inputs.k, units=units), inputs.passes == "decode"
+
+    def choose(q: Tensor) -> Tensor:
+        keys = kept if decodes else pool_keys(inputs.k, units=units)
+        return top_blocks(q, keys, units=units, block=units.window, selected=selected, sets=Hk)
+
+    # bounds are as wide as a key and a value, means half as wide
+    share = (1.0 if units.kind == "bounds" else 0.5) / units.stride
+    cost = share * _dense_keys(inputs)
+    return _chosen(inputs, choose, _drawn(inputs, inputs.q.shape[2]), units.window, cost, selected)
+
+
 def _fla(_inputs: Inputs) -> Work:
     raise PeerMissingError(
         "its kernels run on GPUs alone, with a power of two of at least 16 heads a key head, and "
@@ -250,13 +335,15 @@ def _dense_formula(inputs: Inputs, q: Tensor) -> Tensor:
     return _attention(q, inputs.k[0], inputs.v[0], _behind(inputs)[:, None])
 
 
-def _selected_formula(inputs: Inputs, q: Tensor, *, indices: Tensor) -> Tensor:
+def _selected_formula(
+    inputs: Inputs, q: Tensor, *, indices: Tensor, block: int = BLOCKS.selection
+) -> Tensor:
     T = inputs.k.shape[1]
-    blocks = -(-T // BLOCKS.selection)
+    blocks = -(-T // block)
     chosen = indices[0, inputs.rows].long()
     shown = torch.zeros(*chosen.shape[:2], blocks + 1, dtype=torch.bool, device=q.device)
     shown.scatter_(-1, torch.where(chosen < 0, blocks, chosen), True)
-    hidden = ~shown[..., :blocks].repeat_interleave(BLOCKS.selection, -1)[..., :T]
+    hidden = ~shown[..., :blocks].repeat_interleave(block, -1)[..., :T]
     return _attention(q, inputs.k[0], inputs.v[0], hidden | _behind(inputs)[:, None])
 
 
@@ -319,6 +406,23 @@ def case() -> Case:
                 "selected_block_attention", _selected, _TOLERANCE,
                 note=f"{BLOCKS.selected} blocks of {BLOCKS.selection} that are given, each step of "
                 "decoding others",
+            ),
+            "indexed": Provider(
+                "indexed_blocks", functools.partial(_indexed, codes=False), _TOLERANCE,
+                note=f"one index key a token, {BLOCKS.selected} blocks of {INDEX_BLOCK} tokens; "
+                "without the projections of the index",
+            ),
+            "indexed_int8": Provider(
+                "indexed_blocks, int8", functools.partial(_indexed, codes=True), _TOLERANCE,
+                note="the same with index keys of 8 bits, made before",
+            ),
+            "pooled": Provider(
+                "pooled_blocks", _pooled, _TOLERANCE,
+                note=f"{BLOCKS.selected} blocks of {BLOCKS.selection} by their mean keys",
+            ),
+            "quest": Provider(
+                "quest", _quest, _TOLERANCE,
+                note=f"{PAGES} pages of {PAGE} tokens by bounds of their keys",
             ),
             "dense": Provider("flash_attention", _dense, _TOLERANCE, note="dense, causal"),
             "sdpa": Provider("torch SDPA", _sdpa, _TOLERANCE, note="dense, causal"),

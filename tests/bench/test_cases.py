@@ -62,6 +62,22 @@ def test_sparse_attention_providers_agree_with_their_formulas(passes):
     assert limits["selected"] == (1200 if passes == "decode" else 1201 / 2) / read
 
 
+@pytest.mark.parametrize("passes", ["forward", "decode", "backward"])
+def test_choices_of_blocks_agree_with_attention_to_what_they_choose(passes):
+    case = sparse_attention.case()
+    names = ["indexed", "indexed_int8", "pooled", "quest"]
+    point = {"passes": passes, "T": 3000, "H": 4, "Hk": 2, "D": 32}
+    rows = measure_point(case, point, case.select_providers(names), SETTINGS)
+    status = "missing" if passes == "backward" else "timed"
+    assert {row.provider: row.status for row in rows} == dict.fromkeys(names, status), rows
+    if passes == "decode":
+        # bytes: an index key of two or four bytes beside two keys and two values, then 16 blocks
+        bytes_of = {"indexed": 1, "indexed_int8": 1 / SETTINGS.dtype.itemsize}
+        for row in rows[:2]:
+            keys = 3000 * bytes_of[row.provider] / 4 + 2048
+            assert row.details["at_most"]["dense"] == pytest.approx(3000 / keys)
+
+
 @pytest.mark.parametrize("passes", ["forward+backward", "decode"])
 def test_linear_attention_providers_agree_with_float64(passes):
     case = linear_attention.case()
