@@ -242,7 +242,8 @@ def _measure_text(
             continue
         texts, pieces = windows(tokens, length, max(1, _TEXT_TOKENS // length)), []
         for done, one in enumerate(texts):
-            pieces += bits(model, tokens, [one])
+            cache = make_cache(setting.cache, model, length) if setting.has_memory else None
+            pieces += bits(model, tokens, [one], cache)
             tell(setting.name, "text", length, done + 1, len(texts))
         store.add({**key, "pieces": pieces})
 

@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from bitnet_triton.models.rotary import depends_on_length
 from bitnet_triton.training.tasks import TextTokens
 
 _PIECES = 8  # of a text, for which losses are told apart
+_GENERATED = 32  # tokens that come at a time, where a memory is put to the test
 
 
 def windows(tokens: TextTokens, length: int, count: int) -> list[list[int]]:
@@ -25,15 +28,40 @@ def windows(tokens: TextTokens, length: int, count: int) -> list[list[int]]:
     return [tokens.start + text[start : start + size] for start in starts]
 
 
-def bits(model: Any, tokens: TextTokens, texts: Sequence[list[int]]) -> list[dict[str, float]]:
+def _logits_through(model: Any, ids: Tensor, cache: Any) -> Tensor:
+    """Return the logits of ids [B T], of which the second half is read from ``cache``."""
+    T = ids.shape[1]
+    prompt = T // 2
+    kwargs: dict[str, Any] = {"past_key_values": cache, "use_cache": True, "prompt_len": prompt}
+    if depends_on_length(model):
+        kwargs["context_length"] = T
+    ends = [0, prompt, *range(prompt + _GENERATED, T, _GENERATED), T]
+    parts = [model(ids[:, start:end], **kwargs).logits for start, end in pairwise(ends)]
+    return torch.cat(parts, dim=1)
+
+
+def bits(
+    model: Any, tokens: TextTokens, texts: Sequence[list[int]], cache: Any = None
+) -> list[dict[str, float]]:
     """Return what texts of one length cost: for each eighth of them, in the order of positions.
+
+    Args:
+        model: a ``BitNetForCausalLM``.
+        tokens: of the model.
+        texts: of one length.
+        cache: an empty one whose memory is put to the test: the first half of a text is its prompt,
+            the rest comes as generated tokens, some at a time. None: without a cache.
 
     Returns:
         for each piece of each text ``piece``, ``bits``, ``tokens`` and ``bytes``.
     """
     ids = torch.tensor(texts, device=model.device)
     with torch.inference_mode():
-        logits = model(ids, use_cache=False).logits[:, :-1].float()
+        if cache is None:
+            logits = model(ids, use_cache=False).logits
+        else:
+            logits = _logits_through(model, ids, cache)
+        logits = logits[:, :-1].float()
         nats = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").cpu()
     found = []
     edges = [1 + (ids.shape[1] - 1) * piece // _PIECES for piece in range(_PIECES + 1)]
