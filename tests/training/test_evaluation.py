@@ -301,5 +301,7 @@ def test_a_rope_that_no_model_has_is_refused(text, message):
 
 
 def test_an_unknown_cache_is_refused():
-    with pytest.raises(ValueError, match="`cache`: expected one of own, dynamic, static, .*, got 'x'"):
+    with pytest.raises(
+        ValueError, match=r"`cache`: expected one of own, dynamic, static, .*, got 'x'"
+    ):
         parse_setting("full", "x")
