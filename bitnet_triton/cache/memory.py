@@ -143,6 +143,10 @@ class Memory(CacheLayerMixin):
         """
         return cast("tuple[Tensor, Tensor]", flash_attention(q, k, v, **settings))
 
+    def rows_beside(self) -> float:
+        """Return how many tokens ``attend`` reads beside what ``update`` gives: a mean of rows."""
+        return 0.0
+
     def held_padding(self) -> Tensor | None:
         """Return int32 [B], how many slots of what ``update`` has given hold no token.
 

@@ -223,6 +223,10 @@ class QuantisedLayer(Memory):
             more=(out, lse),
         )  # fmt: skip
 
+    def rows_beside(self) -> float:
+        """Return how many tokens the call reads as codes: a mean of rows."""
+        return 0.0 if self._coded is None else self._coded.float().mean().item()
+
     def held_padding(self) -> Tensor | None:
         """Return int32 [B], how many slots of what ``update`` has given are empty; None: none."""
         return self._padding

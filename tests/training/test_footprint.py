@@ -15,6 +15,7 @@ from bitnet_triton.cache.memory import tensors_in
 from bitnet_triton.kernels import HashTables, Mask
 from bitnet_triton.kernels.lsh_sampling.reference import hash_reference
 from bitnet_triton.training.footprint import bytes_held, measure_footprint
+from bitnet_triton.training.settings import make_cache
 
 T = 200
 SIZES = {
@@ -64,6 +65,15 @@ def test_rows_read_are_those_that_the_mask_shows(attention):
 def test_longformer_reads_its_windows_by_head():
     found = footprint({"mode": "longformer", "window": [10, 20, 30, 40], "dilation": 2})
     assert found.rows_decode == 25
+
+
+def test_codes_of_a_memory_count_as_read():
+    model = build("full")
+    found = measure_footprint(
+        model, torch.randint(64, (1, 300)), make_cache("quantised:recent=64", model, 300)
+    )
+    assert found.rows_prompt == 299
+    assert found.rows_decode == found.scored_decode == 300
 
 
 def test_streaming_reads_sinks_and_window():

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bitnet_triton.attention.context import AttentionContext
 from bitnet_triton.attention.masked import MaskMode, attend_and_tell
+from bitnet_triton.attention.mode import Reads
 from bitnet_triton.attention.tokens import CAUSAL
 from bitnet_triton.kernels import Mask
 
@@ -41,6 +42,16 @@ class Full(MaskMode):
     def reads_any_rows(self) -> bool:
         """It looks at no key's place."""
         return True
+
+    def reads(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Reads | None:
+        """Count what is given and what the memory has beside it, which trying would not find."""
+        beside = 0.0 if context.memory is None else context.memory.rows_beside()
+        if not beside:
+            return None
+        padding = context.memory.held_padding()
+        empty = 0.0 if padding is None else padding.float().mean().item()
+        rows = k.shape[1] - empty + beside
+        return Reads(rows, rows)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
         """Map q [B Tq H D] and k, v [B Tk Hk D] to [B Tq H D]."""
