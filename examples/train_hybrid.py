@@ -37,8 +37,8 @@ def begin(model: bt.BitNetForCausalLM) -> None:
     for head in (0, 1):  # one key head for each query head
         channels = slice(head * D, (head + 1) * D)
         first.k_proj.weight[channels] = first.q_proj.weight[channels]
-        part.decay_bias[head] = 6.0
-        values = part.convolution[2 * H * D :][channels]
+        part.gates.decay_bias[head] = 6.0
+        values = part.convolution.weight[2 * H * D :][channels]
         values[:, -2:] = torch.tensor([1.0, 0.0])
 
 

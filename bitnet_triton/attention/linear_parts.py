@@ -33,17 +33,17 @@ class Gating(NamedTuple):
     gate: Tensor
 
 
-class GatedParts(nn.Module):
-    """Parameters of the gated delta rule, in the form of Qwen3-Next's layers; all stay dense.
+class LinearGates(nn.Module):
+    """Maps hidden states [B T K] to beta, the decay and the output gate.
 
-    One matrix maps hidden states to beta, the decay and the inner half of the output gate. That
-    gate, and the decay of channels, go through D numbers as in Kimi Linear (arXiv:2510.26692): full
-    matrices would weigh more than all ternary ones of the layer.
+    One matrix maps them to beta, the decay and the inner half of the output gate. That gate, and
+    the decay of channels, go through D numbers as in Kimi Linear (arXiv:2510.26692): full matrices
+    would weigh more than all ternary ones of the layer.
 
     Args:
-        config: of the model.
+        sizes: K, H, Hk and D.
         of_channels: whether every channel of a key decays by itself (KDA), not a head as a whole.
-        taps: of the convolution; 1: there is none.
+        std: of the random start.
 
     Attributes:
         inputs: [Hk + (D or Hk) + D, K].
@@ -52,17 +52,11 @@ class GatedParts(nn.Module):
         gate_bias: [H D].
         log_rate: [Hk], logarithm of what multiplies the decay.
         decay_bias: [Hk] or [Hk D].
-        convolution: [C taps], of the C = (H + 2 Hk) D projections, the last tap that of the token
-            itself, with which it starts.
-        norm: [D].
     """
 
-    def __init__(self, config: Any, of_channels: bool, taps: int) -> None:
+    def __init__(self, sizes: tuple[int, int, int, int], of_channels: bool, std: float) -> None:
         super().__init__()
-        K, H, Hk = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-        D = getattr(config, "head_dim", None) or K // H
-        self.sizes = (H, Hk, D)
-        std = config.initializer_range
+        K, H, Hk, D = self.sizes = sizes
         inner = D if of_channels else Hk
         self.inputs = nn.Parameter(std * torch.randn(Hk + inner + D, K))
         self.gate_out = nn.Parameter(std * torch.randn(H * D, D))
@@ -72,16 +66,10 @@ class GatedParts(nn.Module):
         decay = torch.linspace(math.log(_FIRST_DECAY), math.log(_LAST_DECAY), Hk).exp()
         bias = decay.expm1().log()  # the inverse of softplus
         self.decay_bias = nn.Parameter(bias.repeat_interleave(D) if of_channels else bias)
-        self.convolution = None
-        if taps > 1:
-            weights = std * torch.randn((H + 2 * Hk) * D, taps)
-            weights[:, -1] = 1.0
-            self.convolution = nn.Parameter(weights)
-        self.norm = nn.Parameter(torch.ones(D))
 
-    def gating(self, x: Tensor) -> Gating:
+    def forward(self, x: Tensor) -> Gating:
         """Map hidden states [B T K] to what they say."""
-        H, Hk, D = self.sizes
+        _, H, Hk, D = self.sizes
         inner = self.inputs.shape[0] - Hk - D
         beta, decay, gate = F.linear(x, self.inputs.to(x.dtype)).split([Hk, inner, D], dim=-1)
         if self.decay_out is not None:
@@ -94,35 +82,84 @@ class GatedParts(nn.Module):
         gate = gate.float() + self.gate_bias.float().view(H, D)
         return Gating(beta.float().sigmoid(), rate * decay, gate)
 
-    def normed(self, out: Tensor, gate: Tensor) -> Tensor:
-        """Norm out [B T H D] and open it by its gate [B T H D]."""
-        x = out.float()
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + _EPS_NORM)
-        return (x * self.norm.float() * F.silu(gate)).to(out.dtype)
 
-
-def convolved(x: Tensor, weight: Tensor, first: Tensor | None) -> Tensor:
-    """Sum each channel over its latest tokens, and apply SiLU.
+class ShortConvolution(nn.Module):
+    """Sums each channel over its latest tokens, and applies SiLU.
 
     Args:
-        x: [B R + T C], R = taps - 1 tokens before those of the call.
-        weight: [C taps].
-        first: int64 [T], where the packed sequence of each token begins; None: one sequence a row.
+        channels: C.
+        taps: tokens that are summed, at least 2.
+        std: of the random start of all but the last tap.
 
-    Returns:
-        [B T C] in the dtype of ``x``.
+    Attributes:
+        weight: [C taps], the last tap that of the token itself, with which it starts.
     """
-    taps = weight.shape[1]
-    T = x.shape[1] - taps + 1
-    w = weight.float()
-    total = x[:, taps - 1 :].float() * w[:, -1]
-    for back in range(1, taps):
-        former = x[:, taps - 1 - back : taps - 1 - back + T].float() * w[:, taps - 1 - back]
-        if first is not None:
-            inside = torch.arange(T, device=x.device) - back >= first
-            former = former * inside[:, None]
-        total = total + former
-    return F.silu(total).to(x.dtype)
+
+    def __init__(self, channels: int, taps: int, std: float) -> None:
+        super().__init__()
+        weight = std * torch.randn(channels, taps)
+        weight[:, -1] = 1.0
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, x: Tensor, first: Tensor | None) -> Tensor:
+        """Map x [B R + T C], R = taps - 1 tokens before those of the call, to [B T C].
+
+        Args:
+            x: inputs.
+            first: int64 [T], where the packed sequence of each token begins; None: one a row.
+        """
+        taps = self.weight.shape[1]
+        T = x.shape[1] - taps + 1
+        w = self.weight.float()
+        total = x[:, taps - 1 :].float() * w[:, -1]
+        for back in range(1, taps):
+            former = x[:, taps - 1 - back : taps - 1 - back + T].float() * w[:, taps - 1 - back]
+            if first is not None:
+                inside = torch.arange(T, device=x.device) - back >= first
+                former = former * inside[:, None]
+            total = total + former
+        return F.silu(total).to(x.dtype)
+
+
+class GatedNorm(nn.Module):
+    """Norms each head of an output, and opens it by SiLU of its gate.
+
+    Attributes:
+        weight: [D].
+    """
+
+    def __init__(self, D: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(D))
+
+    def forward(self, out: Tensor, gate: Tensor) -> Tensor:
+        """Map out [B T H D] and gate [B T H D] to [B T H D]."""
+        x = out.float()
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + _EPS_NORM)
+        return (x * self.weight.float() * F.silu(gate)).to(out.dtype)
+
+
+class GatedParts(nn.Module):
+    """What the gated delta rule needs, in the form of Qwen3-Next's layers; all stays dense.
+
+    Each part is called as a module: whoever moves parameters when a module is called finds them.
+
+    Args:
+        config: of the model.
+        of_channels: whether every channel of a key decays by itself (KDA), not a head as a whole.
+        taps: of the convolution over queries, keys and values; 1: there is none.
+    """
+
+    def __init__(self, config: Any, of_channels: bool, taps: int) -> None:
+        super().__init__()
+        K, H, Hk = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        D = getattr(config, "head_dim", None) or K // H
+        std = config.initializer_range
+        self.gates = LinearGates((K, H, Hk, D), of_channels, std)
+        self.convolution = None
+        if taps > 1:
+            self.convolution = ShortConvolution((H + 2 * Hk) * D, taps, std)
+        self.norm = GatedNorm(D)
 
 
 def unit(x: Tensor) -> Tensor:
@@ -150,6 +187,10 @@ class PlainParts(nn.Module):
             self.keys = Performer(D)
         elif kind == "hedgehog":
             self.queries, self.keys = Hedgehog(H, D), Hedgehog(Hk, D)
+
+    def extra_repr(self) -> str:
+        """Return the kind, which parameters do not tell."""
+        return self.kind
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Map q [B T H D] and k [B T Hk D] to features that are not negative."""

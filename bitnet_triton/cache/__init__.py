@@ -12,7 +12,7 @@ from bitnet_triton.cache.named import MEMORIES, MemoryKind, parse_memory, regist
 from bitnet_triton.cache.quantised import Quantised, QuantisedLayer
 from bitnet_triton.cache.sinks import SinkWindowLayer
 from bitnet_triton.cache.snapkv import SnapKV
-from bitnet_triton.cache.states import LastCall, StateLayer
+from bitnet_triton.cache.states import LastCall, StateLayer, latest
 from bitnet_triton.cache.streaming import StreamingLayer
 from bitnet_triton.cache.tables import TablesLayer
 from bitnet_triton.cache.units import UnitsLayer
@@ -50,6 +50,7 @@ __all__ = [
     "UnitsLayer",
     "begin_call",
     "grow_in_place",
+    "latest",
     "parse_memory",
     "register_memory",
 ]

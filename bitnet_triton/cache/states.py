@@ -17,6 +17,21 @@ from bitnet_triton.kernels import linear_attention
 _MOST_TAKEN_BACK = 64
 
 
+def latest(inputs: Tensor, R: int, T: int, used: Tensor | None) -> Tensor:
+    """Return the last R of R + T inputs [B .. C] that are no padding, [B R C].
+
+    Args:
+        inputs: [B R + T C], or longer.
+        R: how many stand before those of the call, and are wanted.
+        T: of the call.
+        used: int32 [B], of these before the padding on the right; None: all.
+    """
+    if used is None:
+        return inputs[:, T : T + R].clone()  # the rest is not kept for its sake
+    index = used.clamp_max(T)[:, None].long() + torch.arange(R, device=inputs.device)
+    return inputs.gather(1, index[..., None].expand(-1, -1, inputs.shape[2]))
+
+
 @dataclass(frozen=True, eq=False)
 class LastCall:
     """What the latest call has done to a state, so that a part of it can be done again.
@@ -29,6 +44,7 @@ class LastCall:
         normalize: whether the state has a column of sums of keys.
         state: before the call; None: zeros.
         inputs: [B R + T C], those of a convolution that remembers R of them; None: there is none.
+        used: int32 [B], tokens before the padding on the right; None: all.
     """
 
     k: Tensor
@@ -38,14 +54,14 @@ class LastCall:
     normalize: bool
     state: Tensor | None
     inputs: Tensor | None
+    used: Tensor | None = None
 
     def but_for(self, n: int) -> tuple[Tensor | None, Tensor | None]:
         """Return the state, and the inputs to remember, without the last n tokens."""
         T = self.k.shape[1] - n
         inputs = self.inputs
         if inputs is not None:
-            rest = inputs.shape[1] - self.k.shape[1]
-            inputs = inputs[:, T : T + rest].clone()
+            inputs = latest(inputs, inputs.shape[1] - self.k.shape[1], T, self.used)
         if T == 0:
             return self.state, inputs
         k, v, log_decay, beta = (
@@ -137,9 +153,13 @@ class StateLayer(Memory):
         return self._turn
 
     def places(self, call: Call) -> Tensor:
-        """Return int32 [1 B]: which of the two is read."""
+        """Return int32 [2 B]: which of the two is read, and whether the token is no padding."""
         assert self.state is not None
-        return torch.full((1, self.state.shape[0]), self._turn, dtype=torch.int32)
+        places = torch.ones(2, self.state.shape[0], dtype=torch.int32)
+        places[0] = self._turn
+        if call.leftpad is not None:
+            places[1] = (call.columns >= call.leftpad).int()
+        return places
 
     def advance(self, new: int) -> None:
         """Count ``new`` tokens, which a step has taken into the other state."""

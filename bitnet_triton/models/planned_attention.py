@@ -82,17 +82,22 @@ def give_plan(decoder: nn.Module, plan: AttentionPlan) -> None:
         attention.__class__ = PlannedAttention
         for name in set(getattr(attention, "brought", ())) - set(brought):
             delattr(attention, name)
-        attention.brought = tuple(brought)
+        former = getattr(attention, "brought", {})
+        attention.brought = {name: mode for name, (mode, _) in brought.items()}
         # both phases of such a layer have the same mode: no memory serves two
         attention.is_rotated = all(mode.takes_rotated for mode in plan.modes(attention.layer_idx))
-        for name, module in brought.items():
+        for name, (mode, module) in brought.items():
+            if name in former and _says(former[name], model.config) == _says(mode, model.config):
+                continue  # its parameters are there, ternary or adapted by now
             _attach(attention, name, module, layer.input_layernorm.weight)
 
 
-def _brought(attention: nn.Module, modes: Iterable[Mode], config: Any) -> dict[str, nn.Module]:
-    """Return what the modes of a layer bring, by name."""
+def _brought(
+    attention: nn.Module, modes: Iterable[Mode], config: Any
+) -> dict[str, tuple[Mode, nn.Module]]:
+    """Return the modes of a layer that bring something, and what, by name."""
     former = getattr(attention, "brought", ())
-    brought: dict[str, nn.Module] = {}
+    brought: dict[str, tuple[Mode, nn.Module]] = {}
     for mode in dict.fromkeys(modes):
         name = mode.name
         if name in _OWN or (hasattr(attention, name) and name not in former):
@@ -106,7 +111,10 @@ def _brought(attention: nn.Module, modes: Iterable[Mode], config: Any) -> dict[s
                 f"`attention`: mode {name!r}: loading would leave the buffer {unsaved[0]!r} empty, "
                 "which is not saved; register it with persistent=True"
             )
-        if module is not None and not _is_alike(brought.setdefault(name, module), module):
+        if module is None:
+            continue
+        other, _ = brought.setdefault(name, (mode, module))
+        if _says(other, config) != _says(mode, config):
             raise ValueError(
                 f"`attention`: two modes {name!r} of one layer bring parameters that differ"
             )
@@ -114,10 +122,7 @@ def _brought(attention: nn.Module, modes: Iterable[Mode], config: Any) -> dict[s
 
 
 def _attach(attention: Any, name: str, module: nn.Module, like: Tensor) -> None:
-    """Hang the parameters of a mode at an attention layer, unless they are there."""
-    there = getattr(attention, name, None)
-    if there is not None and _is_alike(there, module):
-        return
+    """Hang the parameters of a mode at an attention layer."""
     module.to(device=like.device, dtype=like.dtype)
     init_from = getattr(module, "init_from", None)
     if init_from is not None:
@@ -131,7 +136,10 @@ def _unsaved(module: nn.Module) -> set[str]:
     return {name for name, _ in module.named_buffers()} - set(module.state_dict())
 
 
-def _is_alike(there: nn.Module, module: nn.Module) -> bool:
-    sizes = [sorted((n, t.numel()) for n, t in m.state_dict().items()) for m in (there, module)]
-    is_packed = len(sizes[0]) != len(sizes[1])  # ternary by now
-    return type(there) is type(module) and (sizes[0] == sizes[1] or is_packed)
+def _says(mode: Mode, config: Any) -> tuple[list, list]:
+    """Return what tells the parameters of a mode from those of another one, and their use."""
+    with torch.device("meta"):
+        module = mode.module(config)
+    assert module is not None
+    kinds = [(name, type(part), part.extra_repr()) for name, part in module.named_modules()]
+    return kinds, sorted((name, tuple(t.shape)) for name, t in module.state_dict().items())

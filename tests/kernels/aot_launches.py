@@ -360,7 +360,7 @@ def launch_linear_attention(D, dtype, of_channels):
     launch_gated_step(
         meta(1, 1, 16, D, dtype=dtype), meta(1, 1, 2560, dtype=dtype), parts, kv_heads=4,
         scale=0.1, states=meta(2, 1, 4, D, D), tails=meta(2, 1, 3, 16 * D, dtype=dtype),
-        turn=meta(1, dtype=torch.int32),
+        turn=meta(1, dtype=torch.int32), is_token=meta(1, dtype=torch.int32),
     )  # fmt: skip
 
 

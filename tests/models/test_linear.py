@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import cpu_offload
 from transformers.cache_utils import DynamicCache
 
 import bitnet_triton as bt
@@ -121,7 +122,7 @@ def test_it_computes_what_the_gated_delta_rule_says(attention):
     part, x = layer.linear, seen["q_proj"][0].double()
     q, k, v = (seen[name][1].double()[0] for name in ("q_proj", "k_proj", "v_proj"))
     if attention is not BARE:
-        taps, mixed = part.convolution.double(), []
+        taps, mixed = part.convolution.weight.double(), []
         for y, w in zip((q, k, v), taps.split([H * D, HK * D, HK * D])):
             behind = torch.cat([torch.zeros(3, y.shape[1]), y])
             mixed.append(F.silu(torch.stack([
@@ -131,19 +132,19 @@ def test_it_computes_what_the_gated_delta_rule_says(attention):
     q, k, v = (y.view(1, 11, -1, D) for y in (q, k, v))
     q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
     wide = D if attention is KDA else HK
-    beta, decay, gate = (x @ part.inputs.double().T).split([HK, wide, D], -1)
+    beta, decay, gate = (x @ part.gates.inputs.double().T).split([HK, wide, D], -1)
     if attention is KDA:
-        decay = decay @ part.decay_out.double().T
-    decay = F.softplus(decay + part.decay_bias.double())
-    rate = part.log_rate.double().exp()
+        decay = decay @ part.gates.decay_out.double().T
+    decay = F.softplus(decay + part.gates.decay_bias.double())
+    rate = part.gates.log_rate.double().exp()
     if attention is KDA:
         decay, rate = decay.view(1, 11, HK, D), rate[:, None]
     out, _ = recurrent_reference(
         q, k, v, log_decay=-rate * decay, beta=beta.sigmoid(), scale=D**-0.5
     )
-    out = out / (out.square().mean(-1, keepdim=True) + 1e-6).sqrt() * part.norm.double()
+    out = out / (out.square().mean(-1, keepdim=True) + 1e-6).sqrt() * part.norm.weight.double()
     out = out * F.silu(
-        (gate @ part.gate_out.double().T + part.gate_bias.double()).view(1, 11, H, D)
+        (gate @ part.gates.gate_out.double().T + part.gates.gate_bias.double()).view(1, 11, H, D)
     )
     torch.testing.assert_close(
         seen["attn_sub_norm"][0].double(), out.flatten(2), atol=1e-5, rtol=1e-4
@@ -345,6 +346,61 @@ def test_its_parameters_are_trained_and_saved(attention, tmp_path):
     with torch.no_grad():
         expected = model(ids).logits
         torch.testing.assert_close(load(tmp_path)(ids).logits, expected)
+
+
+@pytest.mark.parametrize("attention", [GATED, KDA], ids=["gated", "kda"])
+def test_padding_that_comes_token_by_token_is_none(attention, folder, replays):
+    """Rows of a batch that start later than others, in steps that are recorded."""
+    model, ids = load(folder(attention)), draw(2, 30)
+    mask = torch.stack([torch.arange(30) >= 20, torch.arange(30) >= 2]).long()
+    places = (mask.cumsum(-1) - 1).clamp_min(0)
+    logits, cache = [], None
+    with torch.no_grad():
+        for t in range(30):
+            out = model(
+                ids[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=cache,
+                position_ids=places[:, t : t + 1], use_cache=True,
+            )  # fmt: skip
+            cache = out.past_key_values
+            logits.append(out.logits)
+        alone = model(ids[:1, 20:], use_cache=False).logits
+    assert len(replays) > 20
+    assert close(torch.cat(logits, 1)[:1, 20:], alone)
+
+
+def test_what_is_taken_back_behind_padding_is_not_the_padding():
+    model, ids, more = dense(GATED), draw(2, 16), draw(2, 2)
+    mask = torch.stack([torch.arange(16) < 16, torch.arange(16) < 10]).long()
+    with torch.no_grad():
+        cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+        cache.crop(-2)
+        alone = model(ids[1:, :10], use_cache=True).past_key_values
+        got = model(more, past_key_values=cache).logits
+        expected = model(more[1:], past_key_values=alone).logits
+    torch.testing.assert_close(got[1:], expected, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("former", [PLAIN, GATED, BARE], ids=["elu", "gated", "bare"])
+@pytest.mark.parametrize("new", [{**PLAIN, "feature_map": "relu"}, HEDGEHOG, KDA, GATED])
+def test_other_settings_bring_other_parameters(former, new, tmp_path):
+    model, ids = dense(former), draw(2, 20)
+    kept = {k: v for k, v in model.state_dict().items() if ".linear." not in k}
+    bt.set_attention(model, new)
+    fresh = bt.BitNetForCausalLM(
+        bt.BitNetConfig(**SIZES, quantization_config=None, attention=new)
+    ).eval()
+    own = {k: v for k, v in model.state_dict().items() if ".linear." in k}
+    fresh.load_state_dict(kept | own)  # all of them, and no others
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, fresh(ids).logits)
+
+
+def test_its_parameters_may_lie_elsewhere():
+    model, ids = dense(KDA), draw(1, 20)
+    with torch.no_grad():
+        expected = model(ids).logits
+        offloaded = cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))
+        torch.testing.assert_close(offloaded(ids).logits, expected)
 
 
 def test_no_rotation_enters_the_delta_rule():

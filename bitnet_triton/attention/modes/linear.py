@@ -15,12 +15,11 @@ from bitnet_triton.attention.linear_parts import (
     GatedParts,
     PlainParts,
     constant_log_decay,
-    convolved,
     unit,
 )
 from bitnet_triton.attention.masked import check_served
 from bitnet_triton.attention.mode import Mode, Reads, Step, StepLayer, StepTensors
-from bitnet_triton.cache import LastCall, Memory, StateLayer
+from bitnet_triton.cache import LastCall, Memory, StateLayer, latest
 from bitnet_triton.kernels import linear_attention
 
 GATED = ("gated_delta", "kda")
@@ -123,11 +122,14 @@ class Linear(Mode):
             scale=1.0 if normalize else context.scale, cu_seqlens=starts,
         )  # fmt: skip
         if memory is not None:
-            last = LastCall(*written[1:], normalize=normalize, state=state, inputs=inputs)
+            last = LastCall(
+                *written[1:], normalize=normalize, state=state, inputs=inputs,
+                used=context.tokens.used_q,
+            )  # fmt: skip
             memory.keep(new, self._tail(inputs, q.shape[1], context), last)
         out = out.view(*q.shape[:3], out.shape[-1])
         if gate is not None:
-            out = cast("GatedParts", context.module).normed(out, gate)
+            out = cast("GatedParts", context.module).norm(out, gate)
         return out
 
     def reads(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Reads:
@@ -145,19 +147,25 @@ class Linear(Mode):
         from bitnet_triton.kernels.linear_attention.step import GatedStep, launch_gated_step
 
         module = cast("GatedParts", layer.module)
-        parts = GatedStep(*(
-            None if t is None else t.detach() for t in (
-                module.inputs, module.decay_out, module.gate_out, module.gate_bias, module.log_rate,
-                module.decay_bias, module.convolution, module.norm,
-            )
-        ))  # type: ignore[arg-type]  # fmt: skip
+        gates, convolution = module.gates, module.convolution
+        parts = GatedStep(
+            inputs=gates.inputs.detach(),
+            decay_out=None if gates.decay_out is None else gates.decay_out.detach(),
+            gate_out=gates.gate_out.detach(),
+            gate_bias=gates.gate_bias.detach(),
+            log_rate=gates.log_rate.detach(),
+            decay_bias=gates.decay_bias.detach(),
+            convolution=None if convolution is None else convolution.weight.detach(),
+            norm=module.norm.weight.detach(),
+        )
 
         def run(step: StepTensors) -> Tensor:
             assert step.hidden_states is not None
             assert memory.states is not None
             return launch_gated_step(
                 step.heads, step.hidden_states, parts, kv_heads=layer.kv_heads,
-                scale=layer.scale, states=memory.states, tails=memory.tails, turn=step.places[0],
+                scale=layer.scale, states=memory.states, tails=memory.tails,
+                turn=step.places[0], is_token=step.places[1],
             )  # fmt: skip
 
         return run
@@ -168,14 +176,14 @@ class Linear(Mode):
         """Return what is written, the inputs [B R + T C] of the convolution, and the gate."""
         parts = cast("GatedParts", context.module)
         is_token = self._is_token(q, context)
-        beta, log_decay, gate = parts.gating(context.hidden_states)
+        beta, log_decay, gate = parts.gates(context.hidden_states)
         inputs = None
         if parts.convolution is not None:
             inputs = torch.cat([t.flatten(2) for t in (q, k, v)], dim=-1)
             if is_token is not None:
                 inputs = inputs * is_token[..., None]
             inputs = self._behind_former(inputs, context)
-            mixed = convolved(inputs, parts.convolution, self._first(q, context))
+            mixed = parts.convolution(inputs, self._first(q, context))
             heads = [t.shape[2] for t in (q, k, v)]
             q, k, v = mixed.unflatten(-1, (-1, q.shape[-1])).split(heads, dim=2)
         q, k = unit(q), unit(k)
@@ -208,11 +216,7 @@ class Linear(Mode):
         """Return the latest inputs [B R C] that are no padding."""
         if inputs is None:
             return None
-        R, used = inputs.shape[1] - T, context.tokens.used_q
-        if used is None:
-            return inputs[:, T:].clone()  # the rest is not kept for its sake
-        index = used[:, None].long() + torch.arange(R, device=inputs.device)
-        return inputs.gather(1, index[..., None].expand(-1, -1, inputs.shape[2]))
+        return latest(inputs, inputs.shape[1] - T, T, context.tokens.used_q)
 
     def _is_token(self, q: Tensor, context: AttentionContext) -> Tensor | None:
         """Return bool [B T], which tokens are no padding; None: all."""
@@ -220,7 +224,7 @@ class Linear(Mode):
         left, used = tokens.leftpad, tokens.used_q
         column = torch.arange(q.shape[1], device=q.device)
         is_token = None
-        if left is not None and not (isinstance(tokens.offset, int) and q.shape[1] == 1):
+        if left is not None:
             is_token = column + tokens.offset >= left[:, None]
         if used is not None:
             before = column < used[:, None]

@@ -75,8 +75,9 @@ def _project_row_kernel(
 @triton.jit
 def _short_convolution_kernel(
     # tensors: heads, mixed [B H + 2 Hk D]; tails [2 B TAPS - 1, C], C = (H + 2 Hk) D, or None;
-    # weight [C TAPS] or None; turn int32 [B], which of the tails is read, and the other written
-    heads_ptr, tails_ptr, weight_ptr, mixed_ptr, turn_ptr,
+    # weight [C TAPS] or None; int32 [B]: turn, which of the tails is read, and the other written;
+    # is_token, 0 for padding
+    heads_ptr, tails_ptr, weight_ptr, mixed_ptr, turn_ptr, is_token_ptr,
     # sizes
     KEYED,  # heads of queries and keys, which get length 1
     # compile-time
@@ -92,7 +93,8 @@ def _short_convolution_kernel(
     dims = tl.arange(0, BLOCK_D)
     is_dim = dims < D
     c = head * D + dims
-    new = tl.load(heads_ptr + b * C + c, mask=is_dim, other=0.0)
+    is_token = tl.load(is_token_ptr + b) > 0
+    new = tl.load(heads_ptr + b * C + c, mask=is_dim & is_token, other=0.0)
     x = new.to(tl.float32)
     if TAPS > 1:
         turn = tl.load(turn_ptr + b)
@@ -117,8 +119,9 @@ def _short_convolution_kernel(
 def _gating_kernel(
     # tensors: inner [B N], whose first Hk columns are beta's and the next Hk the decay's; channels
     # [B Hk D] or None: the decay's instead; log_rate [Hk]; bias [Hk] or [Hk D]; beta float32
-    # [B Hk]; log_decay float32 [B Hk] or [B Hk D]
-    inner_ptr, channels_ptr, log_rate_ptr, bias_ptr, beta_ptr, log_decay_ptr,
+    # [B Hk]; log_decay float32 [B Hk] or [B Hk D]; is_token int32 [B], 0 for padding, which leaves
+    # the state as it is
+    inner_ptr, channels_ptr, log_rate_ptr, bias_ptr, beta_ptr, log_decay_ptr, is_token_ptr,
     # sizes
     N,
     # compile-time
@@ -130,8 +133,9 @@ def _gating_kernel(
     Hk = tl.num_programs(0)
     b = tl.program_id(1).to(tl.int64)
     beta = tl.load(inner_ptr + b * N + head).to(tl.float32)
-    tl.store(beta_ptr + b * Hk + head, tl.sigmoid(beta))
-    rate = -tl.exp(tl.load(log_rate_ptr + head).to(tl.float32))
+    is_token = tl.load(is_token_ptr + b).to(tl.float32)
+    tl.store(beta_ptr + b * Hk + head, is_token * tl.sigmoid(beta))
+    rate = -is_token * tl.exp(tl.load(log_rate_ptr + head).to(tl.float32))
     if channels_ptr is None:
         x = tl.load(inner_ptr + b * N + Hk + head).to(tl.float32)
         x += tl.load(bias_ptr + head).to(tl.float32)
@@ -178,6 +182,7 @@ def launch_gated_step(
     states: Tensor,
     tails: Tensor | None,
     turn: Tensor,
+    is_token: Tensor,
 ) -> Tensor:
     """Take one token a row into a state, by launches alone; return [B 1 H D].
 
@@ -192,6 +197,7 @@ def launch_gated_step(
         states: float32 [2 B Hk D D], contiguous.
         tails: [2 B taps - 1, C], contiguous, of the convolution; None without one.
         turn: int32 [B], which of the two is read; the other one is written.
+        is_token: int32 [B], 0 where a row has padding.
     """
     (B, _, many, D), device = heads.shape, heads.device
     H = many - 2 * kv_heads
@@ -204,13 +210,14 @@ def launch_gated_step(
     beta = torch.empty((B, 1, kv_heads), dtype=torch.float32, device=device)
     log_decay = beta.new_empty((B, 1, kv_heads) if channels is None else (B, 1, kv_heads, D))
     launch(_gating_kernel, (kv_heads, B))(
-        inner, channels, parts.log_rate, parts.decay_bias, beta, log_decay, inner.shape[1],
+        inner, channels, parts.log_rate, parts.decay_bias, beta, log_decay, is_token,
+        inner.shape[1],
         D=D, **tiles("gating", D, device), **overlap,
     )  # fmt: skip
     mixed = torch.empty_like(heads)
     taps = 1 if parts.convolution is None else parts.convolution.shape[1]
     launch(_short_convolution_kernel, (many, B))(
-        heads, tails, parts.convolution, mixed, turn, H + kv_heads, D=D, TAPS=taps,
+        heads, tails, parts.convolution, mixed, turn, is_token, H + kv_heads, D=D, TAPS=taps,
         **tiles("short_convolution", D, device), **overlap,
     )  # fmt: skip
     q, k, v = mixed.split([H, kv_heads, kv_heads], dim=2)
