@@ -9,6 +9,7 @@ from bitnet_triton.attention.mode import Kept
 from bitnet_triton.attention.modes.fixed import Fixed
 from bitnet_triton.attention.modes.full import Full
 from bitnet_triton.attention.modes.indexed_blocks import IndexedBlocks
+from bitnet_triton.attention.modes.linear import Linear
 from bitnet_triton.attention.modes.local import Local
 from bitnet_triton.attention.modes.longformer import Longformer
 from bitnet_triton.attention.modes.lsh_sampling import LshSampling
@@ -45,6 +46,7 @@ WINDOW_4 = {"mode": "sliding", "window": 4, "sinks": 1}
         ({"mode": "quest", "page": 8, "budget": 64}, [Quest(8, 64)], [Quest(8, 64)]),
         ({"mode": "reformer", "rounds": 2}, [Reformer(2)], [Reformer(2)]),
         ({"mode": "routing", "clusters": 8}, [Routing(8)], [Routing(8)]),
+        ({"mode": "linear", "form": "kda"}, [Linear("kda")], [Linear("kda")]),
         ({"mode": "lsh_sampling", "tables": 9}, [LshSampling(10, 9)], [LshSampling(10, 9)]),
         (
             {"mode": "verified_sampling", "delta": 0.1},

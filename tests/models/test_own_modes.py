@@ -133,12 +133,13 @@ def test_buffers_that_no_checkpoint_has_are_refused(own, checkpoint):
 def test_a_memory_is_told_that_attention_has_run(attention, monkeypatch, checkpoint):
     told = []
     for kind in (GrowingLayer, SinkWindowLayer):
-        monkeypatch.setattr(kind, "after", lambda self, q, k, lse: told.append((q, k, lse)))
+        monkeypatch.setattr(kind, "after", lambda self, attended: told.append(attended))
     model = bt.BitNetForCausalLM.from_pretrained(checkpoint(), attention=attention)
     with torch.no_grad():
         model(torch.tensor([[1, 5, 23, 71]]), use_cache=True)
     assert len(told) == (0 if attention is None else 2)  # transformers' attention tells nobody
-    for q, k, lse in told:
+    for attended in told:
+        q, k, lse = attended.q, attended.k, attended.lse
         scores = (q[0, -1, 0] @ k[0, :, 0].T) * q.shape[-1] ** -0.5
         seen = scores[-3:] if isinstance(attention, dict) else scores
         torch.testing.assert_close(lse[0, 0, -1], seen.logsumexp(0))

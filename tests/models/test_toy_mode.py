@@ -140,9 +140,10 @@ def test_generation_with_padding_and_beams_is_that_of_single_launches(folder, re
 
 def test_a_cache_is_cropped_and_an_assistant_helps(folder):
     model = load(folder)
-    expected = generate(model, PADDED[1:], MASK[1:])
+    # transformers takes pad tokens that an assistant reads for padding
+    alone = {"ids": PADDED[1:], "mask": MASK[1:], "suppress_tokens": [0]}
     twin = copy.deepcopy(model)
-    assert torch.equal(generate(model, PADDED[1:], MASK[1:], assistant_model=twin), expected)
+    assert torch.equal(generate(model, assistant_model=twin, **alone), generate(model, **alone))
     with torch.no_grad():
         cache = model(PADDED[1:], use_cache=True).past_key_values
         cache.crop(-3)
