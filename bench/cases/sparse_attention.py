@@ -39,6 +39,7 @@ _PASSES = {"forward": 1.0, "backward": 2.5, "forward+backward": 3.5, "decode": 1
 _MOST_FLEX = 32768
 _BY_HEAD = 2**26
 _STEPS = 32
+_FAR_BYTES = 2**28  # more than the last cache of a processor holds
 
 Attend = Callable[..., Tensor]
 
@@ -227,29 +228,37 @@ def _native_sparse(inputs: Inputs) -> Work:
 
 
 def _chosen(
-    inputs: Inputs, choose: Callable[[Tensor], Tensor], queries: list[Tensor], block: int,
-    units: float, selected: int,
+    inputs: Inputs, choose: Callable[[Tensor, Tensor], Tensor], queries: list[Tensor],
+    keys: Tensor, block: int, units: float, selected: int,
 ) -> Work:  # fmt: skip
     """Return the work of a choice and of attention to what it chooses.
 
     Args:
         inputs: the point.
-        choose: maps queries of the choice to blocks [1 Tq Hk S].
+        choose: maps queries of the choice, and keys of it, to blocks [1 Tq Hk S].
         queries: those of the choice; each call takes the next ones, as each step of decoding would.
+        keys: those of the choice; steps of decoding have copies, which together leave the caches of
+            a processor, as those of other layers would.
         block: tokens of a block.
         units: keys and values that the choice costs as much as, for a query.
         selected: blocks that a query reads.
     """
     if "backward" in inputs.passes:
         raise PeerMissingError("the choice has no gradient; behind it stands that of `selected`")
-    indices, ring = choose(queries[0]), itertools.cycle(queries)
+    indices = choose(queries[0], keys)
+    copies = [keys]
+    if inputs.passes == "decode":
+        count = min(_STEPS, -(-_FAR_BYTES // keys.nbytes))
+        copies += [keys.clone() for _ in range(count - 1)]
+    asked, held = itertools.cycle(queries), itertools.cycle(copies)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return selected_block_attention(q, k, v, choose(next(ring)), block=block)
+        chosen = choose(next(asked), next(held))
+        return selected_block_attention(q, k, v, chosen, block=block)
 
-    keys = units + _read_keys(inputs, selected * block)
+    read = units + _read_keys(inputs, selected * block)
     formula = functools.partial(_selected_formula, indices=indices, block=block)
-    return _work(attend, inputs, (inputs.q, inputs.k, inputs.v), formula, keys)
+    return _work(attend, inputs, (inputs.q, inputs.k, inputs.v), formula, read)
 
 
 def _drawn(inputs: Inputs, heads: int) -> list[Tensor]:
@@ -270,7 +279,7 @@ def _indexed(inputs: Inputs, *, codes: bool) -> Work:
         scale = keys.float().abs().amax(-1) / 127
         keys = (keys.float() / scale[..., None]).round().to(torch.int8)
 
-    def choose(index: Tensor) -> Tensor:
+    def choose(index: Tensor, keys: Tensor) -> Tensor:
         return top_blocks(
             index, keys, scale=scale, block=INDEX_BLOCK, selected=BLOCKS.selected, initial=0
         )
@@ -279,7 +288,7 @@ def _indexed(inputs: Inputs, *, codes: bool) -> Work:
         units = T * keys.element_size() / (2 * Hk * inputs.k.element_size())
     else:  # products of Hk index queries beside two products of H heads
         units = (T + 1) / 2 * Hk / (2 * H)
-    return _chosen(inputs, choose, queries, INDEX_BLOCK, units, BLOCKS.selected)
+    return _chosen(inputs, choose, queries, keys, INDEX_BLOCK, units, BLOCKS.selected)
 
 
 def _pooled(inputs: Inputs) -> Work:
@@ -296,14 +305,15 @@ def _by_units(inputs: Inputs, units: Units, selected: int) -> Work:
     Hk = inputs.k.shape[2]
     kept, decodes = pool_keys(inputs.k, units=units), inputs.passes == "decode"
 
-    def choose(q: Tensor) -> Tensor:
-        keys = kept if decodes else pool_keys(inputs.k, units=units)
+    def choose(q: Tensor, keys: Tensor) -> Tensor:
+        keys = keys if decodes else pool_keys(inputs.k, units=units)
         return top_blocks(q, keys, units=units, block=units.window, selected=selected, sets=Hk)
 
     # bounds are as wide as a key and a value, means half as wide
     share = (1.0 if units.kind == "bounds" else 0.5) / units.stride
     cost = share * _dense_keys(inputs)
-    return _chosen(inputs, choose, _drawn(inputs, inputs.q.shape[2]), units.window, cost, selected)
+    queries = _drawn(inputs, inputs.q.shape[2])
+    return _chosen(inputs, choose, queries, kept, units.window, cost, selected)
 
 
 def _fla(_inputs: Inputs) -> Work:
