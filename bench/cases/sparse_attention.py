@@ -246,6 +246,9 @@ def _chosen(
     if "backward" in inputs.passes:
         raise PeerMissingError("the choice has no gradient; behind it stands that of `selected`")
     indices = choose(queries[0], keys)
+    wanted = min(selected, -(-inputs.k.shape[1] // block))
+    if int((indices[0, -1] >= 0).sum(-1).min()) != wanted:
+        raise ValueError(f"`indices`: expected {wanted} blocks for the last query, got fewer")
     copies = [keys]
     if inputs.passes == "decode":
         count = min(_STEPS, -(-_FAR_BYTES // keys.nbytes))
@@ -281,8 +284,9 @@ def _indexed(inputs: Inputs, *, codes: bool) -> Work:
 
     def choose(index: Tensor, keys: Tensor) -> Tensor:
         return top_blocks(
-            index, keys, scale=scale, block=INDEX_BLOCK, selected=BLOCKS.selected, initial=0
-        )
+            index, keys, scale=scale, block=INDEX_BLOCK, selected=BLOCKS.selected, initial=0,
+            tokens=inputs.k.shape[1],
+        )  # fmt: skip
 
     if inputs.passes == "decode":  # bytes of one index key beside those of all keys and values
         units = T * keys.element_size() / (2 * Hk * inputs.k.element_size())
@@ -307,7 +311,10 @@ def _by_units(inputs: Inputs, units: Units, selected: int) -> Work:
 
     def choose(q: Tensor, keys: Tensor) -> Tensor:
         keys = keys if decodes else pool_keys(inputs.k, units=units)
-        return top_blocks(q, keys, units=units, block=units.window, selected=selected, sets=Hk)
+        return top_blocks(
+            q, keys, units=units, block=units.window, selected=selected, sets=Hk,
+            tokens=inputs.k.shape[1],
+        )  # fmt: skip
 
     # bounds are as wide as a key and a value, means half as wide
     share = (1.0 if units.kind == "bounds" else 0.5) / units.stride
