@@ -63,7 +63,8 @@ class Text:
         is_prompt = self.prompt is None or start < self.prompt
         exact = torch.stack([self._row(b, start, end, is_prompt) for b in range(len(self.lefts))])
         # the sums of a few dozen products in another order
-        assert_close("out", out, exact, eager=exact.float())
+        # exponentials of scores whose rounding grows with them; a wrong key is off by 0.01 or more
+        assert_close("out", out, exact, worst=2e-5)
         self.columns = end
         assert memory.get_seq_length() == end
         for t in (q, k, v):  # whoever still looks there, shows it

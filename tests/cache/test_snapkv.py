@@ -17,8 +17,8 @@ def test_a_prompt_within_the_window_is_not_compressed(text_of):
 def test_neighbours_of_what_the_window_looks_at_stay(text_of):
     text = text_of("snapkv", 21, T=60, lefts=(0,))
     # longer than any key is by chance
-    text.k[:, 20] *= 6 / text.k[:, 20].norm(dim=-1, keepdim=True)
-    text.q[:, 44:] = text.k[:, 20:21].repeat_interleave(2, 2)
+    text.k[:, 20] *= 40 / text.k[:, 20].norm(dim=-1, keepdim=True)
+    text.q[:, 44:] = text.k[:, 20:21].repeat_interleave(2, 2) / 8
     text.read(60)
     assert all(columns[:5] == [18, 19, 20, 21, 22] for columns in text.kept[0])
 

@@ -23,6 +23,7 @@ SETTINGS = {
     "pooled_blocks": {"block": 2, "selected": 2},
     "indexed_blocks": {"block": 2, "selected": 2},
     "quest": {"page": 2, "budget": 4},
+    "routing": {"decay": 1.0},  # centroids that stay: a call in training moves them
     "native_sparse": {"block": 4, "stride": 2, "selection": 4, "selected": 3, "window": 4},
 }
 LENGTHS = (9, 1, 14, 5)
