@@ -7,6 +7,7 @@ import functools
 import torch
 
 from bitnet_triton.kernels import KeyValueCodes, Mask, SparseBlocks
+from bitnet_triton.kernels.attention_mass.decode import launch_decode_mass
 from bitnet_triton.kernels.attention_mass.forward import launch_mass
 from bitnet_triton.kernels.bit_linear.backward import (
     launch_bit_linear_bwd_dweight,
@@ -179,6 +180,11 @@ def launch_attention(D, dtype, mask, softcap=None):
     out, lse = launch_forward(q, k, k, call)
     launch_backward(out, None, q, k, k, out, lse, call)
     launch_mass(q, k, lse, call)
+    length = meta(1, dtype=torch.int32)
+    launch_decode_mass(
+        q[:, :1], k, lse[:, :, :1], meta(1, k.shape[2], k.shape[1]), scale=D**-0.5,
+        leftpad_k=length, seqused_k=length,
+    )  # fmt: skip
     launch_decode(q[:, :1], k, k, mask=Mask(window=1024, sinks=4), scale=D**-0.5)
     launch_decode_patterns(q[:, :1], k, meta(4096, D, dtype=dtype))
     launch_pages(q[0], meta(64, 64, 2, D, dtype=dtype), mask)

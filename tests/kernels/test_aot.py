@@ -50,7 +50,7 @@ INT8_PRODUCTS = (
 )  # fmt: skip
 # what a decode step is made of
 OVERLAPPED = (
-    "project_row", "gating", "short_convolution", "gated_norm",
+    "attention_mass_decode", "project_row", "gating", "short_convolution", "gated_norm",
     "rms_norm_fwd", "rms_norm_quantize_fwd", "relu2_mul_norm_quantize_fwd", "silu_mul_quantize_fwd",
     "quantize_activations_fwd", "ternary_linear_fwd", "ternary_linear_fwd_one",
     "ternary_linear_fwd_few", "rotary_and_store", "flash_attention_decode",
@@ -67,7 +67,7 @@ FLOAT_PRODUCTS = (
     "ternary_linear_bwd", "bit_linear_bwd_dx", "bit_linear_bwd_dweight", "flash_attention_fwd",
     "flash_attention_bwd_dq", "flash_attention_bwd_dkdv", "flash_attention_decode",
     "flash_attention_decode_pattern", "flash_attention_paged",
-    "attention_mass_fwd", "exact_attention_fwd", "exact_attention_bwd_dq",
+    "attention_mass_fwd", "attention_mass_decode", "exact_attention_fwd", "exact_attention_bwd_dq",
     "exact_attention_bwd_dkdv", "exact_attention_select", "top_blocks_fwd",
     "lsh_gather", "verified_draw",
     "lsh_attention_fwd", "lsh_attention_bwd_dq", "lsh_attention_bwd_dkdv",

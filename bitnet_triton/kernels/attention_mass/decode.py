@@ -89,8 +89,7 @@ def launch_decode_mass(
     """
     (B, _, H, D), (Tk, Hk) = q.shape, k.shape[1:3]
     splits = num_splits(Tk, q.device)
-    # the loop of that kernel, without values
-    block = tiles("flash_attention_decode", head_size(D, q.dtype), q.device)
+    block = tiles("attention_mass_decode", head_size(D, q.dtype), q.device)
     length = cdiv(cdiv(Tk, splits), block["BLOCK_N"]) * block["BLOCK_N"]
     launch(_attention_mass_decode_kernel, (splits, Hk, B))(
         q, k, lse, mass, leftpad_k, seqused_k,

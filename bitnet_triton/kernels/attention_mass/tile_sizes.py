@@ -11,7 +11,13 @@ _MASS: dict[int, Tiles] = {
     FLOAT32 + 128: {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
 }
 
-CPU: Table = {"attention_mass_fwd": {ANY: {"BLOCK_M": 128, "BLOCK_N": 128}}}
-GPU: Table = {"attention_mass_fwd": _MASS}
+CPU: Table = {
+    "attention_mass_fwd": {ANY: {"BLOCK_M": 128, "BLOCK_N": 128}},
+    "attention_mass_decode": {ANY: {"BLOCK_N": 32}},
+}
+GPU: Table = {
+    "attention_mass_fwd": _MASS,
+    "attention_mass_decode": {ANY: {"BLOCK_N": 32, "num_warps": 8, "num_stages": 1}},
+}
 
 register_tiles(cpu=CPU, gpu=GPU)
