@@ -83,7 +83,7 @@ class BlockMode(Mode):
         """Return the modes whose units a memory keeps; raise where ``other`` needs another one."""
         if isinstance(other, BlockMode):
             return [self] if other == self else [self, other]
-        if type(other).memory is not Mode.memory and other.kept is None:
+        if other.brings_memory and other.kept is None:
             raise ValueError(f"`attention`: no memory serves {self.name!r} and {other.name!r}")
         return [self]
 

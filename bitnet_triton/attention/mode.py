@@ -186,6 +186,11 @@ class Mode:
         """Why a layer in training cannot run again to the same effect; None: it can."""
         return None
 
+    @property
+    def brings_memory(self) -> bool:
+        """Whether it has a memory of its own, which then serves the other phase too."""
+        return type(self).memory is not Mode.memory
+
     def memory(self, other: Mode) -> Memory:
         """Return an empty memory of one layer that serves this mode and ``other``.
 
@@ -195,7 +200,7 @@ class Mode:
         Raises:
             ValueError: no memory serves both.
         """
-        if type(other).memory is not Mode.memory:
+        if other.brings_memory:
             return other.memory(self)  # it has a memory of its own, and decides for both
         if self.kept is None or other.kept is None:
             return GrowingLayer()

@@ -13,7 +13,7 @@ from bitnet_triton.attention.context import PHASES
 from bitnet_triton.attention.mode import Mode
 from bitnet_triton.attention.registry import MODES, parse_mode
 from bitnet_triton.attention.swaa import PRESETS, parse_preset
-from bitnet_triton.cache import GrowingLayer, Memory, MemoryKind, parse_memory
+from bitnet_triton.cache import Memory, MemoryKind, parse_memory
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class AttentionPlan:
             return own
         for mode in (prefill, decode):
             objection = None
-            if type(own) is not GrowingLayer and type(mode).memory is not Mode.memory:
+            if not own.is_plain and mode.brings_memory:
                 objection = "keeps a memory of its own"
             elif self.cache.evicts and not mode.reads_any_rows:
                 objection = "goes by the places of keys, or tells nobody what they got"

@@ -61,7 +61,7 @@ class SamplingMode(Mode):
 
     def check_other(self, other: Mode) -> None:
         """Raise unless a memory that keeps everything serves the mode of the other phase."""
-        if type(other).memory is not Mode.memory and other.kept is None and other != self:
+        if other.brings_memory and other.kept is None and other != self:
             raise ValueError(f"`attention`: no memory serves {self.name!r} and {other.name!r}")
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:

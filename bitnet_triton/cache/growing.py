@@ -25,10 +25,16 @@ class GrowingLayer(DynamicLayer, KeyValueMemory):
     """
 
     is_savable: ClassVar[bool] = True
+    is_plain: ClassVar[bool] = True
     key_store: Tensor | None = None
     value_store: Tensor | None = None
     # the views that the last update made: as long as they are held, the stores begin with them
     _views: tuple[Tensor | None, Tensor | None] = (None, None)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Take a subclass for one that keeps more, unless it says otherwise."""
+        super().__init_subclass__(**kwargs)
+        cls.is_plain = vars(cls).get("is_plain", False)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any

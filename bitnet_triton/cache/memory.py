@@ -89,11 +89,14 @@ class Memory(CacheLayerMixin):
         wants_prompt_len: whether it goes by the length of the prompt; ``generate`` tells it.
         keeps_places: whether the slots of a row hold its first or latest tokens, without a gap, so
             that masks tell from a slot which token it is.
+        is_plain: whether it holds the rotated keys and values of all tokens and nothing else, so
+            that another memory of these may take its place.
     """
 
     is_savable: ClassVar[bool] = False
     wants_prompt_len: ClassVar[bool] = False
     keeps_places: ClassVar[bool] = True
+    is_plain: ClassVar[bool] = False
     tokens: int = 0
     rebases: bool = False
     shift: Tensor | None = None

@@ -180,3 +180,13 @@ def test_tokens_of_inference_mode_can_be_continued_outside_of_it(first):
         append(layers, 1)
         same(*layers)
     assert not layers[0].keys.is_inference()
+
+
+def test_a_layer_that_keeps_more_is_not_plain_unless_it_says_so():
+    class More(GrowingLayer):
+        pass
+
+    class Same(GrowingLayer):
+        is_plain = True
+
+    assert [layer.is_plain for layer in (GrowingLayer, More, Same)] == [True, False, True]

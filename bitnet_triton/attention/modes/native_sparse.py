@@ -117,7 +117,7 @@ class NativeSparse(Mode):
                         f"`attention`: both phases of {self.name!r} need the same {name!r}, got "
                         f"{mine} and {theirs}"
                     )
-        elif type(other).memory is not Mode.memory:
+        elif other.brings_memory:
             raise ValueError(f"`attention`: no memory serves {self.name!r} and {other.name!r}")
         elif not self.shared_kv:
             raise ValueError(

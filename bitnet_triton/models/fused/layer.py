@@ -11,7 +11,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bitnet.modeling_bitnet import BitNetDecoderLayer, eager_attention_forward
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from bitnet_triton.cache import GrowingLayer
 from bitnet_triton.models.fused.fusion import (
     BITNET,
     LLAMA,
@@ -111,7 +110,7 @@ class FusedDecoderLayer(nn.Module):
 def _grows_in_place(cache: Any) -> bool:
     """Tell by the first layer of a cache, which is the same for every layer that asks."""
     layers: Any = getattr(cache, "layers", ())
-    return len(layers) > 0 and type(layers[0]) is GrowingLayer
+    return len(layers) > 0 and getattr(layers[0], "is_plain", False)
 
 
 def _update(cache: Any, attention: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
