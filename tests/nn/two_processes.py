@@ -5,6 +5,7 @@ Not a test: test_bit_linear_distributed.py starts it, and imports ``train`` for 
 
 from __future__ import annotations
 
+import faulthandler
 import sys
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from bitnet_triton.nn import BitLinear
 
 PROCESSES = 2
 ROWS = 8
+PATIENCE = 180  # seconds; whoever waits longer for the other one tells where
 
 
 def new_model():
@@ -39,6 +41,7 @@ def train(model, rows):
 
 
 def main(mode, rank, folder):
+    faulthandler.dump_traceback_later(PATIENCE, exit=True)
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder, "store")), PROCESSES)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=PROCESSES)
