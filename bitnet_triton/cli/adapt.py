@@ -64,6 +64,17 @@ def adapt(
             "beside.  [beside]",
         ),
     ] = None,
+    transfer: Annotated[
+        int | None,
+        typer.Option(
+            help="Times that the documents are seen beforehand by weights that a mode brings "
+            "along (`linear`, `native_sparse`): layer by layer, they learn to give what full "
+            "attention gave.  [0]"
+        ),
+    ] = None,
+    transfer_rate: Annotated[
+        float | None, typer.Option(help="Peak learning rate of that.  [3e-3]")
+    ] = None,
     save_every: options.SaveEvery = None,
     seed: options.Seed = None,
     eval_task: options.EvalTask = None,
@@ -111,8 +122,9 @@ def adapt(
             "tokens": tokens, "length": length, "row": row, "question": question,
             "self_distill": self_distill, "answer_tokens": answer_tokens, "lora": lora,
             "rank": rank, "alpha": alpha, "targets": target, "rate": rate, "warm_up": warm_up,
-            "accumulate": accumulate, "epochs": epochs, "merge": merge, "save_every": save_every,
-            "seed": seed, "eval_tasks": eval_task, "eval_length": eval_length,
+            "accumulate": accumulate, "epochs": epochs, "merge": merge, "transfer": transfer,
+            "transfer_rate": transfer_rate, "save_every": save_every, "seed": seed,
+            "eval_tasks": eval_task, "eval_length": eval_length,
             "eval_samples": eval_samples, "eval_seed": eval_seed,
         },
     )  # fmt: skip

@@ -167,6 +167,12 @@ def show(report: dict[str, Any]) -> None:
     cells = ["" if loss is None else f"{loss:.4f}" for loss in losses]
     table.add_row("", "loss on held-out documents", *cells)
     console.print(table)
+    if trained.get("transfer"):
+        errors = trained["transfer"]
+        console.print(
+            f"Layer by layer, {len(errors)} steps brought the error of new layers from "
+            f"{errors[0]:.3g} to {errors[-1]:.3g} of the spread of what full attention gave"
+        )
     if trained["merge"]:
         merge = trained["merge"]
         console.print(

@@ -197,12 +197,18 @@ def _train(
         return json.loads(done.read_text(encoding="utf-8"))
     model = trainee.load()
     schedule = trainee.job.schedule
+    errors = None
+    if getattr(trainee.job, "transfer", 0):
+        errors = trainee.transfer(
+            model, documents, lambda step, steps, error: tell("transfer", step, steps, error)
+        )
     trained = fit(model, documents, held_out, schedule, output / "checkpoints", tell)
     model.eval()
     with new_folder(output / "model") as folder:
         AutoTokenizer.from_pretrained(trainee.base).save_pretrained(folder)
         trained["what"] = trainee.what
         trained["merge"] = trainee.save(model, folder, documents)
+    trained["transfer"] = errors
     write_whole(done, json.dumps(trained, indent=1) + "\n")
     return trained
 

@@ -114,6 +114,9 @@ class Adaptation(TrainingJob):
         alpha: the adapters' product counts alpha / rank.
         targets: the linears that get adapters.
         merge: put the adapters into the packed weights, and measure what that loses.
+        transfer: times that documents are seen before the training, layer by layer, by what a mode
+            brings along: it learns to give what the attention of ``model`` gave in its place.
+        transfer_rate: peak learning rate of that.
     """
 
     attention: str = "swaa-trained"
@@ -124,6 +127,8 @@ class Adaptation(TrainingJob):
     alpha: float = 128
     targets: Sequence[str] = ("q_proj", "k_proj", "v_proj")
     merge: bool = False
+    transfer: int = 0
+    transfer_rate: float = 3e-3
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,7 +136,9 @@ class Adaptation(TrainingJob):
             check_switch(name, getattr(self, name))
         for name in ("answer_tokens", "rank"):
             check_number(name, getattr(self, name), least=1, whole=True)
-        check_number("alpha", self.alpha, above=0)
+        for name in ("alpha", "transfer_rate"):
+            check_number(name, getattr(self, name), above=0)
+        check_number("transfer", self.transfer, least=0, whole=True)
         check_words("targets", self.targets)
         if not self.targets:
             raise ValueError("`targets`: expected at least one linear, got none")

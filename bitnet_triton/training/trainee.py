@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bitnet_triton.attention import AttentionPlan
@@ -16,7 +18,9 @@ from bitnet_triton.models import BitNetConfig, BitNetForCausalLM, merge_adapters
 from bitnet_triton.models.convert import convert_checkpoint
 from bitnet_triton.training.documents import Document
 from bitnet_triton.training.jobs import Adaptation, TrainingJob
+from bitnet_triton.training.options import write_whole
 from bitnet_triton.training.packing import PackingCollator
+from bitnet_triton.training.transfer import Progress, transfer
 
 # Keeps codes that are written as masters, and those that are packed, in one format of checkpoints
 _TERNARY = {
@@ -64,6 +68,17 @@ class Trainee:
                     "train all weights (`lora: false`, --full)"
                 )
             _peft()
+        if getattr(self.job, "transfer", 0) and not self._learns_from_layers(config):
+            raise ValueError(
+                "`transfer`: expected a mode that brings weights and is trained by the model's "
+                f"loss, got {', '.join(sorted({mode.name for mode in self.plan}))}"
+            )
+
+    def _learns_from_layers(self, config: BitNetConfig) -> bool:
+        modules = [mode.module(config) for mode in self.plan]
+        return self.what == "weights" and any(
+            module is not None and next(module.parameters(), None) is not None for module in modules
+        )
 
     def load(self) -> nn.Module:
         """Return the model with its plan; what is trained requires a gradient, nothing else."""
@@ -82,6 +97,32 @@ class Trainee:
             self._freeze_all_but_modules(model)
         return self._with_adapters(model) if self.what == "adapters" else model
 
+    def transfer(self, model: Any, documents: list[Document], tell: Progress) -> list[float]:
+        """Let what modes bring along learn from the attention of ``base``; once a run.
+
+        Returns:
+            The error of each step, as ``transfer`` of the module of that name has it.
+        """
+        job, path = self.job, self.output / "transferred.safetensors"
+        assert isinstance(job, Adaptation)
+        told = path.with_suffix(".json")
+        own = {name: p for name, p in model.named_parameters() if self._is_brought(name)}
+        if not told.exists():
+            teacher = BitNetForCausalLM.from_pretrained(
+                self.output / "masters", dtype=torch.float32
+            )
+            set_attention(teacher, teacher.config.attention or "full").to(device()).eval()
+            errors = transfer(
+                model, teacher, documents * job.transfer, row=job.row or job.length,
+                rate=job.transfer_rate, progress=tell,
+            )  # fmt: skip
+            save_file({name: p.detach().cpu().contiguous() for name, p in own.items()}, path)
+            write_whole(told, json.dumps(errors) + "\n")  # last: it says that both are there
+        with torch.no_grad():
+            for name, value in load_file(path).items():
+                own[name].copy_(value)
+        return json.loads(told.read_text(encoding="utf-8"))
+
     def _random(self) -> Any:
         config = BitNetConfig.from_pretrained(self.base)
         config.attention, config.quantization_config = None, None
@@ -92,6 +133,9 @@ class Trainee:
     def _freeze_all_but_modules(self, model: nn.Module) -> None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad = self._is_own(name)
+
+    def _is_brought(self, name: str) -> bool:
+        return any(f".self_attn.{mode.name}." in name for mode in self.plan)
 
     def _is_own(self, name: str) -> bool:
         return any(f".{mode.name}." in name for mode in self.plan if mode.trains == "module")

@@ -203,6 +203,11 @@ def test_training_from_scratch_learns_a_text_of_ones_own(packed_folder, tmp_path
         ({"attention": "slidin:window=3"}, "did you mean 'sliding'"),
         ({"attention": "native_sparse"}, "`lora`: the attention brings weights of its own"),
         ({"attention": "streaming:window=16"}, "`attention`: cannot be trained on packed"),
+        ({"transfer": 1}, "`transfer`: expected a mode that brings weights"),
+        (
+            {"attention": "linear:form=plain", "transfer": 1, "lora": False},
+            "`transfer`: expected a mode that brings weights .* got linear",
+        ),
         ({"targets": ["q_prj"]}, "`targets`: .*q_prj"),
         ({"length": 1024, "tokens": 2000, "row": 0}, "`length`: expected up to 512, got 1024"),
         ({"data": "nowhere.txt"}, "`data`: .*nowhere.txt: No such file"),
