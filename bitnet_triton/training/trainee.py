@@ -16,6 +16,7 @@ from torch import nn
 from bitnet_triton.attention import AttentionPlan
 from bitnet_triton.models import BitNetConfig, BitNetForCausalLM, merge_adapters, set_attention
 from bitnet_triton.models.convert import convert_checkpoint
+from bitnet_triton.models.quantizer import in_memory
 from bitnet_triton.training.documents import Document
 from bitnet_triton.training.jobs import Adaptation, TrainingJob
 from bitnet_triton.training.options import write_whole
@@ -125,10 +126,8 @@ class Trainee:
 
     def _random(self) -> Any:
         config = BitNetConfig.from_pretrained(self.base)
-        config.attention, config.quantization_config = None, None
-        model = BitNetForCausalLM(config).float()
-        model.config.quantization_config = dict(_TERNARY)  # what its masters are is saved with them
-        return model
+        config.attention, config.quantization_config = None, in_memory(_TERNARY)
+        return BitNetForCausalLM(config).float()
 
     def _freeze_all_but_modules(self, model: nn.Module) -> None:
         for name, parameter in model.named_parameters():

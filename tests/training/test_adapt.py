@@ -186,6 +186,7 @@ def test_training_from_scratch_learns_a_text_of_ones_own(packed_folder, tmp_path
         )
     )  # fmt: skip
     trained = report["training"]
+    assert all(line["flips"] > 0 for line in trained["log"][1:3])  # its weights are ternary
     assert report["before"] == {}
     assert report["after"]["adapted"]["accuracy"] == {"prompt": {}}
     assert trained["loss_after"] < 0.7 * trained["loss_before"]
