@@ -5,6 +5,7 @@ from bitnet_triton.training.evaluation import evaluate
 from bitnet_triton.training.monitor import TernaryMonitor
 from bitnet_triton.training.packing import PackingCollator, pack_rows
 from bitnet_triton.training.recipe import TwoStages
+from bitnet_triton.training.relations import logits_loss, relation_loss
 from bitnet_triton.training.results import Report
 from bitnet_triton.training.settings import Setting, combine, parse_setting
 
@@ -18,6 +19,8 @@ __all__ = [
     "combine",
     "evaluate",
     "last_checkpoint",
+    "logits_loss",
     "pack_rows",
     "parse_setting",
+    "relation_loss",
 ]
