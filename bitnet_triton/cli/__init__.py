@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from bitnet_triton import __version__
-from bitnet_triton.cli import adapt, bench, doctor, eval, generate, pack, run, train
+from bitnet_triton.cli import adapt, bench, distill, doctor, eval, generate, pack, run, train
 from bitnet_triton.cli.arguments import WrongArgumentError
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app.command()(pack.pack)
 app.command(context_settings=run.CONTEXT_SETTINGS)(run.run)
 app.command("eval")(eval.evaluate)
 app.command()(adapt.adapt)
+app.command()(distill.distill)
 app.command()(train.train)
 app.command(context_settings=bench.CONTEXT_SETTINGS)(bench.bench)
 

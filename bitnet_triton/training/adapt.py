@@ -23,6 +23,7 @@ from bitnet_triton.training.documents import (
     SelfTeacher,
     draw_documents,
     greedy_answer,
+    hold_out,
     line_documents,
     load_documents,
     read_lines,
@@ -174,17 +175,7 @@ def _from_lines(
 
     tokenizer = AutoTokenizer.from_pretrained(base)
     made = line_documents(tokenizer, lines, length=job.length, generate=generate)
-    documents, held_out, used = [], [], 0
-    for number, document in enumerate(made):
-        # every tenth is kept to measure on, where there are that many
-        if number % 10 == 9:
-            held_out.append(document)
-            continue
-        used += len(document["input_ids"])
-        if used > job.tokens:
-            break
-        documents.append(document)
-    return documents, held_out
+    return hold_out(made, job.tokens)
 
 
 def _train(

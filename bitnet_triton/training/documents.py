@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -205,6 +205,27 @@ def line_documents(
             raise ValueError(f"`length`: document {number}: expected at least {got}, got {length}")
         labels = [IGNORED] * len(ids) + answer
         yield {"input_ids": ids + answer, "labels": labels, "prompt_len": len(ids)}
+
+
+def hold_out(documents: Iterable[Document], tokens: int) -> tuple[list[Document], list[Document]]:
+    """Divide documents: so many tokens to train on, and every tenth document to measure on.
+
+    Args:
+        documents: in their order; those behind the last that is wanted are not asked for.
+        tokens: to train on, at most.
+    """
+    kept: list[Document] = []
+    held_out: list[Document] = []
+    used = 0
+    for number, document in enumerate(documents):
+        if number % 10 == 9:
+            held_out.append(document)
+            continue
+        used += len(document["input_ids"])
+        if used > tokens:
+            break
+        kept.append(document)
+    return kept, held_out
 
 
 def _agree(said: str, answer: str) -> bool:

@@ -55,6 +55,7 @@ def fit(
     schedule: Schedule,
     output: Path,
     progress: Progress | None = None,
+    make_trainer: Callable[..., Trainer] = Trainer,
 ) -> dict[str, Any]:
     """Train a model on documents, or go on where a killed training was.
 
@@ -65,6 +66,7 @@ def fit(
         schedule: how.
         output: folder of the checkpoints.
         progress: called after each step.
+        make_trainer: makes it of what ``Trainer`` takes, for a loss of its own.
 
     Returns:
         ``steps``, ``tokens``, ``trained`` parameters, the ``log``, and the losses ``before`` and
@@ -97,7 +99,7 @@ def fit(
             rates=(schedule.rate, schedule.rate * 2 / 3), warm_up=round(schedule.warm_up * steps)
         )
         more["optimizers"] = stages.create(model, steps=steps)
-    trainer = Trainer(
+    trainer = make_trainer(
         model,
         arguments,
         PackingCollator(tell_prompts=True),

@@ -13,74 +13,98 @@ from bitnet_triton.training.tasks import check_tasks
 
 
 @dataclass(frozen=True)
-class TrainingJob:
+class Job:
     """What every training is asked.
 
     Attributes:
         output: folder of the run.
         model: a folder or a name on the Hub.
-        attention: how the model attends, as ``parse_setting`` reads it.
-        data: ``tasks``, a text file, or JSON lines with ``text`` or ``prompt`` and ``answer``.
-        text: of the tasks' tokens, the share that is text alone.
-        tokens: of the training; tasks are drawn, and files are cut, to so many.
+        data: a text file, or JSON lines with ``text`` or ``prompt`` and ``answer``.
+        tokens: of the training; files are cut to so many.
         length: tokens of a document at most.
         row: tokens of a row of packed documents; 0: ``length``.
-        question: the phase that the questions of tasks belong to, "prompt" or "decode", or "both",
-            in turns.
         rate: peak learning rate.
         warm_up: share of the steps in which it rises.
         accumulate: rows of a step.
         epochs: times that every document is seen.
         save_every: steps between checkpoints.
         seed: of the documents and of the training.
-        eval_tasks: measured before and after. Default: those that are not hard, for ``tasks``.
-        eval_length: tokens of their prompts, and of the text.
-        eval_samples: prompts of each.
-        eval_seed: of these prompts.
     """
 
     output: str
     model: str = "recall"
-    attention: str = "full"
     data: str = "tasks"
-    text: float = 0.1
     tokens: int = 20_000
     length: int = 1024
     row: int = 0
-    question: str = "both"
     rate: float = 1e-4
     warm_up: float = 0.05
     accumulate: int = 1
     epochs: int = 1
     save_every: int = 50
     seed: int = 0
-    eval_tasks: Sequence[str] | None = None
-    eval_length: int = 2048
-    eval_samples: int = 20
-    eval_seed: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("output", "model", "attention", "data"):
-            value = getattr(self, name)
-            if not isinstance(value, str) or not value:
-                raise TypeError(f"`{name}`: expected a word, got {value!r}")
-        for name in ("row", "seed", "eval_seed"):
+        for name in ("output", "model", "data"):
+            check_word(name, getattr(self, name))
+        for name in ("row", "seed"):
             check_number(name, getattr(self, name), least=0, whole=True)
-        for name in ("tokens", "accumulate", "epochs", "save_every", "eval_length", "eval_samples"):
+        for name in ("tokens", "accumulate", "epochs", "save_every"):
             check_number(name, getattr(self, name), least=1, whole=True)
         check_number("length", self.length, least=64, whole=True)
         check_number("rate", self.rate, above=0)
-        for name in ("text", "warm_up"):
-            check_number(name, getattr(self, name), least=0, most=1)
-        if self.question not in (*QUESTIONS, "both"):
-            names = ", ".join(QUESTIONS)
-            raise ValueError(f"`question`: expected {names} or both, got {self.question!r}")
+        check_number("warm_up", self.warm_up, least=0, most=1)
         for name in ("row", "tokens"):
             value = getattr(self, name)
             if value < self.length and (value or name != "row"):
                 raise ValueError(
                     f"`{name}`: expected at least a document of {self.length}, got {value}"
                 )
+
+    @property
+    def schedule(self) -> Schedule:
+        """How it is trained."""
+        return Schedule(
+            row=self.row or self.length, accumulate=self.accumulate, epochs=self.epochs,
+            rate=self.rate, warm_up=self.warm_up, seed=self.seed, save_every=self.save_every,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainingJob(Job):
+    """What every training of a ternary model is asked, beside what each one is.
+
+    Its ``data`` may be ``tasks``, which are drawn to as many ``tokens``.
+
+    Attributes:
+        attention: how the model attends, as ``parse_setting`` reads it.
+        text: of the tasks' tokens, the share that is text alone.
+        question: the phase that the questions of tasks belong to, "prompt" or "decode", or "both",
+            in turns.
+        eval_tasks: measured before and after. Default: those that are not hard, for ``tasks``.
+        eval_length: tokens of their prompts, and of the text.
+        eval_samples: prompts of each.
+        eval_seed: of these prompts.
+    """
+
+    attention: str = "full"
+    text: float = 0.1
+    question: str = "both"
+    eval_tasks: Sequence[str] | None = None
+    eval_length: int = 2048
+    eval_samples: int = 20
+    eval_seed: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_word("attention", self.attention)
+        check_number("eval_seed", self.eval_seed, least=0, whole=True)
+        for name in ("eval_length", "eval_samples"):
+            check_number(name, getattr(self, name), least=1, whole=True)
+        check_number("text", self.text, least=0, most=1)
+        if self.question not in (*QUESTIONS, "both"):
+            names = ", ".join(QUESTIONS)
+            raise ValueError(f"`question`: expected {names} or both, got {self.question!r}")
         if self.eval_tasks is not None:
             check_words("eval_tasks", self.eval_tasks)
             try:
@@ -92,14 +116,6 @@ class TrainingJob:
     def questions(self) -> tuple[str, ...]:
         """The phases that questions belong to."""
         return QUESTIONS if self.question == "both" else (self.question,)
-
-    @property
-    def schedule(self) -> Schedule:
-        """How it is trained."""
-        return Schedule(
-            row=self.row or self.length, accumulate=self.accumulate, epochs=self.epochs,
-            rate=self.rate, warm_up=self.warm_up, seed=self.seed, save_every=self.save_every,
-        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -171,6 +187,12 @@ class Pretraining(TrainingJob):
     def schedule(self) -> Schedule:
         """How it is trained."""
         return replace(super().schedule, bfloat16=True, recipe=True)
+
+
+def check_word(name: str, value: Any) -> None:
+    """Raise TypeError unless an option is a word."""
+    if not isinstance(value, str) or not value:
+        raise TypeError(f"`{name}`: expected a word, got {value!r}")
 
 
 def check_switch(name: str, value: Any) -> None:

@@ -69,7 +69,9 @@ def test_a_request_to_think_stands_behind_the_text():
     assert "Think step by step" in generate("x = 1", "--think").stdout.splitlines()[2]
 
 
-@pytest.mark.parametrize("command", ["generate", "pack", "doctor", "bench", "adapt", "train"])
+@pytest.mark.parametrize(
+    "command", ["generate", "pack", "doctor", "bench", "adapt", "train", "distill"]
+)
 def test_help_teaches(command):
     result = runner.invoke(app, [command, "--help"])
     assert result.exit_code == 0

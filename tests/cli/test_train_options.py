@@ -1,4 +1,4 @@
-"""Options of ``adapt`` and ``train``: flags over a YAML file, and one line for what is wrong."""
+"""Options of what trains: flags over a YAML file, and one line for what is wrong."""
 
 import pytest
 from typer.testing import CliRunner
@@ -7,6 +7,7 @@ import bitnet_triton as bt
 from bitnet_triton.cli import app
 from bitnet_triton.cli.arguments import WrongArgumentError
 from bitnet_triton.training import adapt as runs
+from bitnet_triton.training import distill as distillation
 
 runner = CliRunner()
 
@@ -24,6 +25,7 @@ def job(monkeypatch):
 
     monkeypatch.setattr(runs, "adapt", stop)
     monkeypatch.setattr(runs, "pretrain", stop)
+    monkeypatch.setattr(distillation, "distill", stop)
 
     def read(*arguments):
         with pytest.raises(ReachedError) as reached:
@@ -49,6 +51,23 @@ def test_flags_win_over_the_file(job, tmp_path):
     assert job("adapt", "--config", config, "--output", "run").rate == 0.001
     found = job("train", "--output", "run", "--model", "tiny", "--scratch", "--seed", "0")
     assert (found.scratch, found.seed, found.model) == (True, 0, str(bt.TINY_MODEL))
+
+
+def test_a_distillation_is_asked_for_by_flags_and_file(job, tmp_path):
+    config = tmp_path / "distill.yaml"
+    config.write_text("model: dense\ndata: book.txt\nlayer: -2\ntemperature: 2\nlogits: 3\n")
+    found = job("distill", "--config", config, "--output", "run", "--logits", "0", "--relations",
+                "0.5", "--corpus", "text.txt", "--teacher", "large")  # fmt: skip
+    assert (found.model, found.data, found.layer, found.temperature) == ("dense", "book.txt", -2, 2)
+    assert (found.logits, found.relations) == (0, 0.5)
+    assert (found.corpus, found.teacher, found.continued) == ("text.txt", "large", 0.25)
+    with pytest.raises(WrongArgumentError, match="`model`: expected a dense model, got none"):
+        runner.invoke(app, ["distill", "--output", "run"], catch_exceptions=False)
+    config.write_text("question: both")
+    with pytest.raises(WrongArgumentError, match="unknown option 'question'"):
+        runner.invoke(
+            app, ["distill", "--config", str(config), "--output", "run"], catch_exceptions=False
+        )
 
 
 @pytest.mark.parametrize(
