@@ -29,6 +29,7 @@ _HOME = {
     "Memory": "bitnet_triton.cache",
     "MemoryKind": "bitnet_triton.cache",
     "Mode": "bitnet_triton.attention",
+    "OutOfPagesError": "bitnet_triton.errors",
     "load_cache": "bitnet_triton.models",
     "merge_adapters": "bitnet_triton.models",
     "quantize_head": "bitnet_triton.nn",

@@ -7,3 +7,7 @@ class BackendUnavailableError(RuntimeError):
 
 class CheckpointError(ValueError):
     """A checkpoint is damaged or does not fit the model; the message names the tensor or file."""
+
+
+class OutOfPagesError(RuntimeError):
+    """A pool has fewer pages left than a call needs; what it holds is as it was before."""

@@ -9,6 +9,7 @@ from bitnet_triton.cache.index_keys import IndexLayer
 from bitnet_triton.cache.latest import Latest
 from bitnet_triton.cache.memory import Attended, Call, Memory, begin_call
 from bitnet_triton.cache.named import MEMORIES, MemoryKind, parse_memory, register_memory
+from bitnet_triton.cache.pages import PagePool, PrefixTree, Tables
 from bitnet_triton.cache.quantised import Quantised, QuantisedLayer
 from bitnet_triton.cache.sinks import SinkWindowLayer
 from bitnet_triton.cache.snapkv import SnapKV
@@ -40,12 +41,15 @@ __all__ = [
     "Latest",
     "Memory",
     "MemoryKind",
+    "PagePool",
+    "PrefixTree",
     "Quantised",
     "QuantisedLayer",
     "SinkWindowLayer",
     "SnapKV",
     "StateLayer",
     "StreamingLayer",
+    "Tables",
     "TablesLayer",
     "UnitsLayer",
     "begin_call",
