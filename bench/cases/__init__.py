@@ -6,6 +6,7 @@ from typing import Any
 from bench.case import Case
 from bench.cases import (
     bit_linear,
+    bucket_steps,
     flash_attention,
     generate,
     int8_linear,
@@ -25,6 +26,7 @@ CASES: dict[str, ModuleType] = {
     "flash_attention": flash_attention,
     "sparse_attention": sparse_attention,
     "sampling": sampling,
+    "bucket_steps": bucket_steps,
     "linear_attention": linear_attention,
     "int8_linear": int8_linear,
     "model": model,

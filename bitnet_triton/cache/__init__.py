@@ -1,5 +1,6 @@
 """What is remembered between steps: keys and values that a mode can still see."""
 
+from bitnet_triton.cache.buckets import BucketsLayer
 from bitnet_triton.cache.compressed import CompressedLayer
 from bitnet_triton.cache.evicting import EvictingLayer
 from bitnet_triton.cache.expected_attention import ExpectedAttention
@@ -31,6 +32,7 @@ __all__ = [
     "H2O",
     "MEMORIES",
     "Attended",
+    "BucketsLayer",
     "Call",
     "CompressedLayer",
     "EvictingLayer",

@@ -101,6 +101,13 @@ def test_sampling_tells_its_error_beside_its_bound():
     assert rows[1].details["table_bytes"] > 2 * 75 * 2500 * 2
 
 
+def test_steps_inside_of_buckets_agree_with_keys_hashed_anew():
+    case = make_case("bucket_steps")
+    chosen = case.select_providers([])
+    rows = measure_point(case, {"T": 700, "H": 2, "D": 32}, chosen, SETTINGS)
+    assert {row.provider: row.status for row in rows} == dict.fromkeys(case.providers, "timed")
+
+
 @pytest.mark.parametrize("output", ["logits", "best"])
 def test_int8_linear_providers_agree(output):
     case = int8_linear.case()
@@ -207,9 +214,9 @@ def test_peers_are_found_or_skipped_by_name():
 
 def test_every_case_has_a_peer_and_every_peer_a_case_or_a_reason():
     compared = {case for peer in PEERS for case in peer.compared_in}
-    # sampling stands beside our own dense attention: nobody else decodes so on a CPU;
-    # training_memory is a command of its own
-    assert compared == {*CASES, "training_memory"} - {"sampling"}
+    # sampling stands beside our own dense attention, and steps inside of buckets beside what they
+    # were: nobody else decodes so on a CPU; training_memory is a command of its own
+    assert compared == {*CASES, "training_memory"} - {"sampling", "bucket_steps"}
     assert all(bool(peer.compared_in) != bool(peer.reason) for peer in PEERS)
 
 

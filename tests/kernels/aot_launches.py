@@ -39,7 +39,8 @@ from bitnet_triton.kernels.linear_attention import launch as linear_launch
 from bitnet_triton.kernels.linear_attention.decode import launch_decode as launch_linear_decode
 from bitnet_triton.kernels.linear_attention.step import GatedStep, launch_gated_step
 from bitnet_triton.kernels.lsh_attention import backward as bucket_backward
-from bitnet_triton.kernels.lsh_attention.arguments import BucketCall
+from bitnet_triton.kernels.lsh_attention.arguments import BucketCall, Directions
+from bitnet_triton.kernels.lsh_attention.decode import launch_bucket_step, launch_hash_step
 from bitnet_triton.kernels.lsh_attention.forward import launch_forward as launch_bucket_forward
 from bitnet_triton.kernels.lsh_sampling.build import launch_build
 from bitnet_triton.kernels.lsh_sampling.gather import Angles, Parts, Rows, launch_gather
@@ -272,11 +273,16 @@ def launch_chosen_blocks(D, dtype, group):
 
 
 def launch_buckets(D, dtype, T=4096, H=4, rounds=2):
-    """Start the kernels of attention inside of buckets, forward and backward."""
+    """Start the kernels of attention inside of buckets, forward and backward, and of a step."""
     qk, inverse = meta(1, T, H, D, dtype=dtype), meta(1, H, T)
     call = BucketCall(*(meta(rounds, 1, H, T, dtype=I32) for _ in range(4)), True, D**-0.5)
     out, lse = launch_bucket_forward(qk, qk, inverse, call)
     bucket_backward.launch_backward(out, qk, qk, inverse, out, lse, call)
+    numbers, used = meta(1, H, rounds, T, dtype=I32), meta(1, dtype=I32)
+    for rows, widths in ((meta(1, 16 * rounds, D), (16,)), (meta(1, 20 * rounds, D), (8, 12))):
+        launch_hash_step(qk, Directions(rows, widths, True), numbers, used)
+    launch_hash_step(qk, Directions(meta(H, 16, D, dtype=dtype), (16,), False), numbers, used)
+    launch_bucket_step(qk, qk, numbers, window=64, scale=0.1, leftpad=used, used=used)
 
 
 def launch_sampling(D, dtype, T=4096, H=20, Hk=5, bits=10, tables=148):

@@ -58,7 +58,8 @@ OVERLAPPED = (
     "flash_attention_paged_merge", "write_pages", "split_activations_fwd",
     "int8_linear_fwd", "int8_linear_topk_fwd", "merge_best", "top_blocks_fwd", "top_blocks_merge",
     "pool_keys", "block_index_step", "lsh_hash", "lsh_mean_direction", "lsh_probe", "lsh_gather",
-    "sign_scores",    "verified_draw", "selected_blocks_fwd_rows", "linear_attention_decode",
+    "sign_scores", "verified_draw", "lsh_attention_hash", "lsh_attention_list",
+    "lsh_attention_decode", "selected_blocks_fwd_rows", "linear_attention_decode",
     "compressed_attention_decode", "compress_step", "sparse_gates", "hadamard_fwd",
     "quantised_attention_fwd", "quantised_attention_merge",
 )  # fmt: skip

@@ -11,11 +11,14 @@ import pytest
 import torch
 
 from bitnet_triton.kernels import bucket_attention, hash_buckets, lsh_attention
+from bitnet_triton.kernels.lsh_attention.arguments import Directions
+from bitnet_triton.kernels.lsh_attention.buckets import bucket_factors, rotation_rows
 from bitnet_triton.kernels.lsh_attention.reference import (
     lsh_attention_reference,
     unit_keys,
     visible_pairs,
 )
+from bitnet_triton.kernels.lsh_attention.step import bucket_attention_last
 from bitnet_triton.testing import RMS_LIMITS, assert_close
 
 pytestmark = [
@@ -335,3 +338,62 @@ def test_memory_is_linear_in_the_length(device, backend):
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     short, long = json.loads(output)
     assert 2.8 < long / short < 6.0  # 16 for what grows with the square
+
+
+# (B, T, H), (D, Dv), rounds, buckets, window, dtype
+LAST = [
+    ((2, 300, 3), (32, 32), 3, 4, 9, F32),
+    ((3, 141, 2), (40, 72), 1, 8, 16, BF16),
+    ((1, 130, 2), (64, 64), 5, 32, 500, F16),
+    ((2, 1, 2), (32, 32), 2, 4, 8, F32),
+    ((1, 129, 1), (32, 32), 2, 2, 1, F32),
+]
+
+
+@pytest.mark.parametrize("case", LAST, ids=str)
+def test_the_last_token_alone_gets_what_all_together_give_it(case, device, backend):
+    (B, T, H), (D, Dv), R, buckets, window, dtype = case
+    qk, v, _ = draw(B, T, H, D, Dv, dtype)
+    numbers = draw_numbers(B, T, H, R, buckets)
+    left = torch.randint(0, T, (B,), dtype=torch.int32)
+    left[0] = T - 1  # it sees itself alone
+    visible = visible_pairs(numbers, window=window, pattern="window", causal=True, leftpad=left)
+    exact, eager = (
+        lsh_attention_reference(*(t.to(of) for t in (qk, v)), visible=visible, scale=0.3)[:, -1:]
+        for of in (torch.float64, dtype)
+    )
+    padding = torch.arange(T) < left[:, None]
+    qk, v = (t.masked_fill(padding[..., None, None], float("nan")) for t in (qk, v))
+    in_memory = numbers.permute(0, 2, 3, 1).contiguous()
+    ours = bucket_attention_last(
+        *(t.to(device) for t in (qk, v, in_memory)), window=window, scale=0.3,
+        leftpad=left.to(device),
+    )  # fmt: skip
+    step = torch.finfo(dtype).eps * exact.abs().max()
+    worst = 4 * max((eager.double() - exact).abs().max(), step).item()
+    assert_close("out", ours.cpu(), exact, eager=eager, worst=worst)
+
+
+@pytest.mark.parametrize("buckets", [2, 24, 132, None], ids=["one", "many", "two factors", "near"])
+def test_a_step_writes_the_buckets_of_its_token(buckets, device, backend):
+    if backend != "triton":
+        pytest.skip("only launches are recorded")
+    from bitnet_triton.kernels.lsh_attention.decode import launch_hash_step
+
+    B, T, H, D, R = 2, 9, 3, 40, 3 if buckets else 1
+    x = torch.randn(B, T, H, D).to(device)
+    if buckets:
+        widths = tuple(f // 2 for f in bucket_factors(buckets))
+        directions = Directions(rotation_rows(D, R, buckets, 5, x.device), widths, True)
+        expected = hash_buckets(x, rounds=R, buckets=buckets, seed=5)
+    else:  # the nearest of 21 of each head
+        rows = torch.randn(H, 21, D).to(device)
+        directions = Directions(rows, (21,), False)
+        expected = torch.einsum("bthd,hcd->bthc", x, rows).argmax(-1, keepdim=True).int()
+    found = torch.full((B, H, R, T), -1, dtype=torch.int32, device=device)
+    slots = torch.tensor([4, 7], dtype=torch.int32, device=device)
+    launch_hash_step(x, directions, found, slots)
+    for b, slot in enumerate((4, 7)):
+        assert torch.equal(found[b, :, :, slot], expected[b, slot])
+        found[b, :, :, slot] = -1
+    assert (found == -1).all()  # no other token's

@@ -1,11 +1,16 @@
 """Modes of shared queries and keys: caches, padding, checkpoints, and what they refuse."""
 
+import copy
+
 import pytest
 import torch
 
 import bitnet_triton as bt
 from bitnet_triton.attention.buckets import BucketMode
+from bitnet_triton.attention.modes.reformer import Reformer
 from bitnet_triton.attention.modes.routing import Centroids
+from bitnet_triton.cache import BucketsLayer
+from bitnet_triton.models.fused.recording import Recording
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 100, "num_hidden_layers": 2,
@@ -206,3 +211,145 @@ def test_it_tells_that_queries_are_not_read(build, caplog):
         build(REFORMER)
     assert "q_proj" in caplog.text
     assert issubclass(type(build(REFORMER).attention_plan.prefill[0]), BucketMode)
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    """How many tokens were hashed outside of recorded steps, layer by layer and call by call."""
+    counts = []
+    buckets_of = Reformer.buckets_of
+
+    def count(mode, qk, context):
+        counts.append(qk.shape[1])
+        return buckets_of(mode, qk, context)
+
+    monkeypatch.setattr(Reformer, "buckets_of", count)
+    return counts
+
+
+def test_each_key_is_hashed_once(build, hashed):
+    model, ids = build(REFORMER), drawn()
+    run(model, ids, None, [7, 1, 5, 1, 10])
+    assert hashed == [7, 7, 1, 1, 5, 5, 1, 1, 10, 10]
+
+
+def test_what_a_memory_keeps_of_buckets_follows_its_keys(build, hashed):
+    """Beams, repeats, crops and keys that somebody replaces: numbers are those of the keys."""
+    model, ids = build(REFORMER), drawn(3)
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+    assert hashed == [T, T]
+    cache.reorder_cache(torch.tensor([2, 0, 1]))
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([5, 0, 3]))
+    cache.crop(-4)
+    del hashed[:]
+    rest = torch.randint(3, 96, (3, 5))
+    texts = torch.cat([ids[[1, 2, 0], : T - 4], rest], 1)
+    with torch.no_grad():
+        copied = copy.deepcopy(cache)
+        got = model(rest, past_key_values=cache, use_cache=True).logits
+        assert hashed == [5, 5]
+        whole = run(model, texts)[:, T - 4 :]
+        torch.testing.assert_close(got, whole, rtol=1e-3, atol=1e-3)
+        for layer in copied.layers:
+            layer.keys = layer.keys.clone()
+        del hashed[:]
+        got = model(rest, past_key_values=copied, use_cache=True).logits
+    assert hashed == [T + 1, T + 1]
+    torch.testing.assert_close(got, whole, rtol=1e-3, atol=1e-3)
+
+
+def test_a_cache_of_other_settings_is_hashed_anew(build):
+    model, ids = build(REFORMER), drawn()
+    with torch.no_grad():
+        cache = model(ids[:, :20], use_cache=True).past_key_values
+        bt.set_attention(model, {**REFORMER, "seed": 3})
+        got = model(ids[:, 20:], past_key_values=cache, use_cache=True).logits
+    cut = build({"prefill": REFORMER, "decode": {**REFORMER, "seed": 3}})
+    whole = run(cut, ids, None, [20, 4], prompt_len=20)[:, 20:]
+    torch.testing.assert_close(got, whole, rtol=1e-3, atol=1e-3)
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """Collect the recordings that were replayed."""
+    seen = []
+    replay = Recording.replay
+
+    def count(recording, *args):
+        seen.append(recording)
+        return replay(recording, *args)
+
+    monkeypatch.setattr(Recording, "replay", count)
+    return seen
+
+
+RECORDED = {
+    **MODES,
+    "two factors": {**REFORMER, "buckets": 132},
+    "another seed": {"prefill": REFORMER, "decode": {**REFORMER, "seed": 5, "window": 3}},
+    "full in decoding": {"prefill": REFORMER, "decode": "full"},
+}
+PADDED = torch.tensor([[0, 0, 0, 1, 9, 30, 7], [1, 5, 23, 71, 8, 40, 6]])
+MASK = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1] * 7])
+
+
+@pytest.fixture
+def packed(checkpoint):
+    def load(attention):
+        heads = checkpoint(config='{"num_key_value_heads": 4}')
+        model = bt.BitNetForCausalLM.from_pretrained(heads, fuse=False)
+        return bt.set_attention(model, attention)
+
+    return load
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_recorded_steps_give_what_the_mode_does(name, packed, replays, hashed):
+    model = packed(RECORDED[name])
+    ids = torch.cat([PADDED, torch.randint(3, 96, (2, 40))], 1)
+    mask = torch.cat([MASK, torch.ones(2, 40, dtype=MASK.dtype)], 1)
+    chunks = [7] + [1] * 40
+    expected = run(model, ids, mask, chunks, prompt_len=7)
+    assert not replays
+    del hashed[:]
+    with torch.inference_mode():
+        found = run(bt.fuse(model), ids, mask, chunks, prompt_len=7)
+    assert len(replays) >= 38
+    assert len(set(replays)) <= 2
+    # by both modes of the prompt, and by the step that finds the cache in place
+    assert sum(hashed) <= 2 * (7 + 7 + 1)
+    # a code beside a tie may fall to its other side, and a key into another bucket: seldom
+    error = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert (error[mask.bool()] <= 1e-3).float().mean() >= 0.9
+
+
+@pytest.mark.parametrize("name", ["reformer", "routing", "in decoding only"])
+def test_recorded_generation_writes_the_same_tokens(name, packed, replays):
+    model = packed(MODES[name])
+
+    def generate(**kwargs):
+        return model.generate(
+            PADDED, attention_mask=MASK, max_new_tokens=24, eos_token_id=None, pad_token_id=0,
+            do_sample=False, **kwargs,
+        )  # fmt: skip
+
+    expected, beams = generate(), generate(num_beams=2)
+    bt.fuse(model)
+    assert torch.equal(generate(), expected)
+    assert len(replays) >= 18
+    assert torch.equal(generate(num_beams=2), beams)
+
+
+def test_a_saved_cache_goes_on(packed, tmp_path):
+    model, ids = packed(REFORMER), torch.cat([PADDED[1:], drawn(1)], 1)
+    with torch.inference_mode():
+        cache = model(ids[:, :20], use_cache=True).past_key_values
+        bt.save_cache(model, cache, tmp_path / "cache.safetensors")
+        again = bt.load_cache(model, tmp_path / "cache.safetensors")
+        assert all(isinstance(layer, BucketsLayer) for layer in again.layers)
+        expected, found = (
+            model(ids[:, 20:], past_key_values=c, use_cache=True).logits for c in (cache, again)
+        )
+    torch.testing.assert_close(found, expected)

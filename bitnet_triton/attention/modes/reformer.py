@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bitnet_triton.attention.buckets import BucketMode
 from bitnet_triton.attention.checks import check_known, check_number
 from bitnet_triton.attention.context import AttentionContext
+from bitnet_triton.attention.mode import StepLayer
 from bitnet_triton.kernels import hash_buckets
-from bitnet_triton.kernels.lsh_attention.buckets import bucket_factors
+from bitnet_triton.kernels.lsh_attention.arguments import Directions
+from bitnet_triton.kernels.lsh_attention.buckets import bucket_factors, rotation_rows
 from bitnet_triton.kernels.lsh_attention.op import PATTERNS
 
 
@@ -53,7 +56,22 @@ class Reformer(BucketMode):
         """Bring nothing; refuse a model whose queries share keys."""
         self.check_heads(config)
 
+    @property
+    def hash_rounds(self) -> int:
+        """As many as rounds."""
+        return self.rounds
+
     def buckets_of(self, qk: Tensor, context: AttentionContext) -> Tensor:
         """Return int32 [B T H R] by rotations of the layer."""
-        seed = self.seed + 1009 * context.layer
+        seed = self._seed(context.layer)
         return hash_buckets(qk, rounds=self.rounds, buckets=self.buckets, seed=seed)
+
+    def directions(self, D: int, device: torch.device, layer: StepLayer) -> Directions:
+        """Return the rotations of the layer."""
+        seed = self._seed(layer.index)
+        rows = rotation_rows(D, self.rounds, self.buckets, seed, device)
+        widths = tuple(factor // 2 for factor in bucket_factors(self.buckets))
+        return Directions(rows, widths, is_signed=True)
+
+    def _seed(self, layer: int) -> int:
+        return self.seed + 1009 * layer

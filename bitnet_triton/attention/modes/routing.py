@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from bitnet_triton.attention.buckets import BucketMode
 from bitnet_triton.attention.checks import check_number
 from bitnet_triton.attention.context import AttentionContext
+from bitnet_triton.attention.mode import StepLayer
+from bitnet_triton.kernels.lsh_attention.arguments import Directions
 
 
 class Centroids(nn.Module):
@@ -78,6 +80,16 @@ class Routing(BucketMode):
             config.hidden_size // config.num_attention_heads
         )
         return Centroids(config.num_attention_heads, self.clusters, size)
+
+    @property
+    def hash_rounds(self) -> int:
+        """One."""
+        return 1
+
+    def directions(self, D: int, device: torch.device, layer: StepLayer) -> Directions:
+        """Return the centroids, as they are from step to step."""
+        centroids = cast("Centroids", layer.module).centroids
+        return Directions(centroids, (self.clusters,), is_signed=False)
 
     def buckets_of(self, qk: Tensor, context: AttentionContext) -> Tensor:
         """Return int32 [B T H 1]; in training the centroids follow the tokens afterwards."""

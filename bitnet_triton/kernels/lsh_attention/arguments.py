@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -55,3 +56,19 @@ class BucketCall:
     def flatten(self) -> tuple[Tensor, Tensor, Tensor, Tensor, bool, float]:
         """Take it apart into the arguments of ``build``."""
         return self.order, self.rank, self.low, self.ahead, self.causal, self.scale
+
+
+class Directions(NamedTuple):
+    """What a bucket is chosen from: the direction that a vector is most alike.
+
+    Attributes:
+        rows: [heads or 1, R W, D] of any float dtype, those of round r from r W on; each round has
+            those of one factor, then those of another.
+        widths: how many a factor has, one number or two; W is their sum.
+        is_signed: whether the opposite of each direction is one as well, whose number is larger by
+            as many as there are.
+    """
+
+    rows: Tensor
+    widths: tuple[int, ...]
+    is_signed: bool

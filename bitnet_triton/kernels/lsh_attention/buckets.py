@@ -57,6 +57,13 @@ def rotations(D: int, rounds: int, buckets: int, seed: int, device: torch.device
         return torch.cat(drawn, 1).to(device)
 
 
+@functools.lru_cache(maxsize=64)
+def rotation_rows(D: int, rounds: int, buckets: int, seed: int, device: torch.device) -> Tensor:
+    """Return the columns of ``rotations`` as rows, [1, R N, D]."""
+    with torch.inference_mode(False):
+        return rotations(D, rounds, buckets, seed, device).T.contiguous()[None]
+
+
 def _seed_of(seed: int, r: int) -> int:
     # neighbouring seeds of a generator share no numbers, but those of (seed, round) must not meet
     return (seed * 1_000_003 + r) % 2**63
