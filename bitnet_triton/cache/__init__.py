@@ -1,6 +1,6 @@
 """What is remembered between steps: keys and values that a mode can still see."""
 
-from bitnet_triton.cache.buckets import BucketsLayer
+from bitnet_triton.cache.buckets import BucketsLayer, SignsLayer
 from bitnet_triton.cache.compressed import CompressedLayer
 from bitnet_triton.cache.evicting import EvictingLayer
 from bitnet_triton.cache.expected_attention import ExpectedAttention
@@ -47,6 +47,7 @@ __all__ = [
     "PrefixTree",
     "Quantised",
     "QuantisedLayer",
+    "SignsLayer",
     "SinkWindowLayer",
     "SnapKV",
     "StateLayer",

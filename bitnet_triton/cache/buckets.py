@@ -1,9 +1,9 @@
-"""A cache layer that keeps the buckets of keys beside them: each key is hashed once."""
+"""Cache layers that keep what hashing makes of keys beside them: each key is hashed once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ class BucketsLayer(GrowingLayer):
         number_store: int32 [B Hk R capacity]; None before the first tokens.
         numbered: how many tokens have numbers.
     """
+
+    dtype_of_numbers: ClassVar[torch.dtype] = torch.int32
 
     def __init__(self, rounds: int, owner: Hashable) -> None:
         super().__init__()
@@ -158,8 +160,67 @@ class BucketsLayer(GrowingLayer):
         fits = store is not None and store.shape[0] == B and store.shape[-1] >= room
         if store is not None and fits and may_write(store):
             return store
-        larger = keys.new_zeros((B, Hk, self.rounds, room), dtype=torch.int32)
+        larger = keys.new_zeros((B, Hk, self.rounds, room), dtype=self.dtype_of_numbers)
         if store is not None and self.numbered:
             larger[..., : self.numbered] = store[..., : self.numbered]
         self.number_store = larger
         return larger
+
+
+class SignsLayer(BucketsLayer):
+    """Keys and values, with packed signs of the keys around the mean of those of a prompt.
+
+    ``number_store`` is int16 [B Hk W capacity], W words of sixteen channels. Signs are packed when
+    somebody asks for them; the mean stays that of the prompt until some of it is taken back.
+
+    Args:
+        owner: whose signs these are.
+
+    Attributes:
+        centre: float32 [B Hk D], that mean; None before somebody asks.
+    """
+
+    dtype_of_numbers: ClassVar[torch.dtype] = torch.int16
+
+    def __init__(self, owner: Hashable) -> None:
+        super().__init__(0, owner)  # the first tokens tell how many words they have
+        self.centre: Tensor | None = None
+        self._centred = 0  # tokens that it is the mean of
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Learn from the first tokens how many words a key has."""
+        super().lazy_initialization(key_states, value_states)
+        self.rounds = -(-key_states.shape[-1] // 16)
+
+    def signs(
+        self, prompt: int, centre_of: Callable[[Tensor], Tensor], pack: Callable[..., Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the signs of all tokens, int16 [B Hk W T], and the centre.
+
+        Args:
+            prompt: how many of the tokens belong to it.
+            centre_of: maps their keys [B T Hk D] to float32 [B Hk D].
+            pack: maps keys [B T Hk D] and that to int16 [B Hk W T].
+        """
+        assert self.keys is not None
+        if self.centre is None or self.keys is not self._known or self._centred != prompt:
+            self.centre = centre_of(self.keys[:, :, :prompt].transpose(1, 2))
+            self._centred, self.numbered = prompt, 0
+        centre = self.centre
+        return self.take_in(lambda new: pack(new, centre).permute(0, 3, 1, 2)), centre
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the latest tokens, and the mean with the first one of the prompt."""
+        super().crop(tokens_to_remove)
+        if self.held < self._centred:
+            self.centre, self._centred, self.numbered = None, 0, 0
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.centre, self._centred = None, 0
+
+    def _change_rows(self, change: Callable[[Tensor], Tensor], is_known: bool) -> None:
+        super()._change_rows(change, is_known)
+        if self.centre is not None:
+            self.centre = change(self.centre)

@@ -81,6 +81,11 @@ MODES = {
     "lsh_sampling, proposal": {**LSH, "share": "proposal", "seed": 3},
     "lsh_sampling in decoding only": {"prefill": "full", "decode": ["full", LSH, LSH]},
     "verified_sampling": VERIFIED,
+    "verified_sampling, signs": {**VERIFIED, "find": "signs"},
+    "verified_sampling, signs in decoding only": {
+        "prefill": "full",
+        "decode": ["full", {**VERIFIED, "find": "signs"}, VERIFIED],
+    },
     "swaa-untrained": {"preset": "swaa-untrained", "window": 5, "sinks": 2},
     "swaa-untrained-fast": {"preset": "swaa-untrained-fast", "window": 5, "sinks": 2},
     "swaa-trained-fast": {"preset": "swaa-trained-fast", "window": 5},
@@ -96,6 +101,9 @@ OWN_CACHE = [
     for name, attention in MODES.items()
     if "indexed_blocks" in str(attention) or "shared_kv" in str(attention)
 ]
+GENERATED_SAMPLE = (
+    "lsh_sampling in decoding only", "verified_sampling, signs in decoding only",
+)  # fmt: skip
 # modes that see everything in 20 tokens, by what they are or by how large they are
 DEGENERATE = {
     "sliding": {"mode": "sliding", "window": 20},
@@ -115,6 +123,12 @@ DEGENERATE = {
     "lsh_sampling": {"mode": "lsh_sampling", "recent": 20},
     "lsh_sampling, everything": {"mode": "lsh_sampling", "bits": 1, "tables": 200, "recent": 1},
     "verified_sampling": {"mode": "verified_sampling", "page": 4, "selected": 5},
+    "verified_sampling, signs": {
+        "mode": "verified_sampling",
+        "page": 4,
+        "selected": 5,
+        "find": "signs",
+    },
     "verified_sampling, drawn": {"mode": "verified_sampling", "page": 1, "selected": 4, "base": 16},
     "swaa, wide": {"preset": "swaa-untrained", "window": 20},
     "swaa, all layers full": {"preset": "swaa", "window": 2, "full_layers": "every-1"},
@@ -364,7 +378,7 @@ def test_generation_is_one_forward_however_it_is_cached(name, build, draw_clear,
 BEAMS = ["full", "sliding", "streaming", "swaa-trained-fast", "all mixed", "lsh_sampling"]
 
 
-@pytest.mark.parametrize("name", [*BEAMS, "verified_sampling"])
+@pytest.mark.parametrize("name", [*BEAMS, "verified_sampling", "verified_sampling, signs"])
 def test_beams_take_their_tokens_along(name, build, padded):
     model, (ids, mask) = build(MODES[name]), padded
     kwargs = {
@@ -526,9 +540,8 @@ def test_labels_say_where_the_prompts_of_packed_sequences_end(build, token_ids):
         assert not torch.allclose(packed[:, start:end], model(ids[:, start:end]).logits)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in MODES if name != "lsh_sampling in decoding only"]
-)
+# tokens that are generated, of which these sample, have no gradient
+@pytest.mark.parametrize("name", [n for n in MODES if n not in GENERATED_SAMPLE])
 def test_training_reaches_every_parameter(name, build, token_ids):
     model, ids = build(MODES[name]).train(), token_ids(2, T)
     labels = ids.clone()

@@ -66,6 +66,7 @@ LAUNCHED = {
     "sparse branches": {**SPARSE, "shared_kv": False},
     "quest by head": {**QUEST, "per_head": True},
     "top_k": {"mode": "top_k", "keys": 3},
+    "signs": {**VERIFIED, "find": "signs"},
     "head windows": {"mode": "longformer", "window": [4, 4, 6, 6]},
     "head dilations": {"mode": "longformer", "window": 4, "dilation": [1, 1, 2, 2]},
     "global mask": {"mode": "longformer", "window": 4, "global_mask": True},

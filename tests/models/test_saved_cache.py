@@ -14,6 +14,7 @@ MODES = {
     "lsh_sampling": LSH,
     "lsh after full": {"prefill": "full", "decode": ["full", LSH]},
     "verified_sampling": VERIFIED,
+    "signs of keys": {**VERIFIED, "find": "signs"},
 }
 
 pytestmark = pytest.mark.usefixtures("default_backend")

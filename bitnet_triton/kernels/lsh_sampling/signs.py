@@ -43,12 +43,24 @@ class SignCodes:
     Attributes:
         codes: int16 [B Hk W T].
         planes: float32 [16 W D], of the rotation.
-        centre: float32 [B Hk D], the mean of the keys.
+        centre: float32 [B Hk D], the mean of the keys, or of those that came first.
     """
 
     codes: Tensor
     planes: Tensor
     centre: Tensor
+
+    @staticmethod
+    def pack(keys: Tensor, centre: Tensor, *, seed: int = 0) -> Tensor:
+        """Return the signs of keys [B T Hk D] around ``centre``, int16 [B Hk W T], with words W."""
+        (B, T, Hk, D), device = keys.shape, keys.device
+        planes = rotation(D, seed, device)
+        keys = keys.detach()
+        codes = torch.empty((B, Hk, planes.shape[1], T), dtype=torch.int16, device=device)
+        norms = torch.empty((B, Hk, T), device=device)
+        keys = keys if keys.stride(-1) == 1 else keys.contiguous()
+        select("lsh_hash", HASH, device)(keys, planes, centre, codes, norms)
+        return codes
 
     @classmethod
     def build(cls, keys: Tensor, *, seed: int = 0, leftpad: Tensor | None = None) -> SignCodes:
@@ -68,15 +80,10 @@ class SignCodes:
 
         check_keys(keys, leftpad)
         keys = keys.detach()
-        (B, T, Hk, D), device = keys.shape, keys.device
-        planes = rotation(D, seed, device)
         with torch.no_grad():
             centre = mean_of_keys(keys, leftpad)
-            codes = torch.empty((B, Hk, planes.shape[1], T), dtype=torch.int16, device=device)
-            norms = torch.empty((B, Hk, T), device=device)
-            keys = keys if keys.stride(-1) == 1 else keys.contiguous()
-            select("lsh_hash", HASH, device)(keys, planes, centre, codes, norms)
-        return cls(codes, planes, centre)
+            codes = cls.pack(keys, centre, seed=seed)
+        return cls(codes, rotation(keys.shape[-1], seed, keys.device), centre)
 
     def check(self, q: Tensor, k: Tensor) -> None:
         """Raise unless the codes are such as keys [B T Hk D] have."""
@@ -157,8 +164,9 @@ def sign_pages(
     last = (end - first + page - 1) // page
     always = (number < initial) | (number >= last - local)
     best = best.masked_fill((always & (number < last))[:, None], _FORCED)
-    top = best.topk(min(selected, pages), dim=-1)
-    chosen = torch.where(top.values < 0, pages, top.indices).sort(-1).values
+    # of equal ones the first, however many there are
+    top = (best.long() * pages - number).topk(min(selected, pages), dim=-1).indices
+    chosen = torch.where(best.gather(-1, top) < 0, pages, top).sort(-1).values
     chosen = torch.nn.functional.pad(chosen, (0, selected - chosen.shape[-1]), value=pages)
     return torch.where(chosen < pages, chosen, -1).int()[:, None]
 

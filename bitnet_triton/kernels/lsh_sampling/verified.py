@@ -28,8 +28,8 @@ class Verified:
     """Everything but q, k and v.
 
     Attributes:
-        bounds: [B pages Hk 2 D], largest and smallest entries of the keys of each page; int32
-            [B 1 Hk selected]: the pages are chosen already.
+        bounds: [B pages Hk 2 D], largest and smallest entries of the keys of each page, by which
+            pages are chosen; None: they are.
         leftpad: int32 [B], the first row that is no padding; None: the first one.
         used: int32 [B], one past the last row; None: all.
         page: rows of a page.
@@ -42,9 +42,10 @@ class Verified:
         delta: how probably it may be larger.
         tails: one of ``TAILS``.
         scale: multiplies the scores.
+        pages: int32 [B 1 Hk selected], those that somebody has chosen; None: by ``bounds``.
     """
 
-    bounds: Tensor
+    bounds: Tensor | None
     leftpad: Tensor | None
     used: Tensor | None
     page: int
@@ -57,6 +58,7 @@ class Verified:
     epsilon: float
     delta: float
     scale: float
+    pages: Tensor | None = None
 
     @property
     def deviations(self) -> float:
@@ -69,13 +71,14 @@ class Verified:
     ) -> Verified:
         """Put together what ``flatten`` took apart."""
         *counts, tails = numbers
-        return cls(*tensors, *counts, TAILS[tails], *factors)  # type: ignore[arg-type, call-arg]
+        *lengths, pages = tensors
+        return cls(*lengths, *counts, TAILS[tails], *factors, pages)  # type: ignore[arg-type, call-arg]
 
     def flatten(self) -> tuple:
         """Take it apart into the arguments of ``build``."""
         counts = [self.page, self.selected, self.initial, self.local, self.base, self.seed]
         numbers = [*counts, TAILS.index(self.tails)]
-        tensors = [self.bounds, self.leftpad, self.used]
+        tensors = [self.bounds, self.leftpad, self.used, self.pages]
         return tensors, numbers, [self.epsilon, self.delta, self.scale]
 
 
@@ -102,8 +105,9 @@ def triton_verified(
     from bitnet_triton.kernels.top_blocks.forward import launch_top_blocks
 
     Hk, page = k.shape[2], call.page
-    pages = call.bounds
-    if pages.dtype != torch.int32:
+    pages = call.pages
+    if pages is None:
+        assert call.bounds is not None
         pages = launch_top_blocks(
             q, call.bounds, units=units_of(page), block=page, selected=call.selected,
             initial=call.initial, local=call.local, sets=Hk, tokens=k.shape[1],
@@ -130,11 +134,14 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, call: Verified) -> tuple[Tensor, Te
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, call: Verified) -> tuple[Tensor, Tensor, Tensor]:
     (B, _, H, _), (Tk, Hk) = q.shape, k.shape[1:3]
-    pages = call.bounds if call.bounds.dtype == torch.int32 else top_blocks(
-        q, call.bounds, block=call.page, selected=call.selected, units=units_of(call.page),
-        initial=call.initial, local=call.local, sets=Hk, tokens=Tk, leftpad=call.leftpad,
-        seqused=call.used,
-    )  # fmt: skip
+    pages = call.pages
+    if pages is None:
+        assert call.bounds is not None
+        pages = top_blocks(
+            q, call.bounds, block=call.page, selected=call.selected, units=units_of(call.page),
+            initial=call.initial, local=call.local, sets=Hk, tokens=Tk, leftpad=call.leftpad,
+            seqused=call.used,
+        )  # fmt: skip
     out = q.new_zeros((B, 1, H, v.shape[-1]))
     lse = q.new_full((B, H, 1), float("-inf"), dtype=torch.float32)
     counts = torch.zeros((B, Hk, 1), dtype=torch.int32, device=q.device)
@@ -254,10 +261,10 @@ def verified_sampling_attention(  # noqa: PLR0913 - what is read in any case, an
         if count < least or count >= 2**31:
             raise ValueError(f"`{name}`: expected at least {least}, below 2**31, got {count}")
 
-    def call(bounds: Tensor) -> Verified:
+    def call(bounds: Tensor | None, pages: Tensor | None = None) -> Verified:
         return Verified(
             bounds, leftpad, used, page, selected, initial, local, base, seed, tails,
-            epsilon, delta, q.shape[-1] ** -0.5 if scale is None else scale,
+            epsilon, delta, q.shape[-1] ** -0.5 if scale is None else scale, pages,
         )  # fmt: skip
 
     if tails not in TAILS:
@@ -267,11 +274,11 @@ def verified_sampling_attention(  # noqa: PLR0913 - what is read in any case, an
             raise ValueError("`signs`: pages are chosen by them or by `bounds`, got both")
         check_signs(signs)
         signs.check(q, k)
-        bounds = sign_pages(
+        pages = sign_pages(
             q, signs, page=page, selected=selected, initial=initial, local=local,
             leftpad=leftpad, used=used,
         )  # fmt: skip
-        return attend_verified(q, k, v, call(bounds))
+        return attend_verified(q, k, v, call(None, pages))
     if bounds is None:
         bounds = pool_keys(k, units=units_of(page), leftpad=leftpad)
     check_tensor("bounds", bounds)
