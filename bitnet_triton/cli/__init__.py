@@ -12,7 +12,18 @@ from rich.console import Console
 from rich.markup import escape
 
 from bitnet_triton import __version__
-from bitnet_triton.cli import adapt, bench, distill, doctor, eval, generate, pack, run, train
+from bitnet_triton.cli import (
+    adapt,
+    bench,
+    distill,
+    doctor,
+    eval,
+    generate,
+    pack,
+    run,
+    serve,
+    train,
+)
 from bitnet_triton.cli.arguments import WrongArgumentError
 
 app = typer.Typer(
@@ -23,6 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(generate.generate)
+app.command()(serve.serve)
 app.command()(doctor.doctor)
 app.command()(pack.pack)
 app.command(context_settings=run.CONTEXT_SETTINGS)(run.run)

@@ -97,12 +97,62 @@ def test_a_model_with_a_plan_is_refused_by_name(folder):
         model.init_continuous_batching(greedy(), settings())
 
 
-def test_what_the_engine_would_drop_is_refused_by_name(model):
-    with pytest.raises(ValueError, match="`repetition_penalty`: transformers' continuous"):
-        model.init_continuous_batching(greedy(repetition_penalty=1.2), settings())
-    model.generation_config.repetition_penalty = 1.2  # what `generate` takes where none is given
-    with pytest.raises(ValueError, match="`repetition_penalty`: transformers' continuous"):
-        model.init_continuous_batching(greedy(repetition_penalty=None), settings())
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"repetition_penalty": 1.3},
+        {"no_repeat_ngram_size": 2, "min_new_tokens": 6, "eos_token_id": list(range(3, 60))},
+        {"do_sample": True, "temperature": 0.8, "top_k": 20, "repetition_penalty": 1.2},
+    ],
+    ids=["penalty", "lengths", "draws"],
+)
+def test_what_the_engine_would_drop_is_done_for_each_request(model, wanted):
+    """A manager's settings, with requests beside that have their own."""
+    many, beside = prompts(5, 60, 17), prompts(30, 4)
+    expected = []
+    for seed, prompt in enumerate(many):
+        torch.manual_seed(seed)
+        row = model.generate(torch.tensor([prompt]), generation_config=greedy(**wanted))[0]
+        expected.append(row[len(prompt) :].tolist())
+    plain = written(model, beside)
+    with model.continuous_batching_context_manager(
+        greedy(**wanted), continuous_batching_config=settings()
+    ) as manager:
+        names = [manager.add_request(prompt, seed=n) for n, prompt in enumerate(many)]
+        off = {"do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+        off |= {"min_new_tokens": 0, "eos_token_id": -1}
+        names += [manager.add_request(prompt, **off) for prompt in beside]
+        wrong = manager.add_request(many[0], temprature=1.0)
+        done = {}
+        while len(done) < len(names) + 1:
+            one = manager.get_result(timeout=60)
+            done[one.request_id] = one
+    assert [done[name].generated_tokens for name in names] == expected + plain
+    assert "`temprature`: expected a setting of a request" in done[wrong].error
+
+
+def test_requests_that_have_to_wait_for_pages_choose_the_same(model):
+    """The engine puts them off, and computes what they have written once more."""
+    many = prompts(60, 60, 60, 60)
+    expected = [
+        model.generate(
+            torch.tensor([p]), generation_config=greedy(max_new_tokens=30, repetition_penalty=1.3)
+        )[0][60:].tolist()
+        for p in many
+    ]
+    done = model.generate_batch(
+        many, generation_config=greedy(max_new_tokens=30, repetition_penalty=1.3),
+        continuous_batching_config=settings(num_blocks=20, allow_block_sharing=False),
+    )  # fmt: skip
+    assert [one.generated_tokens for one in done.values()] == expected
+
+
+def test_what_the_engine_has_no_place_for_is_refused_by_name(model):
+    with pytest.raises(ValueError, match="`num_beams`: transformers' continuous"):
+        model.init_continuous_batching(greedy(num_beams=2), settings())
+    model.generation_config.guidance_scale = 1.5  # what `generate` takes where none is given
+    with pytest.raises(ValueError, match="`guidance_scale`: transformers' continuous"):
+        model.init_continuous_batching(greedy(), settings())
 
 
 def test_tables_come_from_the_slots_that_are_read():

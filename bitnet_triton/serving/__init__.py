@@ -1,0 +1,1 @@
+"""transformers' OpenAI-compatible server with our models, attention and pages."""
