@@ -20,6 +20,7 @@ _HOME = {
     "Mask": "bitnet_triton.kernels",
     "RECALL_MODEL": "bitnet_triton.assets",
     "TINY_MODEL": "bitnet_triton.assets",
+    "PrefixCache": "bitnet_triton.models",
     "add_global_projections": "bitnet_triton.models",
     "disable": "bitnet_triton.models",
     "enable": "bitnet_triton.models",

@@ -10,7 +10,7 @@ from bitnet_triton.cache.index_keys import IndexLayer
 from bitnet_triton.cache.latest import Latest
 from bitnet_triton.cache.memory import Attended, Call, Memory, begin_call
 from bitnet_triton.cache.named import MEMORIES, MemoryKind, parse_memory, register_memory
-from bitnet_triton.cache.pages import PagePool, PrefixTree, Tables
+from bitnet_triton.cache.pages import Batch, PagedLayer, PagePool, Pages, PrefixTree, Tables
 from bitnet_triton.cache.quantised import Quantised, QuantisedLayer
 from bitnet_triton.cache.sinks import SinkWindowLayer
 from bitnet_triton.cache.snapkv import SnapKV
@@ -24,6 +24,7 @@ for _name, _kind in {
     "snapkv": SnapKV,
     "expected_attention": ExpectedAttention,
     "latest": Latest,
+    "pages": Pages,
     "quantised": Quantised,
 }.items():
     register_memory(_name, _kind)
@@ -32,6 +33,7 @@ __all__ = [
     "H2O",
     "MEMORIES",
     "Attended",
+    "Batch",
     "BucketsLayer",
     "Call",
     "CompressedLayer",
@@ -44,6 +46,8 @@ __all__ = [
     "Memory",
     "MemoryKind",
     "PagePool",
+    "PagedLayer",
+    "Pages",
     "PrefixTree",
     "Quantised",
     "QuantisedLayer",

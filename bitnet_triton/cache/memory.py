@@ -122,6 +122,9 @@ class Memory(CacheLayerMixin):
 
     # --- events
 
+    def join(self, layers: Sequence[object]) -> None:
+        """Meet all layers of a cache, before the first token: some have something in common."""
+
     def begin(self, call: Call) -> None:
         """Take note that a call begins: of its padding, and of whether positions start again.
 

@@ -13,6 +13,7 @@ from bitnet_triton.models.bitnet import (
 )
 from bitnet_triton.models.extend import extend_context
 from bitnet_triton.models.fuse import fuse, unfuse
+from bitnet_triton.models.prefix_cache import PrefixCache
 from bitnet_triton.models.saved_cache import load_cache, save_cache
 from bitnet_triton.models.swap import use_ternary_kernels
 from bitnet_triton.models.switch import disable, enable
@@ -29,6 +30,7 @@ __all__ = [
     "BitNetConfig",
     "BitNetForCausalLM",
     "BitNetModel",
+    "PrefixCache",
     "add_global_projections",
     "disable",
     "enable",

@@ -239,6 +239,21 @@ def keep_frequencies(cache: Cache, chosen: Frequencies) -> None:
             setattr(cache, name, _WithFrequencies(cache, name, place))
 
 
+def fix_frequencies(rotary: RotaryEmbedding, cache: Cache, length: int) -> None:
+    """Let all keys of a cache be turned as in texts of ``length``, whatever its first call says."""
+    last = int(rotary.last_position(torch.tensor([length])))
+    chosen = rotary.choose(torch.tensor([length]), last if last < _UNBOUNDED else None)
+    keep_frequencies(cache, chosen)
+    cache._is_turned = True  # type: ignore[attr-defined]
+
+
+def _is_turned(cache: Cache | None) -> bool:
+    """Tell whether a cache has its frequencies already: keys, or ``fix_frequencies``."""
+    if cache is None:
+        return False
+    return bool(getattr(cache, "_is_turned", False) or cache.get_seq_length())
+
+
 @dataclass(frozen=True, eq=False)
 class _WithFrequencies:
     """A method of one cache that moves its rows: frequencies that differ by row go with them."""
@@ -314,7 +329,7 @@ def chosen_frequencies(
     """
     B, T = x.shape[:2]
     held = 0 if cache is None else int(cache.get_seq_length())
-    if held:
+    if held or _is_turned(cache):
         return _kept(cache, held + T, context_length)
     if span is not None:
         chosen = rotary.choose(torch.tensor([span]))
@@ -413,7 +428,7 @@ def plan_length(rotary: RotaryEmbedding, config: Any, model_kwargs: dict[str, An
     columns, embeds = config.max_length, model_kwargs.get("inputs_embeds")
     if embeds is not None:  # which `max_length` does not count
         columns += embeds.shape[1]
-    if cache is not None and cache.get_seq_length():
+    if _is_turned(cache):
         _kept(cache, columns, None)
     elif model_kwargs.get("context_length") is None:
         mask = model_kwargs.get("attention_mask")

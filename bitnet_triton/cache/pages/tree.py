@@ -60,7 +60,9 @@ class PrefixTree:
         """Return how many pages it holds."""
         return self._held
 
-    def match(self, tokens: Sequence[int], namespace: Hashable = None) -> tuple[np.ndarray, Node]:
+    def match(
+        self, tokens: Sequence[int] | np.ndarray, namespace: Hashable = None
+    ) -> tuple[np.ndarray, Node]:
         """Find the longest beginning of ``tokens`` that is there.
 
         The pages are named once more: whoever gets them releases them.
@@ -84,7 +86,10 @@ class PrefixTree:
             return found, node
 
     def insert(
-        self, tokens: Sequence[int], pages: Sequence[int], namespace: Hashable = None
+        self,
+        tokens: Sequence[int] | np.ndarray,
+        pages: Sequence[int] | np.ndarray,
+        namespace: Hashable = None,
     ) -> tuple[int, Node]:
         """Keep a text; of what is there already, the tree keeps its own pages.
 
@@ -169,7 +174,7 @@ class PrefixTree:
 
     # ---
 
-    def _keys(self, tokens: Sequence[int]) -> Iterator[bytes]:
+    def _keys(self, tokens: Sequence[int] | np.ndarray) -> Iterator[bytes]:
         size = self.pool.page_size
         flat = np.asarray(tokens, dtype=np.int64)
         for start in range(0, len(flat) - size + 1, size):

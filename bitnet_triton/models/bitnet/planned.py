@@ -88,11 +88,23 @@ def prepared_cache(model: Any, cache: Cache | None, use_cache: bool | None) -> C
     """
     check_no_cache(model.config, cache, use_cache)
     if cache is not None:
+        if model.attention_plan is None:
+            _check_read(cache)
         return cache
     wanted = model.config.use_cache if use_cache is None else use_cache
     if not wanted or (model.base_model.gradient_checkpointing and model.training):
         return None
     return build_cache(model.attention_plan, model.config.num_hidden_layers)
+
+
+def _check_read(cache: Cache) -> None:
+    """Raise where nobody would read what a memory has beside the keys that it gives."""
+    for layer in cache.layers:
+        if isinstance(layer, Memory) and not layer.keeps_places:
+            raise ValueError(
+                f"`past_key_values`: {type(layer).__name__} goes with `config.attention`; choose "
+                "one, as by bitnet_triton.set_attention(model, 'full')"
+            )
 
 
 def replace_dynamic_cache(
@@ -148,6 +160,8 @@ def build_cache(plan: AttentionPlan | None, layers: int, offloading: bool = Fals
     memories: list[Any] = [
         GrowingLayer() if plan is None else plan.memory(i) for i in range(layers)
     ]
+    for memory in memories:
+        memory.join(memories)
     return Cache(memories, offloading=offloading)
 
 
