@@ -25,7 +25,7 @@ _NARROW = {"UNITS_FIRST": False, "num_warps": 4}
 
 GPU: Table = {
     "top_blocks_fwd": {  # the size of a head, and FLOAT32 more of float32
-        64: {**_WIDE, "BLOCK_M": 64, "BLOCK_N": 32, "num_stages": 2},
+        64: {**_WIDE, "BLOCK_M": 64, "BLOCK_N": 64, "num_stages": 2},
         128: {**_WIDE, "BLOCK_M": 64, "BLOCK_N": 64, "num_stages": 2},
         256: {**_WIDE, "BLOCK_M": 32, "BLOCK_N": 32, "num_stages": 1},
         FLOAT32 + 64: {**_WIDE, "BLOCK_M": 32, "BLOCK_N": 16, "num_stages": 1},
