@@ -130,6 +130,37 @@ def test_codes_choose_what_their_values_choose(device, backend):
     assert not torch.equal(found, top_blocks(q, codes.float(), **settings))
 
 
+# Tq, tokens, H, Hu, sets, D, units, block, selected, initial, local, dtype, coded
+FEW = [
+    (1, 1300, 5, 1, 5, 64, TOKENS, 128, 4, 0, 1, BF16, False),
+    (1, 1300, 5, 1, 5, 64, TOKENS, 128, 4, 0, 1, BF16, True),
+    (2, 1300, 3, 1, 3, 32, TOKENS, 32, 7, 1, 2, F32, True),
+    (8, 700, 1, 1, 1, 32, TOKENS, 1, 9, 0, 3, F32, False),
+    (1, 5000, 4, 2, 4, 16, PAGES, 4, 20, 1, 1, BF16, False),
+    (3, 1300, 4, 2, 2, 16, MEANS, 64, 3, 0, 1, F32, False),
+]
+
+
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_few_queries_choose_among_many_blocks(case, device, backend):
+    """Steps of decoding: of several tiles of units, some at the edge, and equal scores."""
+    Tq, tokens, H, Hu, sets, D, units, block, selected, initial, local, dtype, coded = case
+    q, keys = integers(2, Tq, H, D, dtype=dtype), integers(2, tokens, Hu, D, dtype=dtype)
+    used, scale = torch.tensor([tokens, tokens - 9], dtype=torch.int32), None
+    if units.kind != "token":
+        keys = pool_keys(keys, units=units, leftpad=padding())
+    values = keys
+    if coded:
+        q[..., 3] = 127
+        scale = 2.0 ** torch.randint(-1, 2, keys.shape[:3])
+        keys, values = keys.to(torch.int8), keys * scale[..., None]
+    settings = {"block": block, "selected": selected, "initial": initial, "local": local}
+    settings |= {"units": units, "sets": sets, "tokens": tokens}
+    found = top_blocks(q, keys, scale=scale, leftpad=padding(), seqused=used, **settings)
+    expected = expected_blocks(q, values, padding().tolist(), used=used, **settings)
+    assert torch.equal(found, expected)
+
+
 def test_codes_of_a_token_each_lose_next_to_nothing():
     """Random keys in eight bits: the chosen sets overlap by more than 98 of 100 blocks."""
     q, keys = torch.randn(1, 64, 4, 128), torch.randn(1, 4096, 1, 128)

@@ -3,8 +3,8 @@
 Scores of a tile of units become scores of blocks at once, and of these the best are kept as ranks
 (``common/best``) in registers: the matrix of scores is never written. Few queries and many units
 are divided among programs, each with its share of the blocks, and a second kernel merges what they
-kept. Lengths are read from memory and the grid depends on shapes alone, so that a launch recorded
-once serves every decode step.
+kept; on a CPU ``decode`` takes most of these. Lengths are read from memory and the grid depends on
+shapes alone, so that a launch recorded once serves every decode step.
 
 Queries are rows of the products on a GPU. On a CPU units are: they are multiplied where they lie,
 and the queries, which are the same in every trip, are packed once (``UNITS_FIRST``, beside tiles).
@@ -17,10 +17,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitnet_triton.kernels.common.attention import load_rows, load_run
 from bitnet_triton.kernels.common.best.forward import ranks
 from bitnet_triton.kernels.common.dependent import dependent, wait_for_inputs
-from bitnet_triton.kernels.common.tiles import round_half_even
+from bitnet_triton.kernels.top_blocks.decode import decode_objection, launch_top_blocks_decode
+from bitnet_triton.kernels.top_blocks.tiles import (
+    load_heads,
+    load_units,
+    round_to_codes,
+    sequence_range,
+)
 from bitnet_triton.kernels.top_blocks.units import Units
 from bitnet_triton.runtime import cdiv, launch
 from bitnet_triton.runtime.autotune import head_size, tiles
@@ -76,47 +81,6 @@ def _store_blocks(
 
 
 @triton.jit
-def _load_heads(
-    ptr, at, stride_h, is_row, GROUP: tl.constexpr, SIGN: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
-    """Return the sum of GROUP heads of each row, or of what is positive or negative in them."""
-    if GROUP == 1 and SIGN == 0:
-        return load_rows(ptr, at, 1, is_row, D, BLOCK_D)
-    else:
-        total = tl.zeros((at.shape[0], BLOCK_D), tl.float32)
-        for g in range(GROUP):
-            q = load_rows(ptr, at + g * stride_h, 1, is_row, D, BLOCK_D).to(tl.float32)
-            if SIGN > 0:
-                q = tl.maximum(q, 0.0)
-            elif SIGN < 0:
-                q = tl.minimum(q, 0.0)
-            total += q
-        return total
-
-
-@triton.jit
-def _load_units(
-    ptr, unit, first, stride_u, is_unit, PLAIN: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
-    if PLAIN:
-        lanes = tl.arange(0, unit.shape[0])
-        return load_run(ptr, first, lanes, stride_u, is_unit, D, BLOCK_D)
-    else:
-        return load_rows(ptr, unit, stride_u, is_unit, D, BLOCK_D)
-
-
-@triton.jit
-def _codes(q) -> tl.tensor:
-    """Round rows [M, D] to int8 by their largest magnitude; the order of scores needs no scale."""
-    q = q.to(tl.float32)
-    largest = tl.maximum(tl.max(tl.abs(q), axis=1), 1e-30)
-    codes = round_half_even(q * tl.div_rn(127.0, largest)[:, None])
-    return codes.to(tl.int8)
-
-
-@triton.jit
 def _products(q, k, acc, AXIS: tl.constexpr) -> tl.tensor:
     """Return the products of rows [M, D] and units [N, D], units along AXIS, added to ``acc``."""
     if AXIS == 0:
@@ -154,14 +118,14 @@ def _block_values(
             is_unit = (c % COLUMNS < UNITS + BEFORE) & (unit >= 0) & (unit < end_u)
         start = j0 * UNITS + part * BLOCK_N
         is_loaded = is_unit if MASKED else None
-        k = _load_units(keys_ptr, unit, start, keys_stride_u, is_loaded, PLAIN, D, BLOCK_D)
+        k = load_units(keys_ptr, unit, start, keys_stride_u, is_loaded, PLAIN, D, BLOCK_D)
         if RELOAD:  # both tiles of queries would not fit into registers
-            q = _load_heads(q_ptr, at, q_stride_h, is_row, GROUP, 1, D, BLOCK_D)
+            q = load_heads(q_ptr, at, q_stride_h, is_row, GROUP, 1, D, BLOCK_D)
         scores = _products(q, k, None, AXIS).to(tl.float32)
         if BOUNDS:
             if RELOAD:
-                q_least = _load_heads(q_ptr, at, q_stride_h, is_row, GROUP, -1, D, BLOCK_D)
-            k = _load_units(keys_ptr + D, unit, start, keys_stride_u, is_loaded, PLAIN, D, BLOCK_D)
+                q_least = load_heads(q_ptr, at, q_stride_h, is_row, GROUP, -1, D, BLOCK_D)
+            k = load_units(keys_ptr + D, unit, start, keys_stride_u, is_loaded, PLAIN, D, BLOCK_D)
             scores = _products(q_least, k, scores, AXIS)
         if scale_ptr is not None:
             at_scale = scale_ptr + unit.to(tl.int64) * scale_stride_u
@@ -203,22 +167,6 @@ def _keep_blocks(best, value, j0, own, initial, local, AXIS: tl.constexpr) -> tl
 
 
 @triton.jit
-def _sequence(leftpad_ptr, used_ptr, starts_ptr, b, Tq, Tk) -> tuple:
-    """Return the queries and the keys of a sequence, its first column, and its first query."""
-    n, first = Tk, b * 0
-    if starts_ptr is not None:
-        first = tl.load(starts_ptr + b)
-        n = tl.load(starts_ptr + b + 1) - first
-        return n, n, first, first
-    else:
-        if used_ptr is not None:
-            n = tl.minimum(tl.load(used_ptr + b), Tk)
-        if leftpad_ptr is not None:
-            first = tl.minimum(tl.load(leftpad_ptr + b), n)
-        return Tq, n - first, first, b * 0
-
-
-@triton.jit
 def _top_blocks_fwd_kernel(
     # tensors: q [B Tq H D]; keys [B U Hu D], of bounds [B U Hu 2 D]; scale [B U Hu] or None;
     # out int32 [B Tq Hu SETS SELECTED], of several splits ranks int64 [B Tq Hu SETS SPLITS BEST]
@@ -249,7 +197,7 @@ def _top_blocks_fwd_kernel(
     key_head = tl.program_id(1)
     b = tl.program_id(2)
     Tq_all = Tq
-    Tq, n, first, first_q = _sequence(leftpad_ptr, used_ptr, starts_ptr, b, Tq, Tk)
+    Tq, n, first, first_q = sequence_range(leftpad_ptr, used_ptr, starts_ptr, b, Tq, Tk)
     # the last rows see most: they start first
     tile = tl.cdiv(Tq * SETS, BLOCK_M) - 1 - tl.program_id(0) // SPLITS
     if tile < 0:
@@ -272,12 +220,12 @@ def _top_blocks_fwd_kernel(
     q_ptr += batch * q_stride_b
     q_least = 0
     if BOUNDS:
-        q = _load_heads(q_ptr, at, q_stride_h, is_row, GROUP, 1, D, BLOCK_D)
-        q_least = _load_heads(q_ptr, at, q_stride_h, is_row, GROUP, -1, D, BLOCK_D)
+        q = load_heads(q_ptr, at, q_stride_h, is_row, GROUP, 1, D, BLOCK_D)
+        q_least = load_heads(q_ptr, at, q_stride_h, is_row, GROUP, -1, D, BLOCK_D)
         q_least = q_least.to(keys_ptr.dtype.element_ty)
     else:
-        q = _load_heads(q_ptr, at, q_stride_h, is_row, GROUP, 0, D, BLOCK_D)
-    q = _codes(q) if scale_ptr is not None else q.to(keys_ptr.dtype.element_ty)
+        q = load_heads(q_ptr, at, q_stride_h, is_row, GROUP, 0, D, BLOCK_D)
+    q = round_to_codes(q) if scale_ptr is not None else q.to(keys_ptr.dtype.element_ty)
 
     first_u = (first // STRIDE).to(tl.int64)
     keys_ptr += batch * keys_stride_b + first_u * keys_stride_u + key_head * keys_stride_h
@@ -371,6 +319,12 @@ def launch_top_blocks(
     """
     (B, Tq, H, D), Hu = q.shape, keys.shape[2]
     rows, sets_of_head = Tq * (sets // Hu), sets // Hu
+    on_cpu = smallest_dot(q.device) == 1
+    if on_cpu and starts is None and decode_objection(rows, units, block) is None:
+        return launch_top_blocks_decode(
+            q, keys, units=units, block=block, selected=selected, initial=initial, local=local,
+            sets=sets, tokens=tokens, scale=scale, leftpad=leftpad, used=used,
+        )  # fmt: skip
     config = tiles("top_blocks_fwd", head_size(D, q.dtype), q.device)
     splits = _num_splits(rows, units.rows(tokens), keys, block // units.stride, config["BLOCK_N"])
     block_m = config["BLOCK_M"]

@@ -11,6 +11,13 @@ CPU: Table = {
     "top_blocks_merge": {
         ANY: {},
     },
+    # of one token or a few: for CPUs alone
+    "top_blocks_score": {  # the size of a head
+        ANY: {"BLOCK_N": 64},
+    },
+    "top_blocks_take": {  # blocks
+        ANY: {"BLOCK_J": 512},
+    },
     "pool_keys": {
         ANY: {},
     },
