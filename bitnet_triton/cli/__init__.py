@@ -19,6 +19,7 @@ from bitnet_triton.cli import (
     doctor,
     eval,
     generate,
+    longrope,
     pack,
     run,
     serve,
@@ -41,6 +42,7 @@ app.command(context_settings=run.CONTEXT_SETTINGS)(run.run)
 app.command("eval")(eval.evaluate)
 app.command()(adapt.adapt)
 app.command()(distill.distill)
+app.command()(longrope.longrope)
 app.command()(train.train)
 app.command(context_settings=bench.CONTEXT_SETTINGS)(bench.bench)
 

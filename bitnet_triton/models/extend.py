@@ -95,6 +95,31 @@ def extend_context(
     return model
 
 
+def stretch_of(model: nn.Module, factor: float, method: str) -> list[float]:
+    """Return by what a method divides each frequency, [D / 2], counted from the trained length.
+
+    Args:
+        model: as for ``extend_context``; it stays as it is.
+        factor: how many times the trained length.
+        method: "linear", "ntk" or "yarn".
+
+    Raises:
+        ValueError: the method is unknown, or frequencies differ by the type of layer.
+    """
+    decoder = _decoder(model)
+    known = decoder.config.rope_parameters
+    if any(isinstance(value, Mapping) for value in known.values()):
+        raise ValueError("`model`: expected one set of frequencies, got one for each type of layer")
+    config, plain = copy.copy(decoder.config), {**known, "rope_type": "default"}
+    rotary = type(decoder.rotary_emb)
+    slower = []
+    for parameters in (plain, _rescaled(config, known, factor, method, None, {})):
+        config.rope_parameters = parameters
+        slower.append(rotary(config).inv_freq.double())
+    ratios = (slower[0] / slower[1]).clamp_min(1).cummax(-1).values
+    return [round(ratio, 6) for ratio in ratios.tolist()]
+
+
 def _decoder(model: nn.Module) -> Any:
     decoder = model.base_model if isinstance(model, PreTrainedModel) else None
     if not hasattr(decoder, "rotary_emb"):

@@ -2,6 +2,7 @@
 
 from bitnet_triton.training.checkpoints import SafeCheckpoints, last_checkpoint
 from bitnet_triton.training.evaluation import evaluate
+from bitnet_triton.training.longrope import LongRopeJob, search_longrope
 from bitnet_triton.training.monitor import TernaryMonitor
 from bitnet_triton.training.packing import PackingCollator, pack_rows
 from bitnet_triton.training.recipe import TwoStages
@@ -10,6 +11,7 @@ from bitnet_triton.training.results import Report
 from bitnet_triton.training.settings import Setting, combine, parse_setting
 
 __all__ = [
+    "LongRopeJob",
     "PackingCollator",
     "Report",
     "SafeCheckpoints",
@@ -23,4 +25,5 @@ __all__ = [
     "pack_rows",
     "parse_setting",
     "relation_loss",
+    "search_longrope",
 ]

@@ -70,7 +70,7 @@ def test_a_request_to_think_stands_behind_the_text():
 
 
 @pytest.mark.parametrize(
-    "command", ["generate", "pack", "doctor", "bench", "adapt", "train", "distill"]
+    "command", ["generate", "pack", "doctor", "bench", "adapt", "train", "distill", "longrope"]
 )
 def test_help_teaches(command):
     result = runner.invoke(app, [command, "--help"])
