@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.case import Case, PeerMissingError, Point, Provider, Settings, Work
+from bench.cases import flex_blocks
 from bitnet_triton.kernels import (
     SparseBlocks,
     Units,
@@ -185,6 +186,18 @@ def _flex(inputs: Inputs) -> Work:
 
     leaves = (inputs.q, inputs.k, inputs.v)
     return _work(attend, inputs, leaves, _dense_formula, _dense_keys(inputs))
+
+
+def _flex_blocks(inputs: Inputs) -> Work:
+    """Return the work of FlexAttention over the blocks of `selected`, by the keys that it needs."""
+    flex_blocks.check(inputs.q, backward="backward" in inputs.passes, most=_MOST_FLEX)
+    T, H = inputs.k.shape[1], inputs.q.shape[2]
+    mask = flex_blocks.make_block_mask(inputs.indices, T, H, block=BLOCKS.selection)
+    keys = _read_keys(inputs, BLOCKS.selected * BLOCKS.selection)
+    formula = functools.partial(_selected_formula, indices=inputs.indices)
+    leaves = (inputs.q, inputs.k, inputs.v)
+    work = _work(flex_blocks.make_attend(mask), inputs, leaves, formula, keys)
+    return replace(work, details={**work.details, "share_read": flex_blocks.share_read(mask)})
 
 
 def _selected(inputs: Inputs) -> Work:
@@ -445,6 +458,11 @@ def case() -> Case:
             "sdpa": Provider("torch SDPA", _sdpa, _TOLERANCE, note="dense, causal"),
             "flex": Provider(
                 "torch FlexAttention", _flex, _TOLERANCE, note="dense, causal; torch.compile"
+            ),
+            "flex_blocks": Provider(
+                "torch FlexAttention, blocks", _flex_blocks, _TOLERANCE,
+                note=f"the blocks of `selected`, by a BlockMask of tiles of {flex_blocks.TILE} "
+                "queries, made before",
             ),
             "fla": Provider("fla NSA", _fla, _TOLERANCE),
         },

@@ -78,6 +78,29 @@ def test_choices_of_blocks_agree_with_attention_to_what_they_choose(passes):
             assert row.details["at_most"]["dense"] == pytest.approx(3000 / keys)
 
 
+def test_flex_attention_reads_the_union_of_the_blocks_that_a_tile_has_chosen():
+    case = sparse_attention.case()
+    point = {"passes": "forward", "T": 1200, "H": 4, "Hk": 2, "D": 16}
+    (row,) = measure_point(case, point, case.select_providers(["flex_blocks"]), SETTINGS)
+    assert row.status == "timed", row.reason
+    inputs = case.inputs(**point, settings=SETTINGS)
+    chosen = inputs.indices[0].transpose(0, 1).split(128, dim=1)  # of each head, a tile at a time
+    counts = [len(set(one.flatten().tolist()) - {-1}) for tile in chosen for one in tile]
+    assert row.details["share_read"] == pytest.approx(sum(counts) / len(counts) / 19)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="FlexAttention has both on a GPU")
+@pytest.mark.parametrize(
+    ("passes", "reason"), [("backward", "no backward"), ("decode", "for one query")]
+)
+def test_flex_attention_says_what_it_cannot_do_on_a_cpu(passes, reason):
+    case = sparse_attention.case()
+    point = {"passes": passes, "T": 1200, "H": 4, "Hk": 2, "D": 16}
+    (row,) = measure_point(case, point, case.select_providers(["flex_blocks"]), SETTINGS)
+    assert row.status == "missing"
+    assert reason in row.reason
+
+
 @pytest.mark.parametrize("passes", ["forward+backward", "decode"])
 def test_linear_attention_providers_agree_with_float64(passes):
     case = linear_attention.case()
