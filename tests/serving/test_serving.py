@@ -199,11 +199,14 @@ def test_a_request_that_takes_too_long_ends(served, client, monkeypatch, wait):
 def test_a_client_that_does_not_stream_and_leaves_frees_its_pages(served, wait):
     url, body = f"{served.address}/v1/completions", {"prompt": "x", "max_tokens": 1000}
     with ThreadPoolExecutor(1) as pool:
-        left = pool.submit(httpx.post, url, json=body, timeout=1)
+        left = pool.submit(httpx.post, url, json=body, timeout=0.4)
         wait(served.engine.held_pages)
+        scheduler = served.engine.manager.batch_processor.scheduler
+        (state,) = list(scheduler.active_requests.values())
         with pytest.raises(httpx.ReadTimeout):
             left.result()
     wait_until_empty(served.engine, wait)
+    assert len(state.generated_tokens) < 1000
 
 
 def test_a_request_that_fails_leaves_others_right(served, client, written, monkeypatch, wait):
