@@ -15,6 +15,7 @@ from bitnet_triton import __version__
 from bitnet_triton.cli import (
     adapt,
     bench,
+    calibrate,
     distill,
     doctor,
     eval,
@@ -41,6 +42,7 @@ app.command()(pack.pack)
 app.command(context_settings=run.CONTEXT_SETTINGS)(run.run)
 app.command("eval")(eval.evaluate)
 app.command()(adapt.adapt)
+app.command()(calibrate.calibrate)
 app.command()(distill.distill)
 app.command()(longrope.longrope)
 app.command()(train.train)

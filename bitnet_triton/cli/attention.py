@@ -15,7 +15,7 @@ HELP = (
     "`lsh_sampling`, `verified_sampling`, `reformer`, `routing`, `linear`, `full`), a preset of "
     "sliding window adaptation (`swaa-untrained`, `swaa-untrained-fast`, `swaa-trained`, "
     "`swaa-trained-fast`, or `swaa` to set everything yourself), or JSON as in config.attention, "
-    "which takes every setting."
+    "which takes every setting, or a file that ends in `.json` and has that."
 )
 Attention = Annotated[str | None, typer.Option(help=HELP)]
 Window = Annotated[
@@ -110,6 +110,13 @@ def _named(attention: str) -> dict[str, Any]:
             return json.loads(attention)
         except json.JSONDecodeError as error:
             raise WrongArgumentError(f"`--attention`: expected JSON ({error})") from error
+    if attention.endswith(".json"):
+        from bitnet_triton.training.options import read_json
+
+        try:
+            return read_json(attention, "--attention")
+        except ValueError as error:
+            raise WrongArgumentError(str(error)) from error
     return {"preset" if attention in PRESETS else "mode": attention}
 
 

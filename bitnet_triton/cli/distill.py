@@ -9,68 +9,64 @@ from rich.table import Table
 
 from bitnet_triton.cli import training as options
 
-
-def distill(
-    model: Annotated[
+_OPTIONS: options.Options = {
+    "model": Annotated[
         str | None,
         typer.Option(
             help="The dense model: a folder or a name on the Hub, Llama, Mistral or Qwen2 by its "
             "config.  [required]"
         ),
-    ] = None,
-    data: Annotated[
+    ],
+    "data": Annotated[
         str | None,
         typer.Option(
             help='A text file, or JSON lines, each `{"text": ...}` or `{"prompt": ..., "answer": '
             "...}`; every tenth document is held out.  [required]"
         ),
-    ] = None,
-    output: options.Output = None,
-    config: options.Config = None,
-    teacher: Annotated[
+    ],
+    **{name: options.RUN[name] for name in ("output", "config")},
+    "teacher": Annotated[
         str | None,
         typer.Option(help="Another dense model with the same tokens.  [the model itself]"),
-    ] = None,
-    corpus: Annotated[
+    ],
+    "corpus": Annotated[
         str | None,
         typer.Option(help="Plain text of the first training, as `--data`.  [a part of the data]"),
-    ] = None,
-    tokens: Annotated[
-        int | None, typer.Option(help="Of both trainings together.  [1000000]")
-    ] = None,
-    continued: Annotated[
+    ],
+    "tokens": Annotated[int | None, typer.Option(help="Of both trainings together.  [1000000]")],
+    "continued": Annotated[
         float | None,
         typer.Option(help="Share of them for the first training, without a teacher.  [0.25]"),
-    ] = None,
-    logits: Annotated[
+    ],
+    "logits": Annotated[
         float | None,
         typer.Option(help="How much the teacher's logits count beside the next token.  [1]"),
-    ] = None,
-    relations: Annotated[
+    ],
+    "relations": Annotated[
         float | None,
         typer.Option(help="How much relations of queries, keys and values count.  [1]"),
-    ] = None,
-    temperature: Annotated[
+    ],
+    "temperature": Annotated[
         float | None,
         typer.Option(help="Of the logits; above 1, what is unlikely counts more.  [1]"),
-    ] = None,
-    layer: Annotated[
+    ],
+    "layer": Annotated[
         int | None,
         typer.Option(help="Whose relations are learned; -1 is the last one.  [-1]"),
-    ] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens of a document at most.  [512]")] = None,
-    row: options.Row = None,
-    rate: Annotated[
+    ],
+    "length": Annotated[int | None, typer.Option(help="Tokens of a document at most.  [512]")],
+    "rate": Annotated[
         float | None,
         typer.Option(help="Peak learning rate of each training; falls by a cosine.  [1e-3]"),
-    ] = None,
-    warm_up: options.WarmUp = None,
-    accumulate: options.Accumulate = None,
-    epochs: options.Epochs = None,
-    save_every: options.SaveEvery = None,
-    seed: options.Seed = None,
-    threads: options.Threads = None,
-) -> None:
+    ],
+    **options.SCHEDULE,
+    **options.SEED,
+    **options.THREADS,
+}
+
+
+@options.takes(_OPTIONS)
+def distill(given: dict[str, Any]) -> None:
     """Turn a dense Llama-style model into a ternary one (BitDistill, arXiv:2510.13998).
 
     Norms are put in front of the output projections of attention and MLP, the weights become
@@ -98,24 +94,10 @@ def distill(
     - `bitnet-triton distill --config distill.yaml --seed 1 --output runs/again`, where
       `distill.yaml` has lines such as `model: runs/dense` and `temperature: 2`
     """
-    import torch
-
     from bitnet_triton.training.distill import Distillation
     from bitnet_triton.training.distill import distill as run
 
-    job = options.read_job(
-        Distillation,
-        config,
-        {
-            "model": model, "data": data, "output": output, "teacher": teacher, "corpus": corpus,
-            "tokens": tokens, "continued": continued, "logits": logits, "relations": relations,
-            "temperature": temperature, "layer": layer, "length": length, "row": row, "rate": rate,
-            "warm_up": warm_up, "accumulate": accumulate, "epochs": epochs,
-            "save_every": save_every, "seed": seed,
-        },
-    )  # fmt: skip
-    if threads:
-        torch.set_num_threads(threads)
+    job = options.read_job(Distillation, given)
     with options.bars() as tell:
         report = run(job, tell)
     _show(report)

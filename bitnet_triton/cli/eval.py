@@ -44,8 +44,8 @@ def evaluate(
     attention: Annotated[
         list[str] | None,
         typer.Option(
-            help="A mode or preset, with settings as in `sliding:window=256,sinks=4`, or JSON; may "
-            "be repeated.  [default: as in the checkpoint]"
+            help="A mode or preset, with settings as in `sliding:window=256,sinks=4`, or JSON, or "
+            "a `.json` file; may be repeated.  [default: as in the checkpoint]"
         ),
     ] = None,
     cache: Annotated[

@@ -2,52 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from bitnet_triton.cli import training as options
 
-
-def train(
-    output: options.Output = None,
-    model: options.Model = None,
-    scratch: Annotated[
+_OPTIONS: options.Options = {
+    **options.RUN,
+    "scratch": Annotated[
         bool | None,
         typer.Option(
             "--scratch/--continue",
             help="Begin with random weights and take only sizes and tokenizer of the model, or go "
             "on with its weights.  [continue]",
         ),
-    ] = None,
-    attention: Annotated[
+    ],
+    "attention": Annotated[
         str | None,
-        typer.Option(help="A mode or a preset, with settings, or JSON; may train.  [full]"),
-    ] = None,
-    config: options.Config = None,
-    data: options.Data = None,
-    text: options.Text = None,
-    tokens: Annotated[int | None, typer.Option(help="Of the training.  [1000000]")] = None,
-    length: options.Length = None,
-    row: options.Row = None,
-    question: options.Question = None,
-    rate: Annotated[
+        typer.Option(
+            help="A mode or a preset, with settings, or JSON, or a `.json` file; may train.  [full]"
+        ),
+    ],
+    **options.documents(text=0.1, tokens=1_000_000),
+    "rate": Annotated[
         float | None,
         typer.Option(
             help="Peak learning rate of the first stage; the second begins at two thirds.  [1.5e-3]"
         ),
-    ] = None,
-    warm_up: options.WarmUp = None,
-    accumulate: options.Accumulate = None,
-    epochs: options.Epochs = None,
-    save_every: options.SaveEvery = None,
-    seed: options.Seed = None,
-    eval_task: options.EvalTask = None,
-    eval_length: options.EvalLength = None,
-    eval_samples: options.EvalSamples = None,
-    eval_seed: options.EvalSeed = None,
-    threads: options.Threads = None,
-) -> None:
+    ],
+    **options.SCHEDULE,
+    **options.SEED,
+    **options.EVALUATION,
+    **options.THREADS,
+}
+
+
+@options.takes(_OPTIONS)
+def train(given: dict[str, Any]) -> None:
     """Train all weights of a BitNet b1.58 model, from random ones or from those that it has.
 
     Masters in float32 under bfloat16 autocast, by the two stages of the b1.58 training notes: the
@@ -67,24 +59,10 @@ def train(
     - `bitnet-triton train --model runs/book/trained --data more.jsonl --rate 5e-4 --output
       runs/more`
     """
-    import torch
-
     from bitnet_triton.training.adapt import pretrain
     from bitnet_triton.training.jobs import Pretraining
 
-    job = options.read_job(
-        Pretraining,
-        config,
-        {
-            "output": output, "model": model, "scratch": scratch, "attention": attention,
-            "data": data, "text": text, "tokens": tokens, "length": length, "row": row,
-            "question": question, "rate": rate, "warm_up": warm_up, "accumulate": accumulate,
-            "epochs": epochs, "save_every": save_every, "seed": seed, "eval_tasks": eval_task,
-            "eval_length": eval_length, "eval_samples": eval_samples, "eval_seed": eval_seed,
-        },
-    )  # fmt: skip
-    if threads:
-        torch.set_num_threads(threads)
+    job = options.read_job(Pretraining, given)
     with options.bars() as tell:
         report = pretrain(job, tell)
     options.show(report)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,61 +22,129 @@ from bitnet_triton.cli.arguments import WrongArgumentError, parse_threads
 Job = TypeVar("Job")
 console = Console(highlight=False)
 
-Config = Annotated[
-    Path | None,
-    typer.Option(
-        help="YAML file with any of these options by name; what the command line says wins."
-    ),
-]
-Output = Annotated[
-    str | None,
-    typer.Option(help="Folder of the run; the same command there goes on with it.  [required]"),
-]
-Model = Annotated[
-    str | None,
-    typer.Option(help="A folder or a name on the Hub; `recall` and `tiny` are embedded.  [recall]"),
-]
-Data = Annotated[
-    str | None,
-    typer.Option(
-        help="`tasks`: retrieval tasks and text, drawn from the seed; a text file; or JSON lines, "
-        'each `{"text": ...}` or `{"prompt": ..., "answer": ...}`.  [tasks]'
-    ),
-]
-Text = Annotated[float | None, typer.Option(help="Share of the tasks that is plain text.  [0.1]")]
-Length = Annotated[int | None, typer.Option(help="Tokens of a document at most.  [1024]")]
-Row = Annotated[
-    int | None,
-    typer.Option(help="Tokens of a row, packed with documents.  [one document's length]"),
-]
-Question = Annotated[
-    str | None,
-    typer.Option(
-        help="The phase of the tasks' questions: `prompt` (as `generate` reads them), `decode` (as "
-        "if they were generated) or `both`, in turns.  [both]"
-    ),
-]
-WarmUp = Annotated[
-    float | None, typer.Option(help="Share of the steps in which the rate rises.  [0.05]")
-]
-Accumulate = Annotated[int | None, typer.Option(help="Rows of a step.  [1]")]
-Epochs = Annotated[int | None, typer.Option(help="Times that a document is seen.  [1]")]
-SaveEvery = Annotated[int | None, typer.Option(help="Steps between checkpoints.  [50]")]
-Seed = Annotated[int | None, typer.Option(help="Of documents and training.  [0]")]
-EvalTask = Annotated[
-    list[str] | None,
-    typer.Option(help="Measured before and after; may be repeated.  [all that are not hard]"),
-]
-EvalLength = Annotated[int | None, typer.Option(help="Tokens of measured prompts.  [2048]")]
-EvalSamples = Annotated[int | None, typer.Option(help="Prompts of each task.  [20]")]
-EvalSeed = Annotated[int | None, typer.Option(help="Of measured prompts.  [1]")]
-Threads = Annotated[
-    int | None, typer.Option(help="CPU threads.", parser=parse_threads, metavar="INTEGER")
-]
+# Options by the attribute of the job that they set; None: as the job has it
+Options = dict[str, Any]
+
+RUN: Options = {
+    "output": Annotated[
+        str | None,
+        typer.Option(help="Folder of the run; the same command there goes on with it.  [required]"),
+    ],
+    "model": Annotated[
+        str | None,
+        typer.Option(
+            help="A folder or a name on the Hub; `recall` and `tiny` are embedded.  [recall]"
+        ),
+    ],
+    "config": Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML file with any of these options by name; what the command line says wins."
+        ),
+    ],
+}
+SEED: Options = {
+    "seed": Annotated[int | None, typer.Option(help="Of documents and training.  [0]")]
+}
+TEACHER: Options = {
+    "self_distill": Annotated[
+        bool | None,
+        typer.Option(
+            "--self-distill/--given-answers",
+            help="Take the answers that the model gives with full attention, if they are right, or "
+            "those of the data.  [given]",
+        ),
+    ],
+    "answer_tokens": Annotated[
+        int | None, typer.Option(help="Most tokens of such an answer to a file's prompt.  [64]")
+    ],
+}
+SCHEDULE: Options = {
+    "row": Annotated[
+        int | None,
+        typer.Option(help="Tokens of a row, packed with documents.  [one document's length]"),
+    ],
+    "warm_up": Annotated[
+        float | None, typer.Option(help="Share of the steps in which the rate rises.  [0.05]")
+    ],
+    "accumulate": Annotated[int | None, typer.Option(help="Rows of a step.  [1]")],
+    "epochs": Annotated[int | None, typer.Option(help="Times that a document is seen.  [1]")],
+    "save_every": Annotated[int | None, typer.Option(help="Steps between checkpoints.  [50]")],
+}
+EVALUATION: Options = {
+    "eval_tasks": Annotated[
+        list[str] | None,
+        typer.Option(
+            "--eval-task",
+            help="Measured before and after; may be repeated.  [all that are not hard]",
+        ),
+    ],
+    "eval_length": Annotated[int | None, typer.Option(help="Tokens of measured prompts.  [2048]")],
+    "eval_samples": Annotated[int | None, typer.Option(help="Prompts of each task.  [20]")],
+    "eval_seed": Annotated[int | None, typer.Option(help="Of measured prompts.  [1]")],
+}
+THREADS: Options = {
+    "threads": Annotated[
+        int | None, typer.Option(help="CPU threads.", parser=parse_threads, metavar="INTEGER")
+    ]
+}
 
 
-def read_job(kind: type[Job], config: Path | None, flags: dict[str, Any]) -> Job:
-    """Return what is asked by flags, and below them by a YAML file.
+def documents(*, text: float, tokens: int) -> Options:
+    """Return the options that say what is read, with the defaults that a command has for them."""
+    return {
+        "data": Annotated[
+            str | None,
+            typer.Option(
+                help="`tasks`: retrieval tasks and text, drawn from the seed; a text file; or JSON "
+                'lines, each `{"text": ...}` or `{"prompt": ..., "answer": ...}`.  [tasks]'
+            ),
+        ],
+        "text": Annotated[
+            float | None, typer.Option(help=f"Share of the tasks that is plain text.  [{text}]")
+        ],
+        "tokens": Annotated[int | None, typer.Option(help=f"Of all documents.  [{tokens}]")],
+        "length": Annotated[int | None, typer.Option(help="Tokens of a document at most.  [1024]")],
+        "question": Annotated[
+            str | None,
+            typer.Option(
+                help="The phase of the tasks' questions: `prompt` (as `generate` reads them), "
+                "`decode` (as if they were generated) or `both`, in turns.  [both]"
+            ),
+        ],
+    }
+
+
+def takes(options: Options) -> Callable[[Callable[[dict[str, Any]], None]], Callable[..., None]]:
+    """Make a command of a function: typer is told these options, the function what was given.
+
+    Commands share options, and typer reads them off a signature: this writes it.
+    """
+
+    def decorate(command: Callable[[dict[str, Any]], None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            if threads := given.pop("threads", None):
+                import torch
+
+                torch.set_num_threads(threads)
+            command({name: value for name, value in given.items() if value not in (None, [])})
+
+        signature: Any = run
+        signature.__signature__ = inspect.Signature(
+            [
+                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=a)
+                for name, a in options.items()
+            ]
+        )
+        run.__annotations__ = dict(options)
+        return run
+
+    return decorate
+
+
+def read_job(kind: type[Job], given: dict[str, Any]) -> Job:
+    """Return what is asked by flags, and below them by the YAML file that ``config`` names.
 
     Raises:
         WrongArgumentError: an option is unknown or out of range, or there is no output.
@@ -82,11 +152,11 @@ def read_job(kind: type[Job], config: Path | None, flags: dict[str, Any]) -> Job
     from bitnet_triton import assets
     from bitnet_triton.training.options import check_names, read_yaml
 
-    given = {name: value for name, value in flags.items() if value not in (None, [])}
+    flags = {name: value for name, value in given.items() if name != "config"}
     try:
-        options = {} if config is None else read_yaml(config)
+        options = read_yaml(given["config"]) if "config" in given else {}
         check_names(options, kind)
-        options |= given
+        options |= flags
         if "output" not in options:
             raise WrongArgumentError("`--output`: expected a folder for the run, got none")
         job = kind(**options)
@@ -180,3 +250,28 @@ def show(report: dict[str, Any]) -> None:
             f"and the logits by {100 * merge['logits_change']:.2g} %"
         )
     console.print(f"Wrote {job['output']}/model, report.json and documents.jsonl beside it")
+
+
+def show_harms(report: dict[str, Any]) -> None:
+    """Print what a calibration has found."""
+    job = report["run"]
+    console.print(
+        f"{report['documents']} documents; divergence from full attention in nats a token"
+    )
+    table = Table(title="One layer changed, all others full", title_justify="left")
+    for name in ("layer", "harm"):
+        table.add_column(name, justify="right")
+    for row in report["layers"]:
+        table.add_row(str(row["layer"]), f"{row['harm']:.4g}")
+    console.print(table)
+    table = Table(title="Plans", title_justify="left")
+    table.add_column("plan")
+    table.add_column("full layers", overflow="fold")
+    table.add_column("harm", justify="right")
+    for name, plan in report["plans"].items():
+        style = "bold" if name == report["chosen"] else None
+        full = ", ".join(map(str, plan["full"]))
+        table.add_row(name, full, f"{plan['harm']:.4g}", style=style)
+    console.print(table)
+    path = Path(job["output"], "attention.json")
+    console.print(f"Wrote {path} ({report['chosen']}), report.json beside it")

@@ -1,7 +1,9 @@
 """Above the models: parts for trainers, tasks that need a far context, and evaluation."""
 
+from bitnet_triton.training.calibration import calibrate
 from bitnet_triton.training.checkpoints import SafeCheckpoints, last_checkpoint
 from bitnet_triton.training.evaluation import evaluate
+from bitnet_triton.training.jobs import Calibration
 from bitnet_triton.training.longrope import LongRopeJob, search_longrope
 from bitnet_triton.training.monitor import TernaryMonitor
 from bitnet_triton.training.packing import PackingCollator, pack_rows
@@ -11,6 +13,7 @@ from bitnet_triton.training.results import Report
 from bitnet_triton.training.settings import Setting, combine, parse_setting
 
 __all__ = [
+    "Calibration",
     "LongRopeJob",
     "PackingCollator",
     "Report",
@@ -18,6 +21,7 @@ __all__ = [
     "Setting",
     "TernaryMonitor",
     "TwoStages",
+    "calibrate",
     "combine",
     "evaluate",
     "last_checkpoint",

@@ -9,40 +9,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
 from bitnet_triton.attention import AttentionPlan
-from bitnet_triton.models import BitNetConfig, BitNetForCausalLM
-from bitnet_triton.training.documents import (
-    Document,
-    Line,
-    SelfTeacher,
-    draw_documents,
-    greedy_answer,
-    hold_out,
-    line_documents,
-    load_documents,
-    read_lines,
-    save_documents,
-)
+from bitnet_triton.models import BitNetConfig
+from bitnet_triton.training.documents import Document, read_lines
 from bitnet_triton.training.evaluation import DEPTHS, evaluate
 from bitnet_triton.training.fit import fit
+from bitnet_triton.training.gather import Tell, gather_documents
 from bitnet_triton.training.jobs import Adaptation, Pretraining, TrainingJob
 from bitnet_triton.training.options import remember, write_whole
 from bitnet_triton.training.settings import Setting, parse_setting
 from bitnet_triton.training.subject import digest, folder_of
-from bitnet_triton.training.tasks import TASKS, TextTokens
-from bitnet_triton.training.trainee import Trainee, device, new_folder
+from bitnet_triton.training.tasks import TASKS
+from bitnet_triton.training.trainee import Trainee, new_folder
 
 EASY = tuple(name for name, task in TASKS.items() if not task.hard)
-_HELD_OUT = 0.1  # of the tokens of a training, so many again to measure the loss on
-
-# What is done, how much of it, of how much, and a loss or NaN
-Tell = Callable[[str, int, int, float], None]
 
 
 def adapt(job: Adaptation, progress: Tell | None = None) -> dict[str, Any]:
@@ -88,9 +73,9 @@ def _run(job: TrainingJob, progress: Tell | None) -> dict[str, Any]:
         output = Path(job.output)
         trainee = Trainee(job, base, plan, output)
         trainee.check()
-        remember(output, {**dataclasses.asdict(job), "model": digest(base)})
+        remember(output, _identity(job, base, plan))
         trainee.try_step()
-        documents, held_out, kept = _documents(job, base, lines, output, tell)
+        documents, held_out, kept = gather_documents(job, base, lines, output, tell)
         before = _evaluate(job, base, plan, output / "before", tell)
         trained = _train(trainee, documents, held_out, tell)
         after = _evaluate(job, str(output / "model"), plan, output / "after", tell)
@@ -100,6 +85,11 @@ def _run(job: TrainingJob, progress: Tell | None) -> dict[str, Any]:
     }  # fmt: skip
     write_whole(output / "report.json", json.dumps(report, indent=1) + "\n")
     return report
+
+
+def _identity(job: TrainingJob, base: str, plan: AttentionPlan) -> dict[str, Any]:
+    """Return what a result depends on; files are named by what they hold."""
+    return {**dataclasses.asdict(job), "model": digest(base), "attention": plan.to_config()}
 
 
 def _check(job: TrainingJob, base: str) -> AttentionPlan:
@@ -115,67 +105,6 @@ def _check(job: TrainingJob, base: str) -> AttentionPlan:
             most = config.max_position_embeddings
             raise ValueError(f"`{name}`: expected up to {most}, got {getattr(job, name)}")
     return plan
-
-
-def _documents(
-    job: TrainingJob, base: str, lines: list[Line], output: Path, tell: Tell
-) -> tuple[list[Document], list[Document], dict[str, int] | None]:
-    """Make the documents of a run, or read those that it has made before it was killed."""
-    paths = [output / name for name in ("documents.jsonl", "held_out.jsonl", "answers.json")]
-    if not paths[-1].exists():
-        made, kept = _make_documents(job, base, lines, tell)
-        for path, documents in zip(paths, made):
-            write_whole(path, save_documents(documents))
-        write_whole(paths[-1], json.dumps(kept) + "\n")
-    documents, held_out = (load_documents(path) for path in paths[:2])
-    if not documents:
-        raise ValueError("`data`: expected documents to train on, got none (no answer was right)")
-    return documents, held_out, json.loads(paths[-1].read_text(encoding="utf-8"))
-
-
-def _make_documents(
-    job: TrainingJob, base: str, lines: list[Line], tell: Tell
-) -> tuple[tuple[list[Document], list[Document]], dict[str, int] | None]:
-    self_distill = getattr(job, "self_distill", False)
-    model: Any = None
-    if self_distill:
-        model = BitNetForCausalLM.from_pretrained(base, attention="full").eval().to(device())
-    if job.data != "tasks":
-        return _from_lines(job, base, lines, model), None
-    tokens = TextTokens(AutoTokenizer.from_pretrained(base), held_out=False)
-    teacher = SelfTeacher(model, tokens) if self_distill else None
-    found: list[list[Document]] = []
-    for part, total in (("train", job.tokens), ("held out", _held_out(job))):
-        documents, done = [], 0
-        drawn = draw_documents(
-            tokens, total=total, length=job.length, text=job.text,
-            questions=job.questions, seed=f"{part}:{job.seed}", teacher=teacher,
-        )  # fmt: skip
-        for document in drawn:
-            documents.append(document)
-            done += len(document["input_ids"])
-            tell(f"documents, {part}", done, total, float("nan"))
-        found.append(documents)
-    kept = None if teacher is None else {"asked": teacher.asked, "right": teacher.right}
-    return (found[0], found[1]), kept
-
-
-def _held_out(job: TrainingJob) -> int:
-    return max(2 * job.length, round(_HELD_OUT * job.tokens))
-
-
-def _from_lines(
-    job: TrainingJob, base: str, lines: list[Line], model: Any
-) -> tuple[list[Document], list[Document]]:
-    generate, most = None, getattr(job, "answer_tokens", 0)
-    if model is not None:
-
-        def generate(ids: Sequence[int]) -> list[int]:
-            return greedy_answer(model, ids, most)
-
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    made = line_documents(tokenizer, lines, length=job.length, generate=generate)
-    return hold_out(made, job.tokens)
 
 
 def _train(

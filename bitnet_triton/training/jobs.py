@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,22 +13,16 @@ from bitnet_triton.training.tasks import check_tasks
 
 
 @dataclass(frozen=True)
-class Job:
-    """What every training is asked.
+class DocumentJob:
+    """What every run over documents is asked.
 
     Attributes:
         output: folder of the run.
         model: a folder or a name on the Hub.
         data: a text file, or JSON lines with ``text`` or ``prompt`` and ``answer``.
-        tokens: of the training; files are cut to so many.
+        tokens: of all documents; files are cut to so many.
         length: tokens of a document at most.
-        row: tokens of a row of packed documents; 0: ``length``.
-        rate: peak learning rate.
-        warm_up: share of the steps in which it rises.
-        accumulate: rows of a step.
-        epochs: times that every document is seen.
-        save_every: steps between checkpoints.
-        seed: of the documents and of the training.
+        seed: of the documents, and of a training.
     """
 
     output: str
@@ -36,30 +30,85 @@ class Job:
     data: str = "tasks"
     tokens: int = 20_000
     length: int = 1024
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("output", "model", "data"):
+            check_word(name, getattr(self, name))
+        check_number("seed", self.seed, least=0, whole=True)
+        check_number("tokens", self.tokens, least=1, whole=True)
+        check_number("length", self.length, least=64, whole=True)
+        self._check_room("tokens")
+
+    def _check_room(self, name: str) -> None:
+        value = getattr(self, name)
+        if value < self.length:
+            raise ValueError(
+                f"`{name}`: expected at least a document of {self.length}, got {value}"
+            )
+
+
+@dataclass(frozen=True)
+class AttentionJob(DocumentJob):
+    """What is asked of runs that may read tasks, with some attention.
+
+    Its ``data`` may be ``tasks``, which are drawn to as many ``tokens``.
+
+    Attributes:
+        attention: how the model attends, as ``parse_setting`` reads it.
+        text: of the tasks' tokens, the share that is text alone.
+        question: the phase that the questions of tasks belong to, "prompt" or "decode", or "both",
+            in turns.
+    """
+
+    attention: str | Mapping[str, Any] = "full"
+    text: float = 0.1
+    question: str = "both"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (isinstance(self.attention, Mapping) and self.attention):
+            check_word("attention", self.attention)
+        check_number("text", self.text, least=0, most=1)
+        if self.question not in (*QUESTIONS, "both"):
+            names = ", ".join(QUESTIONS)
+            raise ValueError(f"`question`: expected {names} or both, got {self.question!r}")
+
+    @property
+    def questions(self) -> tuple[str, ...]:
+        """The phases that questions belong to."""
+        return QUESTIONS if self.question == "both" else (self.question,)
+
+
+@dataclass(frozen=True)
+class Job(DocumentJob):
+    """What every training is asked.
+
+    Attributes:
+        row: tokens of a row of packed documents; 0: ``length``.
+        rate: peak learning rate.
+        warm_up: share of the steps in which it rises.
+        accumulate: rows of a step.
+        epochs: times that every document is seen.
+        save_every: steps between checkpoints.
+    """
+
     row: int = 0
     rate: float = 1e-4
     warm_up: float = 0.05
     accumulate: int = 1
     epochs: int = 1
     save_every: int = 50
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("output", "model", "data"):
-            check_word(name, getattr(self, name))
-        for name in ("row", "seed"):
-            check_number(name, getattr(self, name), least=0, whole=True)
-        for name in ("tokens", "accumulate", "epochs", "save_every"):
+        super().__post_init__()
+        check_number("row", self.row, least=0, whole=True)
+        for name in ("accumulate", "epochs", "save_every"):
             check_number(name, getattr(self, name), least=1, whole=True)
-        check_number("length", self.length, least=64, whole=True)
         check_number("rate", self.rate, above=0)
         check_number("warm_up", self.warm_up, least=0, most=1)
-        for name in ("row", "tokens"):
-            value = getattr(self, name)
-            if value < self.length and (value or name != "row"):
-                raise ValueError(
-                    f"`{name}`: expected at least a document of {self.length}, got {value}"
-                )
+        if self.row:
+            self._check_room("row")
 
     @property
     def schedule(self) -> Schedule:
@@ -71,25 +120,16 @@ class Job:
 
 
 @dataclass(frozen=True)
-class TrainingJob(Job):
+class TrainingJob(AttentionJob, Job):
     """What every training of a ternary model is asked, beside what each one is.
 
-    Its ``data`` may be ``tasks``, which are drawn to as many ``tokens``.
-
     Attributes:
-        attention: how the model attends, as ``parse_setting`` reads it.
-        text: of the tasks' tokens, the share that is text alone.
-        question: the phase that the questions of tasks belong to, "prompt" or "decode", or "both",
-            in turns.
         eval_tasks: measured before and after. Default: those that are not hard, for ``tasks``.
         eval_length: tokens of their prompts, and of the text.
         eval_samples: prompts of each.
         eval_seed: of these prompts.
     """
 
-    attention: str = "full"
-    text: float = 0.1
-    question: str = "both"
     eval_tasks: Sequence[str] | None = None
     eval_length: int = 2048
     eval_samples: int = 20
@@ -97,25 +137,15 @@ class TrainingJob(Job):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_word("attention", self.attention)
         check_number("eval_seed", self.eval_seed, least=0, whole=True)
         for name in ("eval_length", "eval_samples"):
             check_number(name, getattr(self, name), least=1, whole=True)
-        check_number("text", self.text, least=0, most=1)
-        if self.question not in (*QUESTIONS, "both"):
-            names = ", ".join(QUESTIONS)
-            raise ValueError(f"`question`: expected {names} or both, got {self.question!r}")
         if self.eval_tasks is not None:
             check_words("eval_tasks", self.eval_tasks)
             try:
                 check_tasks(self.eval_tasks)
             except ValueError as error:
                 raise ValueError(str(error).replace("`tasks`", "`eval_tasks`")) from error
-
-    @property
-    def questions(self) -> tuple[str, ...]:
-        """The phases that questions belong to."""
-        return QUESTIONS if self.question == "both" else (self.question,)
 
 
 @dataclass(frozen=True)
@@ -135,7 +165,7 @@ class Adaptation(TrainingJob):
         transfer_rate: peak learning rate of that.
     """
 
-    attention: str = "swaa-trained"
+    attention: str | Mapping[str, Any] = "swaa-trained"
     self_distill: bool = False
     answer_tokens: int = 64
     lora: bool = True
@@ -165,6 +195,50 @@ class Adaptation(TrainingJob):
     def schedule(self) -> Schedule:
         """How it is trained: masters in float32, under autocast."""
         return replace(super().schedule, bfloat16=not self.lora)
+
+
+@dataclass(frozen=True)
+class Calibration(AttentionJob):
+    """What is asked of ``calibrate``.
+
+    Attributes:
+        attention: what layers are changed to. Full layers of a preset are chosen anew.
+        full_layers: how many layers stay full: a number, or a share below 1.
+        greedy: change one layer after another, each time the one that then harms least.
+        self_distill: answers are those that the model gives with full attention, kept if right.
+        answer_tokens: most tokens of such an answer to a prompt of a file.
+    """
+
+    attention: str | Mapping[str, Any] = "swaa-trained"
+    text: float = 0.0
+    full_layers: float = 0.5
+    greedy: bool = False
+    self_distill: bool = False
+    answer_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("greedy", "self_distill"):
+            check_switch(name, getattr(self, name))
+        check_number("answer_tokens", self.answer_tokens, least=1, whole=True)
+        check_number("full_layers", self.full_layers, least=0)
+        if self.full_layers >= 1 and self.full_layers != int(self.full_layers):
+            raise ValueError(
+                "`full_layers`: expected a share below 1 or a number of layers, got "
+                f"{self.full_layers}"
+            )
+
+    def count(self, layers: int) -> int:
+        """Return how many of so many layers stay full.
+
+        Raises:
+            ValueError: there are not that many.
+        """
+        if self.full_layers < 1:
+            return round(self.full_layers * layers)
+        if self.full_layers > layers:
+            raise ValueError(f"`full_layers`: expected up to {layers}, got {self.full_layers}")
+        return int(self.full_layers)
 
 
 @dataclass(frozen=True)

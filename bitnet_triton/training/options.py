@@ -32,13 +32,35 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
         return {}
     if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
         raise ValueError(f"{wanted}, got {path}, which holds a {type(found).__name__}")
-    return {name.replace("-", "_"): _number(value) for name, value in found.items()}
+    return {name.replace("-", "_"): _numbers(value) for name, value in found.items()}
 
 
-def _number(value: Any) -> Any:
+def _numbers(value: Any) -> Any:
     """Read `1e-4` as people mean it: YAML 1.1 takes it for a word, as it has no point."""
+    if isinstance(value, Mapping):
+        return {name: _numbers(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_numbers(inner) for inner in value]
     is_number = isinstance(value, str) and re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", value)
     return float(value) if is_number else value
+
+
+def read_json(path: str, option: str) -> dict[str, Any]:
+    """Read a file that has an object as JSON.
+
+    Raises:
+        ValueError: there is no such file, or it has none; the message names ``option``.
+    """
+    wanted = f"`{option}`: expected a file with an object as JSON"
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise TypeError(f"it holds a {type(found).__name__}")  # noqa: TRY301
+    except OSError as error:
+        raise ValueError(f"{wanted}, got {path}: {error.strerror}") from error
+    except (TypeError, ValueError) as error:  # no object, no JSON, or no UTF-8
+        raise ValueError(f"{wanted}, got {path}: {error}") from error
+    return found
 
 
 def check_names(options: Mapping[str, Any], kind: type) -> None:

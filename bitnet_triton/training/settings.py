@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from bitnet_triton.attention.swaa import PRESETS
 from bitnet_triton.cache import MEMORIES, parse_memory
 from bitnet_triton.models.bitnet.planned import named_cache
 from bitnet_triton.models.extend import METHODS
+from bitnet_triton.training.options import read_json
 
 # Name -> what makes an empty cache for so many tokens; None: what the attention asks for
 CACHES: dict[str, Callable[[Any, int], Any]] = {
@@ -96,21 +97,28 @@ class Setting:
         }  # fmt: skip
 
 
-def parse_setting(text: str, cache: str = "own", rope: str | None = None) -> Setting:
+def parse_setting(
+    text: str | Mapping[str, Any], cache: str = "own", rope: str | None = None
+) -> Setting:
     """Read a setting as the command line has it.
 
     Args:
         text: ``checkpoint`` for the attention that the model was saved with; a mode or a preset,
-            alone or with its settings, ``sliding:window=256,sinks=4``; or JSON as in
-            ``config.attention``.
+            alone or with its settings, ``sliding:window=256,sinks=4``; JSON as in
+            ``config.attention``; the path of a file that ends in ``.json`` and has that; or a
+            mapping that is that.
         cache: see ``Setting``.
         rope: JSON, or a type with its fields, ``yarn:factor=4``.
 
     Raises:
-        ValueError: the JSON is broken, a field has no value, or the cache is unknown. Whether a
-            model can be set like that is found out when it is loaded.
+        ValueError: the JSON is broken, there is no such file, a field has no value, or the cache is
+            unknown. Whether a model can be set like that is found out when it is loaded.
     """
-    attention = None if text == "checkpoint" else _parse(text, "attention")
+    attention: dict[str, Any] | None
+    if isinstance(text, Mapping):
+        attention, text = dict(text), json.dumps(text)
+    else:
+        attention = None if text == "checkpoint" else _parse(text, "attention")
     changed = {} if rope is None else _parse(rope, "rope")
     if rope is not None and "mode" in changed:
         changed["rope_type"] = changed.pop("mode")
@@ -133,6 +141,8 @@ def _parse(text: str, option: str) -> dict[str, Any]:
             return json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"`{option}`: expected JSON ({error})") from error
+    if text.endswith(".json"):
+        return read_json(text, option)
     name, _, rest = text.partition(":")
     found: dict[str, Any] = {"preset" if name in PRESETS and name not in MODES else "mode": name}
     for part in filter(None, rest.split(",")):
