@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,8 @@ def calibrate(job: Calibration, progress: Tell | None = None) -> dict[str, Any]:
 
     Returns:
         What ``report.json`` in ``output`` has: ``layers``, for each the harm of changing it alone;
-        ``plans``, for each its full layers and its harm; ``chosen``, the name of one of them; and
-        ``attention``, what was written.
+        ``plans``, for each its full layers, its harm and its attention; ``chosen``, the name of one
+        of them; and ``attention``, what was written.
 
     Raises:
         ValueError: the model does not attend so, the data are not as they should be, there are not
@@ -131,7 +132,8 @@ class _Target:
     def rules(self) -> dict[str, frozenset[int]]:
         """Return plans with every so many layers full, as many as asked for."""
         found: dict[frozenset[int], str] = {}
-        for step in range(2, self.layers + 1):
+        share = self.layers / self.count if self.count else 0
+        for step in {math.floor(share), math.ceil(share)} - {0, 1}:
             for first in range(step):
                 full = frozenset(range(first, self.layers, step))
                 if len(full) == self.count and full >= self.everything - set(self.changeable):
@@ -209,9 +211,9 @@ def _choose(job: Calibration, target: _Target, harms: _Harms) -> dict[str, Any]:
             f"`attention`: as good as full attention on documents of up to {job.length} tokens; "
             "choose longer ones, or less that a token sees"
         )
-    harm = dict(zip(target.changeable, alone))
-    fixed = everything - set(harm)
-    by_harm = sorted(harm, key=lambda i: (-harm[i], i))
+    harms_alone = dict(zip(target.changeable, alone))
+    fixed = everything - set(harms_alone)
+    by_harm = sorted(harms_alone, key=lambda i: (-harms_alone[i], i))
     plans = {"most harmed": fixed | set(by_harm[: count - len(fixed)])}
     if job.greedy:
         plans["greedy"] = _greedy(target, harms)
@@ -220,8 +222,11 @@ def _choose(job: Calibration, target: _Target, harms: _Harms) -> dict[str, Any]:
     chosen = min(plans, key=dict(zip(plans, found)).__getitem__)
     told = [*plans.items(), ("no other layer" if fixed else "no layer", fixed)]
     return {
-        "layers": [{"layer": i, "harm": harm[i]} for i in by_harm],
-        "plans": {n: {"full": sorted(full), "harm": h} for (n, full), h in zip(told, found)},
+        "layers": [{"layer": i, "harm": harms_alone[i]} for i in by_harm],
+        "plans": {
+            name: {"full": sorted(full), "harm": harm, "attention": target.config(full)}
+            for (name, full), harm in zip(told, found)
+        },
         "chosen": chosen,
         "attention": target.config(plans[chosen]),
     }
