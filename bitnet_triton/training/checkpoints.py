@@ -3,7 +3,9 @@
 ``Trainer`` writes the files of a checkpoint one after another, and a process can be killed between
 any two of them. This callback adds a list of all files and their sizes when they are written, by
 rename, so that it is there as a whole or not at all; ``last_checkpoint`` takes no folder without a
-list, or that does not hold what its list says.
+list, or that does not hold what its list says. The list says too when that was, so that a run goes
+on with what was written last, not with the longer one of a former run in the same folder, and does
+so from a copy of the folder, whose files all have another time.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import logging
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +63,7 @@ class SafeCheckpoints(TrainerCallback):
         if args.should_save:
             mark_complete(_folder(args, state))
             if self.keep is not None:
-                written = sorted(_complete(args.output_dir), key=_age)
-                for old in written[: -self.keep]:
+                for old in _complete(args.output_dir)[: -self.keep]:
                     if str(old) != state.best_model_checkpoint:
                         _delete(old)
         PartialState().wait_for_everyone()
@@ -78,7 +80,7 @@ def mark_complete(folder: str | os.PathLike) -> None:
             sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
     partial = folder / (LIST + ".partial")
     with partial.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(sizes, indent=1) + "\n")
+        file.write(json.dumps({"written": time.time_ns(), "sizes": sizes}, indent=1) + "\n")
         file.flush()
         os.fsync(file.fileno())
     partial.replace(folder / LIST)
@@ -86,18 +88,13 @@ def mark_complete(folder: str | os.PathLike) -> None:
 
 def is_complete(folder: str | os.PathLike) -> bool:
     """Tell whether a checkpoint holds all that its list says, and has a list."""
-    folder = Path(folder)
-    try:
-        sizes = json.loads((folder / LIST).read_text(encoding="utf-8"))
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (FileNotFoundError, ValueError, AttributeError):  # no list, or a damaged one
-        return False
+    return _written(Path(folder)) is not None
 
 
 def last_checkpoint(folder: str | os.PathLike) -> str | None:
-    """Return the newest complete checkpoint below ``folder``; None: there is none.
+    """Return the complete checkpoint below ``folder`` that was written last; None: there is none.
 
-    What is newer and not complete is told in the log.
+    What has more steps and is not complete is told in the log.
     """
     found = _complete(folder)
     half = sorted(set(_checkpoints(folder)) - set(found), key=_step)
@@ -112,7 +109,21 @@ def _folder(args: Any, state: Any) -> Path:
 
 
 def _complete(folder: str | os.PathLike) -> list[Path]:
-    return sorted(filter(is_complete, _checkpoints(folder)), key=_step)
+    """Return complete checkpoints, those that were written last at the end."""
+    written = {path: _written(path) for path in _checkpoints(folder)}
+    times = {path: when for path, when in written.items() if when is not None}
+    return sorted(times, key=lambda path: (times[path], _step(path)))
+
+
+def _written(folder: Path) -> int | None:
+    """Return when a checkpoint was complete, in nanoseconds; None: it is not."""
+    try:
+        found = json.loads((folder / LIST).read_text(encoding="utf-8"))
+        sizes, written = found["sizes"].items(), int(found["written"])
+        whole = all((folder / name).stat().st_size == size for name, size in sizes)
+    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
+        return None  # no list, or a damaged one
+    return written if whole else None
 
 
 def _checkpoints(folder: str | os.PathLike) -> list[Path]:
@@ -126,10 +137,6 @@ def _step(path: Path) -> int:
     found = _NAME.fullmatch(path.name)
     assert found is not None
     return int(found[1])
-
-
-def _age(path: Path) -> int:
-    return (path / LIST).stat().st_mtime_ns
 
 
 def _delete(folder: Path) -> None:

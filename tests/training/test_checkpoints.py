@@ -121,6 +121,27 @@ def test_old_checkpoints_go_when_a_new_one_is_complete(masters, documents, tmp_p
     assert last_checkpoint(tmp_path / "nothing") is None
 
 
+def write_again(folder, when):
+    """Say that a checkpoint was complete at another time."""
+    path = folder / LIST
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"written": when}))
+
+
+def test_a_shorter_run_in_the_folder_of_a_longer_one_goes_on_with_its_own(tmp_path, caplog):
+    for step, when in ((80, 1), (90, 2), (10, 3), (20, 4)):
+        folder = tmp_path / "run" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"weights")
+        mark_complete(folder)
+        write_again(folder, when)
+        os.utime(folder / LIST, (0, 100 - when))  # as a copy may have it
+    assert last_checkpoint(tmp_path / "run").endswith("checkpoint-20")
+    assert caplog.text == ""
+    (tmp_path / "run" / "checkpoint-20" / LIST).unlink()
+    assert last_checkpoint(tmp_path / "run").endswith("checkpoint-10")
+    assert "checkpoint-20 was not written to its end" in caplog.text
+
+
 def test_the_best_checkpoint_and_a_new_run_in_an_old_folder_stay(tmp_path):
     folders = {}
     for step in (7, 8, 1, 2, 3):
@@ -131,7 +152,7 @@ def test_the_best_checkpoint_and_a_new_run_in_an_old_folder_stay(tmp_path):
             mark_complete(folder)
         elif step > 3:
             mark_complete(folder)
-            os.utime(folder / LIST, (0, step))
+            write_again(folder, step)
     arguments = TrainingArguments(tmp_path, report_to=[], use_cpu=True)
     state = TrainerState(global_step=3, best_model_checkpoint=str(folders[7]))
     SafeCheckpoints(keep=2).on_save(arguments, state, None)
