@@ -67,7 +67,7 @@ def compare(
     for count in map(int, counts.split(",")):
         job = Calibration(
             output=str(output / f"full-{count}"), model=model, attention=attention, tokens=tokens,
-            length=length, question="prompt", full_layers=count, greedy=True, seed=seed,
+            length=length, question="prompt", full_layers=count, seed=seed,
         )  # fmt: skip
         found = calibrate(job)
         for name, plan in found["plans"].items():

@@ -21,14 +21,6 @@ _OPTIONS: options.Options = {
         float | None,
         typer.Option(help="How many layers stay full: a number, or a share below 1.  [0.5]"),
     ],
-    "greedy": Annotated[
-        bool | None,
-        typer.Option(
-            "--greedy/--alone",
-            help="Try besides: change one layer after another, each time the one that then harms "
-            "least. Costs a pass over the documents for each.  [alone]",
-        ),
-    ],
     **options.RUN,
     **options.documents(text=0.0, tokens=20_000),
     **options.TEACHER,

@@ -234,8 +234,9 @@ def show(report: dict[str, Any]) -> None:
             table.add_row(phase, task, *cells)
     table.add_row("", "bits per byte", *(f"{row['bits_per_byte']:.4f}" for row in columns.values()))
     losses = [trained.get(f"loss_{name}") for name in columns]
-    cells = ["" if loss is None else f"{loss:.4f}" for loss in losses]
-    table.add_row("", "loss on held-out documents", *cells)
+    _add_losses(table, "loss on held-out documents", losses)
+    if trained["merge"]:
+        _add_losses(table, "loss, merged", [None] * (len(columns) - 1) + [trained["merge"]["loss"]])
     console.print(table)
     if trained.get("transfer"):
         errors = trained["transfer"]
@@ -247,9 +248,14 @@ def show(report: dict[str, Any]) -> None:
         merge = trained["merge"]
         console.print(
             f"Merging changed {100 * merge['changed_codes']:.2f} % of the codes of adapted layers, "
-            f"and the logits by {100 * merge['logits_change']:.2g} %"
+            f"and the logits by {100 * merge['logits_change']:.2g} %; the adapters are kept beside "
+            f"their model in {job['output']}/beside"
         )
     console.print(f"Wrote {job['output']}/model, report.json and documents.jsonl beside it")
+
+
+def _add_losses(table: Table, name: str, losses: list[float | None]) -> None:
+    table.add_row("", name, *("" if loss is None else f"{loss:.4f}" for loss in losses))
 
 
 def show_harms(report: dict[str, Any]) -> None:

@@ -127,7 +127,7 @@ def _train(
     with new_folder(output / "model") as folder:
         AutoTokenizer.from_pretrained(trainee.base).save_pretrained(folder)
         trained["what"] = trainee.what
-        trained["merge"] = trainee.save(model, folder, documents)
+        trained["merge"] = trainee.save(model, folder, documents, held_out)
     trained["transfer"] = errors
     write_whole(done, json.dumps(trained, indent=1) + "\n")
     return trained

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,9 @@ from bitnet_triton.training.trainee import device
 _POSITIONS = 256  # whose predictions over the vocabulary are in memory at a time
 FULL = parse_mode("full")
 
+# Maps what is measured, and plans by their full layers, to the harm of each
+Measure = Callable[[str, Sequence[frozenset[int]]], list[float]]
+
 
 def calibrate(job: Calibration, progress: Tell | None = None) -> dict[str, Any]:
     """Find the layers of a model that have to stay full, and write a plan that keeps them so.
@@ -40,11 +43,10 @@ def calibrate(job: Calibration, progress: Tell | None = None) -> dict[str, Any]:
     The harm of a plan is the divergence (Kullback-Leibler, nats per token) of its predictions from
     those of the model with full attention, at the answers of the documents, or at all tokens of
     those that are text alone; every document counts the same. Each layer is changed alone, and the
-    worst hit stay full; with ``greedy`` one layer is changed after another instead, each time the
-    one with which the plan then harms least. Plans by rule (every second layer, or as many as
-    ``full_layers`` says, from each first one) are measured beside; ``attention.json`` in ``output``
-    gets the least harmful one of all. ``BitNetForCausalLM.from_pretrained`` takes its content, and
-    the commands that have ``--attention`` its path. The same call goes on where a killed one was.
+    most harmed ones stay full. Plans by rule with as many full layers (every second one, from each
+    first one) are measured beside; ``attention.json`` in ``output`` gets the least harmful of all.
+    ``BitNetForCausalLM.from_pretrained`` takes its content, and the commands that have
+    ``--attention`` its path. The same call goes on where a killed one was.
 
     Args:
         job: what is to be done.
@@ -67,7 +69,10 @@ def calibrate(job: Calibration, progress: Tell | None = None) -> dict[str, Any]:
         whole = {"model": digest(base), "attention": target.config(())}  # no names of files
         run = {**dataclasses.asdict(job), **whole}
         remember(output, run)
-        documents, _, answers = gather_documents(job, base, lines, output, tell)
+        drawn, _, answers = gather_documents(job, base, lines, output, tell)
+        documents = [d for d in drawn if any(label != IGNORED for label in d["labels"][1:])]
+        if not documents:
+            raise ValueError("`data`: expected documents with tokens to predict, got none")
         harms = _Harms(base, target, documents, Store(output / "harms", run), tell)
         report = {"run": dataclasses.asdict(job), "documents": len(documents), "answers": answers}
         report |= _choose(job, target, harms)
@@ -202,7 +207,7 @@ class _Harms:
         return total / len(whole)
 
 
-def _choose(job: Calibration, target: _Target, harms: _Harms) -> dict[str, Any]:
+def _choose(job: Calibration, target: _Target, harms: Measure) -> dict[str, Any]:
     """Measure layers and plans, and choose the plan that harms least."""
     everything, count = target.everything, target.count
     alone = harms("one layer", [everything - {i} for i in target.changeable])
@@ -215,8 +220,6 @@ def _choose(job: Calibration, target: _Target, harms: _Harms) -> dict[str, Any]:
     fixed = everything - set(harms_alone)
     by_harm = sorted(harms_alone, key=lambda i: (-harms_alone[i], i))
     plans = {"most harmed": fixed | set(by_harm[: count - len(fixed)])}
-    if job.greedy:
-        plans["greedy"] = _greedy(target, harms)
     plans |= target.rules()
     found = harms("plans", [*plans.values(), fixed])
     chosen = min(plans, key=dict(zip(plans, found)).__getitem__)
@@ -230,13 +233,3 @@ def _choose(job: Calibration, target: _Target, harms: _Harms) -> dict[str, Any]:
         "chosen": chosen,
         "attention": target.config(plans[chosen]),
     }
-
-
-def _greedy(target: _Target, harms: _Harms) -> frozenset[int]:
-    """Change layers one after another, each time the one with which the plan harms least."""
-    full = target.everything
-    while len(full) > target.count:
-        candidates = [full - {i} for i in target.changeable if i in full]
-        found = harms(f"{len(full) - 1} full layers", candidates)
-        full = min(zip(found, candidates), key=lambda pair: pair[0])[1]
-    return full

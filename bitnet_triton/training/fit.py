@@ -131,6 +131,28 @@ def fit(
     }
 
 
+@torch.no_grad()
+def mean_loss(model: Any, documents: Sequence[Document], row: int) -> float | None:
+    """Return the loss of a model on documents as ``fit`` has it: a mean over packed rows.
+
+    Args:
+        model: a ``BitNetForCausalLM``, in evaluation.
+        documents: with prompts.
+        row: tokens of a row.
+
+    Returns:
+        None where there are no documents.
+    """
+    collate, losses = PackingCollator(tell_prompts=True), []
+    for packed in pack_rows(documents, row):
+        batch = {
+            name: value.to(model.device) if hasattr(value, "to") else value
+            for name, value in collate([packed]).items()
+        }
+        losses.append(model(**batch).loss.item())
+    return sum(losses) / len(losses) if losses else None
+
+
 class _Rows(torch.utils.data.Dataset):
     """Rows of documents, one an item."""
 

@@ -204,7 +204,6 @@ class Calibration(AttentionJob):
     Attributes:
         attention: what layers are changed to. Full layers of a preset are chosen anew.
         full_layers: how many layers stay full: a number, or a share below 1.
-        greedy: change one layer after another, each time the one that then harms least.
         self_distill: answers are those that the model gives with full attention, kept if right.
         answer_tokens: most tokens of such an answer to a prompt of a file.
     """
@@ -212,14 +211,12 @@ class Calibration(AttentionJob):
     attention: str | Mapping[str, Any] = "swaa-trained"
     text: float = 0.0
     full_layers: float = 0.5
-    greedy: bool = False
     self_distill: bool = False
     answer_tokens: int = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("greedy", "self_distill"):
-            check_switch(name, getattr(self, name))
+        check_switch("self_distill", self.self_distill)
         check_number("answer_tokens", self.answer_tokens, least=1, whole=True)
         check_number("full_layers", self.full_layers, least=0)
         if self.full_layers >= 1 and self.full_layers != int(self.full_layers):

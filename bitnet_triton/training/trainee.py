@@ -18,6 +18,7 @@ from bitnet_triton.models import BitNetConfig, BitNetForCausalLM, merge_adapters
 from bitnet_triton.models.convert import convert_checkpoint
 from bitnet_triton.models.quantizer import in_memory
 from bitnet_triton.training.documents import Document
+from bitnet_triton.training.fit import mean_loss
 from bitnet_triton.training.jobs import Adaptation, TrainingJob
 from bitnet_triton.training.options import write_whole
 from bitnet_triton.training.packing import PackingCollator
@@ -170,13 +171,16 @@ class Trainee:
                 f"`attention`: cannot be trained on packed documents: {reason}"
             ) from error
 
-    def save(self, model: Any, folder: Path, documents: list[Document]) -> dict[str, float] | None:
+    def save(
+        self, model: Any, folder: Path, documents: list[Document], held_out: list[Document]
+    ) -> dict[str, float | None] | None:
         """Write the trained model; return what merging its adapters has changed, if it has.
 
         Args:
             model: from ``load``, trained.
             folder: a new one.
             documents: one of them tells how far merging changes the logits.
+            held_out: to measure the loss of the merged model on.
         """
         if self.what == "module":
             packed = self._packed()
@@ -189,9 +193,11 @@ class Trainee:
         elif self.what == "weights":
             self._save_packed(model, folder)
         elif isinstance(self.job, Adaptation) and self.job.merge:
-            return self._save_merged(model, folder, documents)
+            with new_folder(self.output / "beside") as kept:
+                self._save_beside(model, kept, self.output / "beside")
+            return self._save_merged(model, folder, documents, held_out)
         else:
-            self._save_beside(model, folder)
+            self._save_beside(model, folder, self.output / "model")
         return None
 
     def _packed(self) -> Any:
@@ -213,19 +219,22 @@ class Trainee:
             path.replace(folder / path.name)
         packed.rmdir()
 
-    def _save_merged(self, model: Any, folder: Path, documents: list[Document]) -> dict[str, float]:
+    def _save_merged(
+        self, model: Any, folder: Path, documents: list[Document], held_out: list[Document]
+    ) -> dict[str, float | None]:
         merged = merge_adapters(model, input_ids=torch.tensor([documents[0]["input_ids"]]))
         self._forget_full(merged.model).save_pretrained(folder)
         codes = merged.changed_codes.values()
         return {
             "logits_change": merged.logits_change, "changed_codes": sum(codes) / len(codes),
+            "loss": mean_loss(merged.model, held_out, self.job.schedule.row),
         }  # fmt: skip
 
-    def _save_beside(self, model: Any, folder: Path) -> None:
+    def _save_beside(self, model: Any, folder: Path, final: Path) -> None:
         self._forget_full(self._packed()).save_pretrained(folder)
         # a folder with a model and adapters gives both, and the model from there
         for kind in model.peft_config.values():
-            kind.base_model_name_or_path = str((self.output / "model").absolute())
+            kind.base_model_name_or_path = str(final.absolute())
         model.save_pretrained(folder, save_embedding_layers=False)
 
 

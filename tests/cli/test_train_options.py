@@ -4,12 +4,16 @@ import pytest
 from typer.testing import CliRunner
 
 import bitnet_triton as bt
+from bitnet_triton import training
 from bitnet_triton.cli import app
 from bitnet_triton.cli.arguments import WrongArgumentError
+from bitnet_triton.cli.attention import parse_attention
 from bitnet_triton.training import adapt as runs
 from bitnet_triton.training import distill as distillation
+from bitnet_triton.training import parse_setting
 
 runner = CliRunner()
+SETTINGS = ("window", "sinks", "block", "full_decode", "full_layers")
 
 
 class ReachedError(Exception):
@@ -26,6 +30,7 @@ def job(monkeypatch):
     monkeypatch.setattr(runs, "adapt", stop)
     monkeypatch.setattr(runs, "pretrain", stop)
     monkeypatch.setattr(distillation, "distill", stop)
+    monkeypatch.setattr(training, "calibrate", stop)
 
     def read(*arguments):
         with pytest.raises(ReachedError) as reached:
@@ -68,6 +73,48 @@ def test_a_distillation_is_asked_for_by_flags_and_file(job, tmp_path):
         runner.invoke(
             app, ["distill", "--config", str(config), "--output", "run"], catch_exceptions=False
         )
+
+
+@pytest.mark.parametrize("command", ["adapt", "train", "calibrate"])
+def test_attention_in_the_file_may_be_a_mapping(command, job, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        "attention:\n  prefill:\n  - mode: full\n  - {mode: sliding, window: 7}\n  decode: full\n"
+    )
+    wanted = {"prefill": [{"mode": "full"}, {"mode": "sliding", "window": 7}], "decode": "full"}
+    found = job(command, "--config", config, "--output", "run")
+    assert parse_setting(found.attention).attention == wanted
+    config.write_text("attention: {mode: threshold, share: 1e-3}\n")
+    found = job(command, "--config", config, "--output", "run")
+    assert found.attention["share"] == 0.001
+    config.write_text("attention: {}\n")
+    with pytest.raises(WrongArgumentError, match="`attention`: expected a word"):
+        runner.invoke(
+            app, [command, "--config", str(config), "--output", "run"], catch_exceptions=False
+        )
+
+
+def test_attention_may_be_a_file(job, tmp_path):
+    file = tmp_path / "plan.json"
+    file.write_text('{"preset": "swaa-trained", "window": 7, "full_layers": [1]}')
+    found = job("adapt", "--attention", file, "--output", "run")
+    wanted = {"preset": "swaa-trained", "window": 7, "full_layers": [1]}
+    assert parse_setting(found.attention).attention == wanted
+    assert parse_attention(str(file), **dict.fromkeys(SETTINGS)) == wanted
+    for text, message in (("[1]", "it holds a list"), ("{", "plan.json: Expecting")):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            parse_setting(str(file))
+        with pytest.raises(WrongArgumentError, match=message):
+            parse_attention(str(file), **dict.fromkeys(SETTINGS))
+
+
+def test_calibrate_reads_numbers_and_shares_of_layers(job):
+    found = job("calibrate", "--output", "run", "--full-layers", "2", "--self-distill")
+    assert (found.count(8), found.self_distill, found.text) == (2, True, 0.0)
+    found = job("calibrate", "--output", "run", "--full-layers", "0.25")
+    assert [found.count(layers) for layers in (8, 6, 1)] == [2, 2, 0]
+    assert found.attention == "swaa-trained"
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,8 @@ from bitnet_triton.training import adapt as module
 from bitnet_triton.training import evaluation
 from bitnet_triton.training import fit as fitting
 from bitnet_triton.training.adapt import adapt, pretrain
+from bitnet_triton.training.documents import load_documents
+from bitnet_triton.training.fit import mean_loss
 from bitnet_triton.training.jobs import Adaptation, Pretraining
 
 SMALL = {
@@ -149,6 +151,16 @@ def test_merged_adapters_are_gone_and_their_loss_is_told(packed_folder, tmp_path
     merge = report["training"]["merge"]
     assert 0 < merge["changed_codes"] < 1
     assert merge["logits_change"] > 0
+    merged, beside = (
+        mean_loss(
+            bt.BitNetForCausalLM.from_pretrained(folder, fuse=False),
+            load_documents(tmp_path / "run" / "held_out.jsonl"), SMALL["row"],
+        )
+        for folder in (model, tmp_path / "run" / "beside")
+    )  # fmt: skip
+    assert merge["loss"] == pytest.approx(merged, rel=1e-3)
+    assert report["training"]["loss_after"] == pytest.approx(beside, rel=1e-3)
+    assert merged != pytest.approx(beside, rel=1e-3)  # adapters are kept, and another model
     before = load_file(Path(packed_folder, "model.safetensors"))
     after = load_file(model / "model.safetensors")
     changed = {name for name in before if not torch.equal(before[name], after[name])}

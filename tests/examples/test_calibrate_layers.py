@@ -1,0 +1,66 @@
+"""The example of calibration: where its model starts, and that its table says what was measured."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import bitnet_triton as bt
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "calibrate_layers.py"
+RESULTS = Path(__file__).parents[2] / "docs" / "evaluation" / "calibration.json"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "train_recall", raising=False)
+    spec = importlib.util.spec_from_file_location("calibrate_layers", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_seed_says_which_layers_get_the_head_start(script):
+    first = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        model = script.recipe.new_model(script.recipe.PRESETS["deep"])
+        layers = list(model.model.layers)
+        script.recipe.head_start(model)
+        assert list(model.model.layers) == layers
+        # all four heads of one layer begin by matching tokens, their other channels are 0
+        queries = [layer.self_attn.q_proj.weight for layer in layers]
+        empty = [(weight == 0).all(1).float().mean().item() for weight in queries]
+        first.append(max(range(1, 8), key=empty.__getitem__))
+    assert first == [7, 5]
+
+
+def test_plans_of_the_recall_model_are_compared(script, tmp_path):
+    command = [
+        "compare", str(bt.RECALL_MODEL), "--output", str(tmp_path), "--counts", "1", "--tokens",
+        "256", "--length", "128", "--samples", "1", "--attention", "sliding:window=16",
+    ]  # fmt: skip
+    result = CliRunner().invoke(script.recipe.app, command, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    plans = json.loads((tmp_path / "table.json").read_text())["plans"]
+    assert {name: plan["full"] for name, plan in plans.items()} == {
+        "full attention": None, "1 full: most harmed": [1], "1 full: every 3 from 0": [0],
+        "1 full: every 3 from 2": [2], "no layer full": [],
+    }  # fmt: skip
+    assert plans["full attention"]["accuracy"]["passkey"] == 1
+    assert plans["no layer full"]["accuracy"]["passkey"] == 0
+    assert "| 1 full: most harmed | 1 |" in (tmp_path / "table.md").read_text()
+
+
+def test_calibrated_plans_are_at_least_as_good_as_rules_in_what_is_published():
+    for found in json.loads(RESULTS.read_text()).values():
+        for count in (2, 4):
+            means = {n: p["mean"] for n, p in found["plans"].items() if n.startswith(f"{count} ")}
+            assert means.pop(f"{count} full: most harmed") >= max(means.values())
