@@ -75,16 +75,14 @@ def longrope(
 
     from bitnet_triton.training.longrope import LongRopeJob, search_longrope
 
-    job = options.read_job(
-        LongRopeJob,
-        None,
-        {
-            "model": model, "output": output, "texts": text, "factor": factor, "length": length,
-            "samples": samples, "fitness": fitness, "population": population,
-            "generations": generations, "recover": recover, "attention_factor": attention_factor,
-            "seed": seed,
-        },
-    )  # fmt: skip
+    flags = {
+        "model": model, "output": output, "texts": text, "factor": factor, "length": length,
+        "samples": samples, "fitness": fitness, "population": population,
+        "generations": generations, "recover": recover, "attention_factor": attention_factor,
+        "seed": seed,
+    }  # fmt: skip
+    given = {name: value for name, value in flags.items() if value not in (None, [])}
+    job = options.read_job(LongRopeJob, given)
     if threads:
         torch.set_num_threads(threads)
     with options.bars() as tell:

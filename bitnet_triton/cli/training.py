@@ -25,11 +25,15 @@ console = Console(highlight=False)
 # Options by the attribute of the job that they set; None: as the job has it
 Options = dict[str, Any]
 
+Output = Annotated[
+    str | None,
+    typer.Option(help="Folder of the run; the same command there goes on with it.  [required]"),
+]
+Threads = Annotated[
+    int | None, typer.Option(help="CPU threads.", parser=parse_threads, metavar="INTEGER")
+]
 RUN: Options = {
-    "output": Annotated[
-        str | None,
-        typer.Option(help="Folder of the run; the same command there goes on with it.  [required]"),
-    ],
+    "output": Output,
     "model": Annotated[
         str | None,
         typer.Option(
@@ -83,11 +87,7 @@ EVALUATION: Options = {
     "eval_samples": Annotated[int | None, typer.Option(help="Prompts of each task.  [20]")],
     "eval_seed": Annotated[int | None, typer.Option(help="Of measured prompts.  [1]")],
 }
-THREADS: Options = {
-    "threads": Annotated[
-        int | None, typer.Option(help="CPU threads.", parser=parse_threads, metavar="INTEGER")
-    ]
-}
+THREADS: Options = {"threads": Threads}
 
 
 def documents(*, text: float, tokens: int) -> Options:
