@@ -35,7 +35,8 @@ class PrefixCache:
 
     Raises:
         ValueError: a layer's attention does not read everything, the model has no attention plan,
-            or ``context_length`` is told to a model that does not depend on it.
+            or ``context_length`` is no number of tokens, or told to a model that does not depend on
+            it.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class PrefixCache:
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         kind = Pages(page_size=page_size, tokens=tokens)
         _check_plan(inner, kind)
+        self._inner, self._kind = inner, kind
         self._decoder, self._model = inner.base_model, model
         self._layers = inner.config.num_hidden_layers
         rotary = self._decoder.rotary_emb
@@ -57,7 +59,10 @@ class PrefixCache:
                 f"`context_length`: expected none, rope type {rotary.rope_type!r} does not depend "
                 "on it"
             )
-        self._length = context_length or int(inner.config.max_position_embeddings)
+        whole = isinstance(context_length, int) and not isinstance(context_length, bool)
+        if context_length is not None and not (whole and context_length > 0):
+            raise ValueError(f"`context_length`: expected tokens, got {context_length!r}")
+        self._context_length = context_length
         self.pool = kind.pool()
         self.tree = PrefixTree(self.pool)
 
@@ -85,7 +90,7 @@ class PrefixCache:
             OutOfPagesError: there is no room for what rows have in common.
             ValueError: padding stands elsewhere than on the left.
         """
-        ids = input_ids.cpu().numpy()
+        ids = _ids(input_ids, 2)
         left = _padding(attention_mask, ids.shape)
         space = self._namespace(namespace)
         rows = [row[start:-1] for row, start in zip(ids, left.tolist())]
@@ -97,46 +102,63 @@ class PrefixCache:
             cache = self._begin(ids[distinct], left[distinct], [rows[i] for i in distinct], space)
             self._read(cache, ids[distinct, :-1], left[distinct])
             cache.batch_select_indices(torch.from_numpy(index))
+            self._batch_of(cache).origin = None  # what rows begin with is told of them as they are
         cast("Any", cache)._begins_with = space, ids[:, : cache.get_seq_length()]
         return cache
 
     def keep(self, cache: Cache, input_ids: Tensor) -> None:
         """Keep what a cache holds, in whole pages, for prompts to come.
 
-        Its pages that are not kept go back to the pool when nobody holds the cache any more.
+        Its pages that are not kept go back to the pool when nobody holds the cache any more. Of a
+        cache whose rows have changed places, as those of a beam search do, what ``cache`` has read
+        is kept and nothing behind it: nobody knows whose tokens stand there.
 
         Args:
             cache: of ``cache``.
             input_ids: int64 [B T], what stands in its rows, padding included: what ``generate``
-                has returned for them, or the beginning of it.
+                has returned for them, or the beginning of it. Behind what ``cache`` has read, they
+                are taken on trust.
 
         Raises:
-            ValueError: the cache is another one, ``input_ids`` are not those of its rows, or the
-                model has other adapters or rotary settings now.
+            ValueError: the cache is another one, ``input_ids`` do not begin as its rows do, or the
+                model has another attention, other adapters or rotary settings now.
         """
         batch, (space, known) = self._batch_of(cache), cast("Any", cache)._begins_with
-        ids, tables = input_ids.cpu().numpy(), batch.tables
+        ids, tables = _ids(input_ids, 2), batch.tables
         if space != self._namespace(space[0]):
-            raise ValueError("`cache`: it was made with other adapters or rotary settings")
+            raise ValueError(
+                "`cache`: it was made with another attention, other adapters or rotary settings"
+            )
         if tables is None:
             return
         if len(ids) != tables.rows:
             raise ValueError(f"`input_ids`: the cache has {tables.rows} rows, got {len(ids)}")
+        columns = batch.columns
+        if batch.origin is not None:
+            known = known[batch.origin]
+            columns = min(columns, known.shape[1])
         shared = min(known.shape[1], ids.shape[1])
-        if known.shape[0] == len(ids) and (known[:, :shared] != ids[:, :shared]).any():
+        if (known[:, :shared] != ids[:, :shared]).any():
             raise ValueError("`input_ids`: the cache begins with other tokens")
         for row, start in enumerate(batch.left.tolist()):
-            self.tree.insert(ids[row, start : batch.columns], tables.pages_of(row), space)
+            self.tree.insert(ids[row, start:columns], tables.pages_of(row), space)
 
     def pin(self, input_ids: Tensor, *, namespace: Hashable = None) -> None:
         """Read a text [T], such as a system prompt, and keep it whatever comes, in whole pages."""
-        tokens, space = input_ids.cpu().numpy(), self._namespace(namespace)
+        tokens, space = _ids(input_ids, 1), self._namespace(namespace)
         self._read_text(tokens, space)
         self.tree.pin(self._find(tokens, space))
 
     def unpin(self, input_ids: Tensor, *, namespace: Hashable = None) -> None:
-        """Take ``pin`` back: the text goes when its time has come."""
-        self.tree.unpin(self._find(input_ids.cpu().numpy(), self._namespace(namespace)))
+        """Take ``pin`` back: the text goes when its time has come.
+
+        Raises:
+            ValueError: the text is not pinned.
+        """
+        node = self._find(_ids(input_ids, 1), self._namespace(namespace))
+        if not node.pins:
+            raise ValueError("`input_ids`: expected a text that is pinned, got another one")
+        self.tree.unpin(node)
 
     def clear(self) -> None:
         """Forget all texts, pinned or not: after a change of weights, which nobody notices here."""
@@ -145,16 +167,28 @@ class PrefixCache:
     # ---
 
     def _namespace(self, given: Hashable) -> tuple[Hashable, ...]:
-        """Return what keys depend on beside the tokens before them."""
+        """Return what keys depend on beside the tokens before them.
+
+        Raises:
+            ValueError: the model has an attention now that does not go with shared prefixes.
+        """
+        plan = _check_plan(self._inner, self._kind)
         rotary, tuned = self._decoder.rotary_emb, []
         for name, module in self._model.named_modules():
             # a layer that peft has put beside one of the model's
             if hasattr(module, "active_adapters") and hasattr(module, "disable_adapters"):
                 merged = tuple(getattr(module, "merged_adapters", ()))
                 active = () if module.disable_adapters else tuple(module.active_adapters)
-                tuned.append((name, active, merged))
+                tuned.append((name, active, merged, _content(module, active)))
         parameters = json.dumps(rotary.rope_parameters, sort_keys=True, default=str)
-        return given, tuple(tuned), parameters, str(self._decoder.dtype)
+        length = self._length if rotary.depends_on_length else None
+        modes = plan.prefill, plan.decode
+        return given, tuple(tuned), parameters, length, str(self._decoder.dtype), modes
+
+    @property
+    def _length(self) -> int:
+        """Return how many tokens a text will have at most."""
+        return self._context_length or int(self._inner.config.max_position_embeddings)
 
     def _new(self, batch: Batch) -> Cache:
         cache = Cache(paged_layers(batch, self._layers))
@@ -228,7 +262,25 @@ class PrefixCache:
         return layers[0].batch
 
 
-def _check_plan(model: Any, kind: Pages) -> None:
+def _ids(input_ids: Tensor, dims: int) -> np.ndarray:
+    wanted = "[T]" if dims == 1 else "[B T]"
+    if not isinstance(input_ids, Tensor) or input_ids.ndim != dims:
+        got = list(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise ValueError(f"`input_ids`: expected a tensor {wanted}, got {got}")
+    return input_ids.cpu().numpy()
+
+
+def _content(module: Any, active: tuple[str, ...]) -> tuple[float, ...]:
+    """Return numbers that tell adapters of one name apart: of their weights, and their scale."""
+    found = [float(getattr(module, "scaling", {}).get(name, 1.0)) for name in active]
+    for name, parameter in module.named_parameters():
+        if set(name.split(".")) & set(active):
+            x = parameter.detach().double()
+            found += [x.sum().item(), x.square().sum().item()]
+    return tuple(found)
+
+
+def _check_plan(model: Any, kind: Pages) -> AttentionPlan:
     plan: AttentionPlan | None = getattr(model, "attention_plan", None)
     if plan is None:
         raise ValueError(
@@ -246,6 +298,7 @@ def _check_plan(model: Any, kind: Pages) -> None:
                 f"`model`: layer {index} with attention {name!r} keeps a window: what it holds "
                 "of a beginning depends on what came behind it"
             )
+    return plan
 
 
 def _padding(mask: Tensor | None, shape: tuple[int, ...]) -> np.ndarray:

@@ -88,7 +88,7 @@ class Limits:
         for name, value in body.items():
             if name not in known:
                 raise refuse(f"`{name}`: not served")
-            if name in _NEUTRAL and value is not None and value not in _NEUTRAL[name]:
+            if name in _NEUTRAL and value is not None and not _asks_nothing(name, value):
                 raise refuse(f"`{name}`: not served, got {value!r:.60}")
         if not isinstance(body.get("stream", False), bool):
             raise refuse(f"`stream`: expected true or false, got {body['stream']!r:.60}")
@@ -100,6 +100,14 @@ class Limits:
             if body.get(name) is not None:
                 wanted = _number(name, body[name], 1, self.new_tokens, True)
         return wanted
+
+
+def _asks_nothing(name: str, value: Any) -> bool:
+    """Tell whether a field has a neutral value: `false` may be one where 0 asks for something."""
+    return any(
+        isinstance(value, bool) == isinstance(neutral, bool) and value == neutral
+        for neutral in _NEUTRAL[name]
+    )
 
 
 def _chosen(body: dict[str, Any]) -> dict[str, Any]:

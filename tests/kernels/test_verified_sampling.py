@@ -295,12 +295,14 @@ def test_padding_changes_no_row(device, backend):
     assert torch.equal(together[2][1:], alone[2])
 
 
-def test_rows_behind_the_last_used_one_are_not_read(device, backend):
-    q, k, v = draw(2, 80, 4, 2, 32, device=device)
+@pytest.mark.parametrize("Hk", [2, 4])
+def test_rows_behind_the_last_used_one_are_not_read(Hk, device, backend):
+    """Memory to spare holds anything; a weight of 0 does not make NaN harmless."""
+    q, k, v = draw(2, 80, 4, Hk, 32, device=device)
     used = torch.tensor([60, 33], dtype=torch.int32, device=device)
     expected = verified_sampling_attention(q, k, v, **SMALL, used=used)
     for b, n in enumerate(used.tolist()):
-        k[b, n:], v[b, n:] = 1e4, 1e4
+        k[b, n:], v[b, n:] = 1e4, torch.nan
     found = verified_sampling_attention(q, k, v, **SMALL, used=used)
     assert all(map(torch.equal, found, expected))
 

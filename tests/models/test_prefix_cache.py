@@ -151,7 +151,7 @@ def test_adapters_are_told_from_one_another():
     assert prefixes.cache(ids).get_seq_length() == 32
     with tuned.disable_adapter():
         assert prefixes.cache(ids).get_seq_length() == 0
-        with pytest.raises(ValueError, match="`cache`: it was made with other adapters"):
+        with pytest.raises(ValueError, match="`cache`: it was made with another attention, other adapters"):
             prefixes.keep(cache, ids)
     tuned.add_adapter("other", LoraConfig(target_modules=["q_proj"], r=2))
     tuned.set_adapter("other")
@@ -228,3 +228,91 @@ def test_what_does_not_fit_is_refused(model, prefixes):
         bt.PrefixCache(model, tokens=1024).keep(cache, ids)
     with pytest.raises(ValueError, match=r"expected one of `PrefixCache.cache`"):
         prefixes.keep(model(ids, use_cache=True).past_key_values, ids)
+
+
+def continuation(model, cache, ids):
+    """Return logits of what a cache does not hold of ``ids``, and those without a cache."""
+    held = cache.get_seq_length()
+    with torch.no_grad():
+        cached = model(ids[:, held:], past_key_values=cache).logits
+        return cached, model(ids, use_cache=False).logits[:, held:], held
+
+
+def test_rows_of_a_beam_search_leave_their_prompt_alone(model, prefixes):
+    ids = draw(1, 100)
+    cache = prefixes.cache(ids.repeat_interleave(4, 0))
+    answers = generate(
+        model, ids, past_key_values=cache, num_beams=4, num_return_sequences=4, length_penalty=2.0
+    )
+    prefixes.keep(cache, answers)
+    assert len(prefixes.tree) == 99 // PAGE
+    for answer in answers[:, None]:
+        text = torch.cat([answer, draw(1, 40)], 1)
+        cached, expected, held = continuation(model, prefixes.cache(text), text)
+        assert held == 96
+        torch.testing.assert_close(cached, expected, rtol=0, atol=0.1)
+
+
+def test_rows_in_another_order_are_known_by_what_was_read(model, prefixes):
+    prefixes.pin(draw(64))
+    ids = draw(3, 60)
+    prompts = prefixes.cache(ids)
+    generate(model, ids, past_key_values=prompts)
+    prefixes.keep(prompts, ids)
+    cache = prefixes.cache(ids)
+    held = cache.get_seq_length()
+    assert held == 48
+    order = torch.tensor([2, 0, 1])
+    cache.batch_select_indices(order)
+    with pytest.raises(ValueError, match="`input_ids`: the cache begins with other tokens"):
+        prefixes.keep(cache, ids)
+    pages = len(prefixes.tree)
+    prefixes.keep(cache, ids[order])
+    assert len(prefixes.tree) == pages
+
+
+def test_another_attention_is_noticed(model):
+    changed = bt.BitNetForCausalLM.from_pretrained(bt.RECALL_MODEL, attention="full")
+    prefixes = bt.PrefixCache(changed, tokens=4096, page_size=PAGE)
+    ids = draw(1, 64)
+    cache = prefixes.cache(ids)
+    bt.set_attention(changed, {"mode": "sliding", "window": 16})
+    for ask in (lambda: prefixes.cache(ids), lambda: prefixes.keep(cache, ids)):
+        with pytest.raises(ValueError, match="all of them keep windows"):
+            ask()
+
+
+def test_another_length_is_noticed():
+    longer = bt.BitNetForCausalLM.from_pretrained(bt.RECALL_MODEL, attention="full")
+    prefixes = bt.PrefixCache(longer, tokens=4096, page_size=PAGE)
+    ids = draw(1, 64)
+    prefixes.pin(ids[0])
+    bt.extend_context(longer, 4, "dynamic_yarn")
+    cache = prefixes.cache(ids)
+    assert cache.get_seq_length() == 0
+    assert prefixes._length == longer.config.max_position_embeddings
+
+
+def test_another_adapter_of_the_same_name_is_noticed():
+    base = bt.BitNetForCausalLM.from_pretrained(bt.RECALL_MODEL, attention="full")
+    tuned = get_peft_model(base, LoraConfig(target_modules=["k_proj"], init_lora_weights=False))
+    prefixes = bt.PrefixCache(tuned, tokens=4096, page_size=PAGE)
+    ids = draw(1, 64)
+    prefixes.pin(ids[0])
+    assert prefixes.cache(ids).get_seq_length() == 48
+    tuned.delete_adapter("default")
+    tuned.add_adapter("default", LoraConfig(target_modules=["k_proj"], init_lora_weights=False))
+    tuned.set_adapter("default")
+    assert prefixes.cache(ids).get_seq_length() == 0
+
+
+def test_bad_arguments_are_named(model, prefixes):
+    with pytest.raises(ValueError, match=r"`input_ids`: expected a tensor \[B T\], got \[5\]"):
+        prefixes.cache(draw(5))
+    with pytest.raises(ValueError, match=r"`input_ids`: expected a tensor \[T\], got list"):
+        prefixes.pin([1, 2])
+    with pytest.raises(ValueError, match="`input_ids`: expected a text that is pinned"):
+        prefixes.unpin(draw(40))
+    tiny = bt.BitNetForCausalLM.from_pretrained(bt.TINY_MODEL, attention="full")
+    with pytest.raises(ValueError, match="`context_length`: expected tokens, got 0"):
+        bt.PrefixCache(tiny, context_length=0)

@@ -71,12 +71,14 @@ class Batch:
         tables: of the rows; None before the first tokens.
         layers: how many there are.
         columns: tokens of all rows, padding included.
+        origin: int64 [B], of each row the one that it was when the batch was made; None: itself.
     """
 
     def __init__(self, pool: PagePool) -> None:
         self.pool, self.layers = pool, 1
         self.tables: Tables | None = None
         self.columns = 0
+        self.origin: np.ndarray | None = None
         self.left = np.zeros(0, dtype=np.int64)  # padding in front of each row
         self._call: Call | None = None
         self._given: Tensor | None = None  # padding as the call says
@@ -179,6 +181,11 @@ class Batch:
     def select(self, change: Callable[[Tensor], Tensor]) -> None:
         """Change rows as ``change`` changes a tensor of them: of references, nothing is copied."""
         if self.tables is not None:
+            rows = change(torch.arange(self.tables.rows)).numpy()
+            if self.origin is not None:
+                self.origin = self.origin[rows]
+            elif not np.array_equal(rows, np.arange(self.tables.rows)):
+                self.origin = rows
             self.tables.select(change)
             self.left = change(torch.from_numpy(self.left)).numpy()
             self._call = self._given = None  # of other rows

@@ -34,7 +34,8 @@ class Tables:
         self.table = np.zeros((rows, 0), dtype=np.int32)
 
     def __del__(self) -> None:
-        self.pool.abandon(self.pages())
+        if hasattr(self, "pool"):  # torch.compile makes objects without calling __init__
+            self.pool.abandon(self.pages())
 
     def __deepcopy__(self, memo: dict) -> Tables:
         return self.fork(np.arange(len(self.lengths)))

@@ -158,9 +158,9 @@ def _row(listed, lane, PAGE: tl.constexpr) -> tl.tensor:
 
     ``listed`` are where its list is, whether it reads what is read in any case, how many rows, the
     first one of the list's segment, of the text, and of the latest ones, how many are read at the
-    start, and Tk.
+    start, and where the last row ends.
     """
-    rows_ptr, is_exact, count, start, first, late, early, Tk = listed
+    rows_ptr, is_exact, count, start, first, late, early, used = listed
     lane = tl.maximum(tl.minimum(lane, count - 1), 0)
     at = tl.where(is_exact, 0, lane)
     if PAGE is None:
@@ -168,7 +168,7 @@ def _row(listed, lane, PAGE: tl.constexpr) -> tl.tensor:
     else:
         row = first + tl.maximum(tl.load(rows_ptr + at // PAGE), 0) * PAGE + at % PAGE
     always = tl.where(lane < early, first + lane, late + lane - early)
-    return tl.minimum(tl.where(is_exact, always, row), Tk - 1)
+    return tl.minimum(tl.where(is_exact, always, row), used - 1)
 
 
 @triton.jit
@@ -318,12 +318,14 @@ def _lsh_gather_kernel(
     acc = tl.zeros((ROWS, BLOCK_DV), tl.float32)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    place = (rows_ptr, is_exact, count, start, first, late, early - first, Tk)
+    # rows behind the last one may hold anything, and NaN times a weight of 0 is NaN
+    place = (rows_ptr, is_exact, count, start, first, late, early - first, tl.maximum(used, 1))
     for i in range(begin, count, BLOCK_N):
         lanes = i + tl.arange(0, BLOCK_N)
         if AHEAD and not TURNS:
             end = tl.where(is_exact, 0, count)
             following, _ = _listed_rows(rows_ptr, lanes + BLOCK_N, end, start, first, PAGE)
+            following = tl.minimum(following, Tk - 1)
             _fetch(following, k_ptr, k_stride_t, D)
             _fetch(following, v_ptr, v_stride_t, DV)
         is_row = lanes < count
