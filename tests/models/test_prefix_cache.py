@@ -151,7 +151,7 @@ def test_adapters_are_told_from_one_another():
     assert prefixes.cache(ids).get_seq_length() == 32
     with tuned.disable_adapter():
         assert prefixes.cache(ids).get_seq_length() == 0
-        with pytest.raises(ValueError, match="`cache`: it was made with another attention, other adapters"):
+        with pytest.raises(ValueError, match="`cache`: it was made with another attention"):
             prefixes.keep(cache, ids)
     tuned.add_adapter("other", LoraConfig(target_modules=["q_proj"], r=2))
     tuned.set_adapter("other")
