@@ -101,10 +101,9 @@ def _counting() -> Iterator[_Counts]:
         out = attend(module, query, key, value, *args, **kwargs)
         counted = hub.count(module, query, key, value, *args, **kwargs)
         if counted is None:
-            scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-            read = _rows_read(run, _calmed(query, key, scale), key, value)
+            read = _rows_read(run, _calmed(query, key, kwargs.get("scaling")), key, value)
             # what is read has been scored, whether or not it was tried
-            counted = Reads(read, max(read, _keys_scored(run, query, key, value, scale)))
+            counted = Reads(read, max(read, _keys_scored(run, query, key, value)))
         counts.rows.append(counted.rows)
         counts.scored.append(counted.scored)
         return out
@@ -116,7 +115,7 @@ def _counting() -> Iterator[_Counts]:
         AttentionInterface.register(hub.NAME, attend)
 
 
-def _calmed(query: Tensor, key: Tensor, scale: float) -> Tensor:
+def _calmed(query: Tensor, key: Tensor, scale: float | None) -> Tensor:
     """Return queries [B H Tq D] whose scores differ by no more than float32 tells from zero weight.
 
     Sharp heads have weights of less than 1e-38, which are zeros, for keys that they read all the
@@ -124,7 +123,7 @@ def _calmed(query: Tensor, key: Tensor, scale: float) -> Tensor:
     """
     k = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     scores = (k @ query[:, :, -1:].transpose(2, 3))[..., 0].float()  # [B H Tk]
-    scores = scores * scale
+    scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
     spread = scores.amax(-1) - scores.amin(-1)
     return query * (_SPREAD / spread.clamp_min(_SPREAD))[..., None, None].to(query.dtype)
 
@@ -146,13 +145,11 @@ def _rows_read(run: _Run, query: Tensor, key: Tensor, value: Tensor) -> float:
     return read
 
 
-def _keys_scored(run: _Run, query: Tensor, key: Tensor, value: Tensor, scale: float) -> float:
+def _keys_scored(run: _Run, query: Tensor, key: Tensor, value: Tensor) -> float:
     """Estimate with how many keys the last query [B H Tq D] is compared, as a mean over heads."""
     Tk, groups = key.shape[2], query.shape[1] // key.shape[1]
     first = query[:, ::groups, -1]  # of the heads that share a key, the first one
-    length = first.norm(dim=-1, keepdim=True).clamp_min(1e-6)
-    # scored by 1e3 or more: a short query would hardly tell a long key from others
-    best = first / length * (1e3 * (1 / (scale * length)).clamp_min(1.0))
+    best = 1e3 * first / first.norm(dim=-1, keepdim=True).clamp_min(1e-6)
     marked = torch.ones_like(value[:, :, 0])
     generator = torch.Generator().manual_seed(0)
     tried = torch.randperm(Tk, generator=generator)[:_TRIED].tolist()

@@ -30,7 +30,7 @@ def build(attention):
 
 
 def footprint(attention):
-    return measure_footprint(build(attention), torch.randint(64, (1, T)))
+    return measure_footprint(build(attention), torch.randint(1, 64, (1, T)))
 
 
 def claimed(attention):
@@ -70,7 +70,7 @@ def test_longformer_reads_its_windows_by_head():
 def test_codes_of_a_memory_count_as_read():
     model = build("full")
     found = measure_footprint(
-        model, torch.randint(64, (1, 300)), make_cache("quantised:recent=64", model, 300)
+        model, torch.randint(1, 64, (1, 300)), make_cache("quantised:recent=64", model, 300)
     )
     assert found.rows_prompt == 299
     assert found.rows_decode == found.scored_decode == 300
@@ -94,7 +94,7 @@ def test_weights_too_small_for_a_float_are_still_read(scale):
     with torch.no_grad():
         for layer in model.model.layers:
             layer.input_layernorm.weight.mul_(scale)
-    assert measure_footprint(model, torch.randint(64, (1, T))).rows_decode == T
+    assert measure_footprint(model, torch.randint(1, 64, (1, T))).rows_decode == T
 
 
 def test_a_mode_that_reads_less_than_it_claims_is_found_out(monkeypatch):
@@ -112,7 +112,7 @@ def test_a_mode_that_reads_more_than_it_claims_is_found_out(monkeypatch):
 
 
 def test_bytes_are_those_of_all_tensors_that_a_cache_holds():
-    model, ids = build({"mode": "sliding", "window": 48}), torch.randint(64, (1, T))
+    model, ids = build({"mode": "sliding", "window": 48}), torch.randint(1, 64, (1, T))
     with torch.no_grad():
         cache = model(ids, use_cache=True).past_key_values
     # with the room behind what is held
@@ -125,7 +125,7 @@ def test_bytes_are_those_of_all_tensors_that_a_cache_holds():
 
 
 def test_a_view_and_its_store_count_once():
-    cache = build("full")(torch.randint(64, (1, 30)), use_cache=True).past_key_values
+    cache = build("full")(torch.randint(1, 64, (1, 30)), use_cache=True).past_key_values
     layer = cache.layers[0]
     before = bytes_held(cache)
     layer.view_of_keys = layer.keys[..., :5, :]
@@ -135,7 +135,7 @@ def test_a_view_and_its_store_count_once():
 
 
 def test_counting_leaves_no_trace():
-    model, ids = build("full"), torch.randint(64, (1, 40))
+    model, ids = build("full"), torch.randint(1, 64, (1, 40))
     before = model(ids).logits
     measure_footprint(model, ids)
     assert torch.equal(model(ids).logits, before)
@@ -152,7 +152,7 @@ BLOCKS = [
 @pytest.mark.parametrize("attention", BLOCKS, ids=str)
 def test_what_a_mode_of_blocks_counts_is_what_trying_finds(attention, monkeypatch):
     """Its count, and the count without one, which watches the output."""
-    model, ids = build(attention), torch.randint(64, (1, T))
+    model, ids = build(attention), torch.randint(1, 64, (1, T))
     counted = measure_footprint(model, ids)
     monkeypatch.setattr(BlockMode, "reads", Mode.reads)
     # what it has learned of the tokens of the call would be learned again at each trial
@@ -199,14 +199,14 @@ def test_native_sparse_reads_no_token_that_it_does_not_count(monkeypatch):
     for name, parameter in model.named_parameters():
         if name.endswith("gates.bias"):
             parameter.data.view(-1, 3)[:, 0] = -torch.inf
-    ids = torch.randint(64, (1, T))
+    ids = torch.randint(1, 64, (1, T))
     counted = measure_footprint(model, ids)
     monkeypatch.setattr(NativeSparse, "reads", Mode.reads)
     assert counted.rows_decode - ((T - 8) // 4 + 1) == measure_footprint(model, ids).rows_decode
 
 
 def test_a_memory_tells_what_it_keeps_in_objects_of_its_own():
-    cache = build("full")(torch.randint(64, (1, 30)), use_cache=True).past_key_values
+    cache = build("full")(torch.randint(1, 64, (1, 30)), use_cache=True).past_key_values
     before = bytes_held(cache)
     hidden = torch.zeros(50)
     cache.layers[0].tensors = lambda: [*tensors_in(vars(cache.layers[0])), hidden]
@@ -215,7 +215,7 @@ def test_a_memory_tells_what_it_keeps_in_objects_of_its_own():
 
 def test_counting_a_mode_with_a_memory_of_its_own_leaves_no_trace():
     model = build({"mode": "indexed_blocks", "block": 16, "selected": 3})
-    ids = torch.randint(64, (1, T))
+    ids = torch.randint(1, 64, (1, T))
     with torch.no_grad():
         before = model(ids).logits
         cache = model(ids[:, :-2], use_cache=True).past_key_values
@@ -231,7 +231,7 @@ SAMPLED = [LSH, {**LSH, "share": "union"}, {**LSH, "share": "proposal"}, VERIFIE
 
 @pytest.mark.parametrize("attention", SAMPLED, ids=str)
 def test_what_a_sampling_mode_counts_is_what_trying_finds(attention, monkeypatch):
-    model, ids = build(attention), torch.randint(64, (1, T))
+    model, ids = build(attention), torch.randint(1, 64, (1, T))
     counted = measure_footprint(model, ids)
     monkeypatch.setattr(SamplingMode, "reads", Mode.reads)
     tried = measure_footprint(model, ids)
@@ -241,7 +241,7 @@ def test_what_a_sampling_mode_counts_is_what_trying_finds(attention, monkeypatch
 
 
 def test_tables_count_as_memory():
-    model, ids = build(LSH), torch.randint(64, (1, T))
+    model, ids = build(LSH), torch.randint(1, 64, (1, T))
     full = footprint("full").cache_bytes
     tables = 2 * 2 * 8 * T * 2  # of two layers and two heads, 16 bits a row and table
     assert measure_footprint(model, ids).cache_bytes > full + tables
