@@ -120,7 +120,7 @@ def test_what_the_engine_would_drop_is_done_for_each_request(model, wanted):
     ) as manager:
         names = [manager.add_request(prompt, seed=n) for n, prompt in enumerate(many)]
         off = {"do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-        off |= {"min_new_tokens": 0, "eos_token_id": -1}
+        off |= {"min_new_tokens": 0, "eos_token_id": 2}  # the model's own, where `plain` ends
         names += [manager.add_request(prompt, **off) for prompt in beside]
         wrong = manager.add_request(many[0], temprature=1.0)
         done = {}

@@ -48,6 +48,7 @@ class Unpacked(nn.Module):
     def forward(self, x):
         with torch.no_grad():
             codes, scale = quantize_activations(x.float())
+            self.clear = 0.5 - (x / scale - codes).abs().max()  # of the code nearest to a tie
             error = codes * scale - x
         return (x + error) @ self.weight.to(x.dtype).t()
 
@@ -99,12 +100,16 @@ def test_gradients_of_a_model_are_those_through_unpacked_matrices(arch, fuse, ch
         from transformers import AutoModelForCausalLM
 
         model = bt.use_ternary_kernels(AutoModelForCausalLM.from_pretrained(folder), fuse=fuse)
-    model = randomised(peft.get_peft_model(model, config("all-linear")))
-    expected = gradients(unpacked(model))
+    model = peft.get_peft_model(model, config("all-linear"))
+    clear = 0
+    while clear < 4e-5:  # nearer to a tie rounding may choose the other code: draw again
+        reference = unpacked(randomised(model))
+        expected = gradients(reference)
+        clear = min(m.clear for m in reference.modules() if isinstance(m, Unpacked))
     found = gradients(model)
     assert len(expected) == 2 * 2 * 7
     for name, gradient in expected.items():
-        assert error(found[name], gradient) < 2e-3, name  # activations near a tie may differ
+        assert error(found[name], gradient) < 1e-5, name
 
 
 class LargestFloats(TorchDispatchMode):
