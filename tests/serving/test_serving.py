@@ -238,7 +238,9 @@ def test_sigterm_lets_requests_end_and_leaves_nothing(written, wait):
     code = "import sys; from bitnet_triton.cli import main; main()"
     command = [sys.executable, "-c", code, "serve", "--port", "0", "--dtype", "float32"]
     process = subprocess.Popen(
-        [*command, "--api-key", "secret", "--memory", "0.01"], stderr=subprocess.PIPE, text=True
+        [*command, "--api-key", "secret", "--memory", "0.01", "--grace", "120"],
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         lines = iter(process.stderr.readline, "")
