@@ -95,11 +95,11 @@ class Limits:
         return self._length_wanted(body), _chosen(body)
 
     def _length_wanted(self, body: dict[str, Any]) -> int | None:
-        wanted = None
-        for name in _LENGTHS:
-            if body.get(name) is not None:
-                wanted = _number(name, body[name], 1, self.new_tokens, True)
-        return wanted
+        given = [name for name in _LENGTHS if body.get(name) is not None]
+        wanted = {_number(name, body[name], 1, self.new_tokens, True) for name in given}
+        if len(wanted) > 1:
+            raise refuse(f"`{_LENGTHS[0]}` and `{_LENGTHS[1]}`: expected one number, got two")
+        return wanted.pop() if wanted else None
 
 
 def _asks_nothing(name: str, value: Any) -> bool:

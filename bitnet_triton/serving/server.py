@@ -11,14 +11,21 @@ import copy
 import time
 from typing import Any
 
-from fastapi import HTTPException, Request
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from jinja2.exceptions import TemplateError
+from starlette.exceptions import HTTPException
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.server import build_server
-from transformers.cli.serving.utils import BaseHandler, GenerationState, Modality
+from transformers.cli.serving.utils import (
+    BaseHandler,
+    CBWorkerDeadError,
+    GenerationState,
+    Modality,
+)
 
 from bitnet_triton.serving.engine import Engine
 from bitnet_triton.serving.gate import Gate, error_body
@@ -150,13 +157,29 @@ def build_app(name: str, model: Any, tokenizer: Any, engine: Engine, key: str | 
     kept = [route for route in app.router.routes if getattr(route, "path", None) in ROUTES]
     app.router.routes[:] = kept
 
+    _answer_errors(app)
+    return Gate(app, engine.limits, key, engine.abandon)
+
+
+def _answer_errors(app: Any) -> None:
+    """Let every error be answered as OpenAI's clients read it."""
+
+    def answer(status: int, message: str) -> JSONResponse:
+        return JSONResponse(error_body(status, message), status)
+
+    # Starlette's own class: its routes raise it for unknown addresses and methods
     @app.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> JSONResponse:
-        return JSONResponse(error_body(error.status_code, str(error.detail)), error.status_code)
+        return answer(error.status_code, str(error.detail))
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
+        return answer(400, f"expected a JSON object as body: {error.errors()[0]['msg']}")
 
     @app.exception_handler(TemplateError)
     async def untold(_: Request, error: TemplateError) -> JSONResponse:
-        message = f"`messages`: the model's chat template says: {error}"
-        return JSONResponse(error_body(400, message), 400)
+        return answer(400, f"`messages`: the model's chat template says: {error}")
 
-    return Gate(app, engine.limits, key, engine.abandon)
+    @app.exception_handler(CBWorkerDeadError)
+    async def dead(_: Request, error: CBWorkerDeadError) -> JSONResponse:
+        return answer(503, str(error))

@@ -132,6 +132,7 @@ def test_there_is_one_model_and_names_are_no_paths(served, client, tmp_path):
         ({"prompt": "\ud800"}, "surrogate"),
         ({"prompt": "a", "max_tokens": 10**9}, "from 1 to 1024, got 1000000000"),
         ({"prompt": "a", "max_tokens": True}, "`max_tokens`: expected an integer"),
+        ({"prompt": "a", "max_tokens": 1, "max_completion_tokens": 2}, "expected one number"),
         ({"prompt": "a", "temperature": -1}, "`temperature`"),
         ({"prompt": "a", "temperature": "hot"}, "`temperature`"),
         ({"prompt": "a", "top_p": 0}, "`top_p`"),
@@ -170,6 +171,27 @@ def test_what_is_not_served_is_refused_by_name(served, body, message):
     assert answer.status_code == 400
     assert message in answer.json()["error"]["message"]
     assert is_empty(served.engine)
+
+
+@pytest.mark.parametrize("body", [b"{", b"[]", b"", b'"text"', b"\xff"])
+def test_a_malformed_body_is_answered_in_the_form_of_the_api(served, body):
+    answer = httpx.post(
+        f"{served.address}/v1/completions",
+        content=body,
+        headers={"Content-Type": "application/json"},
+    )
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (400, 400)
+    assert "body" in error["message"]
+
+
+def test_an_unknown_address_is_answered_in_the_form_of_the_api(served):
+    for answer in (
+        httpx.get(f"{served.address}/v1"),
+        httpx.get(f"{served.address}/v1/completions"),
+    ):
+        assert answer.status_code in (404, 405)
+        assert answer.json()["error"]["code"] == answer.status_code
 
 
 def test_a_body_above_the_limit_is_refused(served):
