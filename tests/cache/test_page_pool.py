@@ -158,13 +158,13 @@ class Machine(RuleBasedStateMachine):
         T = len(text) + 1  # one column is padding in all rows
         slots = tables.slots(np.array(new), T)
         assert slots.shape == (len(rows), T)
-        flat = self.pool.store[0].flatten(1, 2)
+        flat = [pages.flatten(0, 1) for pages in self.pool.pages_of(0)]
         written = set()
         for row, n in enumerate(new):
             assert (slots[row, : T - n] == -1).all()
             for token, slot in zip(text[len(text) - n :], slots[row, T - n :].tolist()):
                 self.stamp += 1
-                flat[0, slot], flat[1, slot] = token, self.stamp
+                flat[0][slot], flat[1][slot] = token, self.stamp
                 rows[row][1].append((token, self.stamp))
                 assert slot not in written
                 written.add(slot)
@@ -281,7 +281,7 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def every_row_reads_what_was_written_for_it(self):
-        keys, stamps = self.pool.store[0].flatten(2).unbind(0)
+        keys, stamps = (pages.flatten(1) for pages in self.pool.pages_of(0))
         for tables, rows in self.batches:
             assert tables.lengths.tolist() == [len(text) for _, text in rows]
             for row, (_, text) in enumerate(rows):
@@ -292,7 +292,7 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def the_tree_has_the_texts_that_it_should(self):
-        stamps = self.pool.store[0, 1].flatten(1)
+        stamps = self.pool.pages_of(0)[1].flatten(1)
         assert len(self.tree) == len(self.known)
         assert self.cap is None or len(self.tree) <= self.cap
         assert {node for _, node in self.tree.nodes()} == set(self.nodes.values())

@@ -120,6 +120,16 @@ def test_a_copy_goes_its_own_way():
     text.read(30)
 
 
+def test_pages_in_a_row_are_one_run_of_memory_to_a_head():
+    """As without pages: what lies between the rows of a head is fetched in vain."""
+    text = Text((0,))
+    text.read(3 * 16)
+    pool = text.layer.batch.pool
+    for pages in pool.pages_of(0):
+        for head in range(HK):
+            assert pages[:, :, head].is_contiguous()
+
+
 PADDED = (0, 30, 7)
 
 

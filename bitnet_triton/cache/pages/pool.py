@@ -32,7 +32,8 @@ class PagePool:
     Attributes:
         counts: int32 [P], by how many tables, and by the tree, each page is named.
         lock: of the pool and of the tree.
-        store: [layers 2 P page_size Hk D], keys and values; None before the first tokens.
+        store: [layers 2 Hk P page_size D], keys and values; None before the first tokens. To a head
+            pages that follow one another are one run of memory, as in a cache without pages.
     """
 
     def __init__(self, page_size: int, most: int | None = None) -> None:
@@ -129,7 +130,7 @@ class PagePool:
         Raises:
             ValueError: there is memory already, for others.
         """
-        sizes = (layers, 2, len(self.counts), self.page_size, like.shape[1], like.shape[3])
+        sizes = (layers, 2, like.shape[1], len(self.counts), self.page_size, like.shape[3])
         if self.store is None:
             self.store = self._empty(sizes, like)
         elif (
@@ -139,20 +140,21 @@ class PagePool:
         ):
             raise ValueError(
                 f"`past_key_values`: the pool has pages of {list(self.store.shape)} "
-                f"[layers 2 P page Hk D] in {self.store.dtype} on {self.store.device}, this model "
+                f"[layers 2 Hk P page D] in {self.store.dtype} on {self.store.device}, this model "
                 f"wants {list(sizes)} in {like.dtype} on {like.device}"
             )
 
     def pages_of(self, layer: int) -> tuple[Tensor, Tensor]:
         """Return keys and values of a layer, [P page_size Hk D]."""
         assert self.store is not None
-        return self.store[layer, 0], self.store[layer, 1]
+        keys, values = self.store[layer].permute(0, 2, 3, 1, 4)
+        return keys, values
 
     def copy(self, sources: np.ndarray, targets: np.ndarray) -> None:
         """Copy pages in all layers."""
         if self.store is None or not len(sources):
             return
-        pages = self.store.flatten(0, 2)
+        pages = self.store.flatten(0, 3)
         first = np.arange(0, len(pages), len(self.counts))[:, None]
         pairs = np.stack([first + sources, first + targets], -1).reshape(-1, 2)
         copy_pages(pages, torch.from_numpy(pairs).to(pages.device))
@@ -163,9 +165,9 @@ class PagePool:
         # those at the front are taken first
         self._free = [*range(size + more - 1, size - 1, -1), *self._free]
         if self.store is not None:
-            layers, _, _, *rest = self.store.shape
-            larger = self._empty((layers, 2, size + more, *rest), self.store)
-            larger[:, :, :size].copy_(self.store)
+            layers, _, Hk, _, *rest = self.store.shape
+            larger = self._empty((layers, 2, Hk, size + more, *rest), self.store)
+            larger[:, :, :, :size].copy_(self.store)
             self.store = larger
 
     @staticmethod
