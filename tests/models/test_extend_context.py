@@ -55,6 +55,8 @@ def draw(B, T):
 
 @torch.no_grad()
 def generated_logits(model, ids, new, **kwargs):
+    # a text that was written may hold the padding token, which generate would hide otherwise
+    kwargs.setdefault("attention_mask", torch.ones_like(ids))
     out = model.generate(
         ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0,
         return_dict_in_generate=True, output_logits=True, **kwargs,
