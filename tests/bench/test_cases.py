@@ -131,6 +131,16 @@ def test_steps_inside_of_buckets_agree_with_keys_hashed_anew():
     assert {row.provider: row.status for row in rows} == dict.fromkeys(case.providers, "timed")
 
 
+@pytest.mark.parametrize(("model_name", "dtype"), [("recall", "fp32"), ("tiny", "bf16")])
+def test_steps_over_pages_agree_with_those_over_a_plain_cache(model_name, dtype):
+    case = make_case("page_steps")
+    chosen = case.select_providers(["plain", "pages_16_apart", "pages_64"])
+    rows = measure_point(case, {"model": model_name, "dtype": dtype, "T": 300}, chosen, SETTINGS)
+    assert {row.provider: row.status for row in rows} == dict.fromkeys(chosen, "timed"), rows
+    if dtype == "fp32":
+        assert max(row.error for row in rows) < 1e-5
+
+
 @pytest.mark.parametrize("output", ["logits", "best"])
 def test_int8_linear_providers_agree(output):
     case = int8_linear.case()
@@ -237,9 +247,10 @@ def test_peers_are_found_or_skipped_by_name():
 
 def test_every_case_has_a_peer_and_every_peer_a_case_or_a_reason():
     compared = {case for peer in PEERS for case in peer.compared_in}
-    # sampling stands beside our own dense attention, and steps inside of buckets beside what they
-    # were: nobody else decodes so on a CPU; training_memory is a command of its own
-    assert compared == {*CASES, "training_memory"} - {"sampling", "bucket_steps"}
+    # sampling and pages stand beside our own dense attention, and steps inside of buckets beside
+    # what they were: nobody else decodes so on a CPU; training_memory is a command of its own
+    alone = {"sampling", "bucket_steps", "page_steps"}
+    assert compared == {*CASES, "training_memory"} - alone
     assert all(bool(peer.compared_in) != bool(peer.reason) for peer in PEERS)
 
 

@@ -319,3 +319,12 @@ def test_a_pool_that_is_empty_says_how_much_was_wanted():
     with pytest.raises(OutOfPagesError, match=r"2 wanted \(32 tokens\), 1 of 4 are free, 3 in use"):
         tables.reserve(np.array([40, 20]))
     assert pool.free == 1
+
+
+@pytest.mark.parametrize("most", [None, 24])
+def test_neighbours_are_taken_first_however_pages_came_back(most):
+    pool = PagePool(16, most)
+    pages = pool.allocate(16)
+    for at in torch.randperm(12).tolist():
+        pool.release(pages[at : at + 1])
+    assert pool.allocate(14).tolist() == [*range(12), 16, 17]  # the pool has grown, or had more

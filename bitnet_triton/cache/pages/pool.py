@@ -8,6 +8,7 @@ a list of numbers.
 
 from __future__ import annotations
 
+import heapq
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -40,6 +41,7 @@ class PagePool:
         self.page_size, self.most = page_size, most
         self.counts = np.zeros(0, dtype=np.int32)
         self.store: Tensor | None = None
+        # a heap: who takes the first ones gets neighbours, however pages came back
         self._free: list[int] = []
         self._reclaim: Callable[[int], object] | None = None
         self._abandoned: deque[np.ndarray] = deque()
@@ -67,7 +69,7 @@ class PagePool:
         self._reclaim = reclaim
 
     def allocate(self, n: int) -> np.ndarray:
-        """Return ``n`` pages, int32, each of which is named once from now on.
+        """Return ``n`` pages, int32, each of which is named once from now on: the first free ones.
 
         Raises:
             OutOfPagesError: there are not so many; then none is taken.
@@ -86,7 +88,7 @@ class PagePool:
                         "pool more tokens, or fewer and shorter texts at a time"
                     )
                 self._grow(max(len(self.counts) // 4, lacking))
-            pages = np.array([self._free.pop() for _ in range(n)], dtype=np.int32)
+            pages = np.array([heapq.heappop(self._free) for _ in range(n)], dtype=np.int32)
             self.counts[pages] = 1
             return pages
 
@@ -106,7 +108,8 @@ class PagePool:
             assert (times <= self.counts).all(), "a page is released more often than it is named"
             self.counts -= times
             freed = np.flatnonzero((times > 0) & (self.counts == 0)).tolist()
-            self._free += reversed(freed)
+            for page in freed:
+                heapq.heappush(self._free, page)
             return len(freed)
 
     def abandon(self, pages: np.ndarray) -> None:
@@ -162,8 +165,7 @@ class PagePool:
     def _grow(self, more: int) -> None:
         size = len(self.counts)
         self.counts = np.concatenate([self.counts, np.zeros(more, dtype=np.int32)])
-        # those at the front are taken first
-        self._free = [*range(size + more - 1, size - 1, -1), *self._free]
+        self._free += range(size, size + more)  # behind all others: still a heap
         if self.store is not None:
             layers, _, Hk, _, *rest = self.store.shape
             larger = self._empty((layers, 2, Hk, size + more, *rest), self.store)
