@@ -19,6 +19,8 @@ from bitnet_triton.kernels.kv_pages import copy_pages, write_pages
 from bitnet_triton.kernels.kv_pages.op import COPY_PAGES, WRITE_PAGES
 from bitnet_triton.kernels.linear_attention import linear_attention
 from bitnet_triton.kernels.linear_attention.launchers import LINEAR_BWD, LINEAR_FWD
+from bitnet_triton.kernels.linear_cross_entropy import linear_cross_entropy
+from bitnet_triton.kernels.linear_cross_entropy.launchers import ENTROPY_BWD, ENTROPY_FWD
 from bitnet_triton.kernels.lsh_attention import bucket_attention, hash_buckets, lsh_attention
 from bitnet_triton.kernels.lsh_attention.launchers import BUCKET_BWD, BUCKET_FWD
 from bitnet_triton.kernels.lsh_sampling import (
@@ -114,6 +116,8 @@ IMPLEMENTATIONS = {
     "bucket_attention_bwd": BUCKET_BWD,
     "linear_attention": LINEAR_FWD,
     "linear_attention_bwd": LINEAR_BWD,
+    "linear_cross_entropy": ENTROPY_FWD,
+    "linear_cross_entropy_bwd": ENTROPY_BWD,
     "top_blocks": TOP_BLOCKS,
     "pool_keys": POOL_KEYS,
     "pool_last_keys": POOL_LAST_KEYS,
@@ -151,6 +155,7 @@ __all__ = [
     "int8_linear",
     "int8_linear_topk",
     "linear_attention",
+    "linear_cross_entropy",
     "lsh_attention",
     "lsh_sampling_attention",
     "merge_attention",

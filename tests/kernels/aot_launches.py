@@ -38,6 +38,8 @@ from bitnet_triton.kernels.kv_pages.forward import launch_copy_pages, launch_wri
 from bitnet_triton.kernels.linear_attention import launch as linear_launch
 from bitnet_triton.kernels.linear_attention.decode import launch_decode as launch_linear_decode
 from bitnet_triton.kernels.linear_attention.step import GatedStep, launch_gated_step
+from bitnet_triton.kernels.linear_cross_entropy.backward import launch_cross_entropy_bwd
+from bitnet_triton.kernels.linear_cross_entropy.forward import launch_cross_entropy
 from bitnet_triton.kernels.lsh_attention import backward as bucket_backward
 from bitnet_triton.kernels.lsh_attention.arguments import BucketCall, Directions
 from bitnet_triton.kernels.lsh_attention.decode import launch_bucket_step, launch_hash_step
@@ -376,6 +378,14 @@ def launch_linear_attention(D, dtype, of_channels):
     )  # fmt: skip
 
 
+def launch_entropy(M, V, first, dtype):
+    """Start the kernels of linear_cross_entropy."""
+    logits, labels, stats = meta(M, V, dtype=dtype), meta(M, dtype=torch.int64), meta(M, 2)
+    for with_gradient in (False, True):
+        launch_cross_entropy(logits, labels, with_gradient)
+    launch_cross_entropy_bwd(logits, labels, stats, meta(M), first)
+
+
 def record_all():
     """Return each launch that differs in kernel, dtypes or tiles from the others."""
     with record_launches() as launches:
@@ -389,6 +399,7 @@ def record_all():
                 launch_packed(M, dtype, meta(N, dtype=dtype))
                 launch_fused(M, dtype)
                 launch_fused(M, dtype, N=2560)
+            launch_entropy(256, 128256, 0, dtype)
             for width in (640, 6912, 16384):
                 launch_fused(1, dtype, K=width)
             launch_trained(2048, dtype, dtype, binary=False)
@@ -462,4 +473,5 @@ def sizes_of_one():
         launch_rotated(2, F32, B=1, T=1, H=1, Hk=1)
         for M in (1, 64):
             launch_int8(M, F32, meta(1), N=1, K=1)
+        launch_entropy(1, 1, 1, F32)
     return launches
