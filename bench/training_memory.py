@@ -25,9 +25,12 @@ from bench.peers import PEFT
 PARTS = ("weights", "gradients", "optimizer", "activations")
 LABELS = {
     "lora_packed": "LoRA beside packed weights",
+    "lora_packed_loss": "the same, a loss without logits",
     "lora_autobitlinear": "LoRA beside hf autobitlinear",
     "full": "all of the model, masters in float32",
+    "full_loss": "the same, a loss without logits",
 }
+_LOSS_ALONE = "_loss"  # ends the names of steps with `skip_logits`
 _MEASURED = (1, 2)  # layers
 
 
@@ -81,14 +84,15 @@ def _step(
     shape: Shape, name: str, tokens: int, device: torch.device, checkpointing: bool
 ) -> dict[str, int]:
     models = RandomModels(shape, Settings(device=device))
-    model = _models(models)[name]().train()
+    model = _models(models)[name.removesuffix(_LOSS_ALONE)]().train()
+    more = {"skip_logits": True} if name.endswith(_LOSS_ALONE) else {}
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     ids = torch.randint(shape.vocab, (1, tokens), device=device)
 
     def run() -> None:
         with torch.autocast(device.type, torch.bfloat16):
-            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            model(input_ids=ids, labels=ids, use_cache=False, **more).loss.backward()
 
     trained = [p for p in model.parameters() if p.requires_grad]
     # transformers decorates its BitNet layers with torch.compile

@@ -14,6 +14,7 @@ from bitnet_triton.kernels import (
     dense_linear_topk,
     int8_linear,
     int8_linear_topk,
+    linear_cross_entropy,
 )
 from bitnet_triton.runtime.device import autocast_dtype
 
@@ -43,8 +44,12 @@ class OutputHead(nn.Linear):
             cast("Any", head)._is_hf_initialized = True
         return head
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Map [..., K] to [..., N]."""
+    def forward(
+        self, input: Tensor, labels: Tensor | None = None, ignore_index: int = -100
+    ) -> Tensor:
+        """Map [..., K] to logits [..., N]; with labels [...] to the losses [...] of these alone."""
+        if labels is not None:
+            return self._losses(input, labels, ignore_index)
         rows = input.reshape(-1, self.in_features)
         if self._learns(rows) or autocast_dtype(rows.device.type) is not None:
             logits = F.linear(rows, self.weight, self.bias)
@@ -59,6 +64,14 @@ class OutputHead(nn.Linear):
         """
         with torch.no_grad():
             return dense_linear_topk(input, self.weight, k, self.bias)
+
+    def _losses(self, input: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+        """Return float32 losses, without the logits of all tokens; there is no bias."""
+        assert self.bias is None
+        dtype, weight = autocast_dtype(input.device.type), self.weight
+        if dtype is not None:
+            input, weight = input.to(dtype), weight.to(dtype)
+        return linear_cross_entropy(input, weight, labels, ignore_index=ignore_index)
 
     def _learns(self, rows: Tensor) -> bool:
         return torch.is_grad_enabled() and (rows.requires_grad or self.weight.requires_grad)
@@ -105,10 +118,13 @@ class Int8Head(OutputHead):
             self.quantized = _Quantized.make(self.weight)
         return self.quantized.weight
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Map [..., K] to [..., N]."""
+    def forward(
+        self, input: Tensor, labels: Tensor | None = None, ignore_index: int = -100
+    ) -> Tensor:
+        """Map [..., K] to logits [..., N]; with labels, and a gradient, to losses [...]."""
         if self._learns(input):
-            return super().forward(input)
+            return super().forward(input, labels, ignore_index)
+        assert labels is None
         return int8_linear(input, self.int8_weight(), self.bias)
 
     def topk(self, input: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from bitnet_triton.training.checkpoints import SafeCheckpoints, last_checkpoint
 from bitnet_triton.training.evaluation import evaluate
 from bitnet_triton.training.jobs import Calibration
 from bitnet_triton.training.longrope import LongRopeJob, search_longrope
+from bitnet_triton.training.loss_trainer import LossTrainer
 from bitnet_triton.training.monitor import TernaryMonitor
 from bitnet_triton.training.packing import PackingCollator, pack_rows
 from bitnet_triton.training.recipe import TwoStages
@@ -15,6 +16,7 @@ from bitnet_triton.training.settings import Setting, combine, parse_setting
 __all__ = [
     "Calibration",
     "LongRopeJob",
+    "LossTrainer",
     "PackingCollator",
     "Report",
     "SafeCheckpoints",

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 
+from bitnet_triton.training.loss_trainer import LossTrainer
 from bitnet_triton.training.packing import IGNORED
 from bitnet_triton.training.relations import (
     find_documents,
@@ -66,11 +66,11 @@ class Lesson:
         return found
 
 
-class Distiller(Trainer):
+class Distiller(LossTrainer):
     """``Trainer`` with the terms of a lesson in its loss while it trains.
 
     Each line of the log has them as ``loss_logits`` and ``loss_relations``, by how much they count.
-    Evaluation is about the next token alone.
+    Evaluation is about the next token alone, without logits.
 
     Args:
         *args: as for ``Trainer``.

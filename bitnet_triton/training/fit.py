@@ -13,6 +13,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from bitnet_triton.training.checkpoints import SafeCheckpoints, last_checkpoint
 from bitnet_triton.training.documents import Document
+from bitnet_triton.training.loss_trainer import LossTrainer
 from bitnet_triton.training.monitor import TernaryMonitor
 from bitnet_triton.training.packing import PackingCollator, pack_rows
 from bitnet_triton.training.recipe import TwoStages
@@ -55,7 +56,7 @@ def fit(
     schedule: Schedule,
     output: Path,
     progress: Progress | None = None,
-    make_trainer: Callable[..., Trainer] = Trainer,
+    make_trainer: Callable[..., Trainer] = LossTrainer,
 ) -> dict[str, Any]:
     """Train a model on documents, or go on where a killed training was.
 
@@ -66,7 +67,8 @@ def fit(
         schedule: how.
         output: folder of the checkpoints.
         progress: called after each step.
-        make_trainer: makes it of what ``Trainer`` takes, for a loss of its own.
+        make_trainer: makes it of what ``Trainer`` takes, for a loss of its own. Default: the loss
+            of the labels, without logits.
 
     Returns:
         ``steps``, ``tokens``, ``trained`` parameters, the ``log``, and the losses ``before`` and
@@ -149,7 +151,7 @@ def mean_loss(model: Any, documents: Sequence[Document], row: int) -> float | No
             name: value.to(model.device) if hasattr(value, "to") else value
             for name, value in collate([packed]).items()
         }
-        losses.append(model(**batch).loss.item())
+        losses.append(model(**batch, skip_logits=True).loss.item())
     return sum(losses) / len(losses) if losses else None
 
 

@@ -164,7 +164,7 @@ class Trainee:
         batch = PackingCollator(tell_prompts=True)([document, document])
         there = {k: v.to(model.device) if hasattr(v, "to") else v for k, v in batch.items()}
         try:
-            model(**there).loss.backward()
+            model(**there, skip_logits=True).loss.backward()
         except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
             reason = str(error).removeprefix("`attention`: ")
             raise ValueError(

@@ -28,11 +28,11 @@ def test_parts_are_those_of_the_models():
         "full": 4 * (linears + norms),
     }
     for name, row in rows.items():
-        layer = row["layer_bytes"]
-        assert layer["weights"] == wanted[name], name
-        trained = adapters if name != "full" else linears + norms
+        layer, of_all = row["layer_bytes"], name.startswith("full")
+        assert layer["weights"] == wanted[name.removesuffix("_loss")], name
+        trained = linears + norms if of_all else adapters
         assert layer["gradients"] == 4 * trained
-        steps = 4 * (2 * scales if name != "full" else scales + 4)  # one counter a tensor
+        steps = 4 * (scales + 4 if of_all else 2 * scales)  # one counter a tensor
         assert layer["optimizer"] == 8 * trained + steps
         assert layer["activations"] > 0
         assert row["total_bytes"] == sum(row["bytes"][part] for part in PARTS)
@@ -51,3 +51,15 @@ def test_command_writes_what_it_shows(tmp_path):
     assert LABELS["lora_packed"].split()[0] in outcome.output
     outcome = CliRunner().invoke(app, ["training_memory", "--provider", "mine"])
     assert "`provider`: expected lora_packed, " in str(outcome.exception)
+
+
+def test_a_loss_without_logits_takes_less_by_its_logits():
+    """Beside them what a small model keeps is little."""
+    shape = replace(SHAPES["tiny"], vocab=4096)
+    names = ["lora_packed", "lora_packed_loss"]
+    rows = {r["provider"]: r for r in measure(shape, names, 512, torch.device("cpu"), True)}
+    found, less = (rows[name]["bytes"] for name in names)
+    assert found["weights"] == less["weights"]
+    logits = 512 * shape.vocab
+    # float32 logits and their gradient at the least, against bfloat16 logits that become theirs
+    assert found["activations"] - less["activations"] > 6 * logits

@@ -3,7 +3,7 @@
 Not a test: test_two_trainers.py starts it with the environment of ``torchrun``, and imports it for
 one process alone. ``ddp`` is transformers' Trainer. ``fsdp`` shards decoder layers by the class
 that the model names for it, in a loop of its own: accelerate takes FSDP to GPUs alone, and trains
-by DDP on a CPU whatever it is told.
+by DDP on a CPU whatever it is told. Two processes make no logits of all tokens, one does.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import Trainer, TrainingArguments
 
 import bitnet_triton as bt
-from bitnet_triton.training import PackingCollator, SafeCheckpoints, last_checkpoint
+from bitnet_triton.training import LossTrainer, PackingCollator, SafeCheckpoints, last_checkpoint
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -49,7 +49,8 @@ def train_with_trainer(folder, processes=1):
         per_device_train_batch_size=ROWS // processes, use_cpu=True, report_to=[],
         disable_tqdm=True, lr_scheduler_type="constant",
     )  # fmt: skip
-    trainer = Trainer(
+    kind = LossTrainer if processes > 1 else Trainer
+    trainer = kind(
         new_model(), arguments, PackingCollator(), documents(), callbacks=[SafeCheckpoints()]
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
@@ -63,7 +64,8 @@ def train_by_hand(model, rank=0, processes=1):
     size, losses = ROWS // processes, []
     for step in range(STEPS):
         start = step * ROWS + rank * size
-        loss = model(**PackingCollator()(documents()[start : start + size])).loss
+        batch = PackingCollator()(documents()[start : start + size])
+        loss = model(**batch, skip_logits=processes > 1).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -79,7 +81,8 @@ def train_sharded(folder):
     rank, processes = dist.get_rank(), dist.get_world_size()
     model, mesh = new_model(), init_device_mesh("cpu", (processes,))
     sharded = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
-    for module in [*sharded, model]:
+    # the head by itself: what multiplies by its weight has to gather it
+    for module in [*sharded, model.lm_head, model]:
         fully_shard(module, mesh=mesh)
     losses = train_by_hand(model, rank, processes)
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))

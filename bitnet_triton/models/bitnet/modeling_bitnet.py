@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 from torch import Tensor, is_grad_enabled, nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
 from bitnet_triton.attention import AttentionPlan, hub
 from bitnet_triton.errors import CheckpointError
@@ -28,6 +30,7 @@ from bitnet_triton.models.bitnet.reversible import make_reversible, run_decoder
 from bitnet_triton.models.checkpoint import check_checkpoint, check_folder, check_suffixes
 from bitnet_triton.models.fuse import fuse_after_loading, introduce
 from bitnet_triton.models.fused.model import FUSED_MODELS, FusedModel
+from bitnet_triton.models.head_loss import causal_loss, logits_reader, tell_reader
 from bitnet_triton.models.mode_loss import (
     add_mode_loss,
     take_mode_loss,
@@ -299,6 +302,14 @@ class FusedPlannedModel(FusedModel, BitNetModel):  # type: ignore[misc]  # one m
 FUSED_MODELS[BitNetModel] = FusedPlannedModel
 
 
+def _check_skipping(labels: Tensor | None, logits_to_keep: int | Tensor) -> None:
+    """Raise where a call without logits would return nothing, or is told which to return."""
+    if labels is None:
+        raise ValueError("`skip_logits`: expected `labels` to return a loss of, got None")
+    if isinstance(logits_to_keep, Tensor) or logits_to_keep != 0:
+        raise ValueError("`logits_to_keep`: expected 0 beside `skip_logits`")
+
+
 class BitNetForCausalLM(_TernaryModel, Generation, hf.BitNetForCausalLM):
     """BitNet with a language-model head: ``from_pretrained``, ``generate``, ``Trainer``.
 
@@ -323,6 +334,7 @@ class BitNetForCausalLM(_TernaryModel, Generation, hf.BitNetForCausalLM):
         prompt_len: int | Tensor | None = None,
         global_tokens: Tensor | None = None,
         context_length: int | Tensor | None = None,
+        skip_logits: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Map ids [B T] to logits [B T vocabulary].
@@ -341,8 +353,16 @@ class BitNetForCausalLM(_TernaryModel, Generation, hf.BitNetForCausalLM):
             prompt_len: columns of the prompt. Default: by ``labels``.
             global_tokens: bool [B T].
             context_length: tokens that a text will have in the end; ``generate`` knows them.
+            skip_logits: return the loss of ``labels`` and no logits (``outputs.logits`` is None):
+                those of some tokens are there at a time (docs/training.md). Default: all logits.
             **kwargs: as for any model of transformers.
+
+        Raises:
+            ValueError: as ``BitNetModel`` does; ``skip_logits`` without ``labels``, or beside
+                ``logits_to_keep``.
         """
+        if skip_logits:
+            _check_skipping(labels, logits_to_keep)
         plan, rotary = self.attention_plan, cast("Any", self.base_model).rotary_emb
         check_context_length(context_length, rotary)
         if context_length is not None:
@@ -358,23 +378,48 @@ class BitNetForCausalLM(_TernaryModel, Generation, hf.BitNetForCausalLM):
             if plan.has_phases and prompt_len is None and labels is not None:
                 kwargs["is_answer"] = labels != -100
             kwargs |= {"prompt_len": prompt_len, "global_tokens": global_tokens}
-        outputs = super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
+        call = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "labels": labels,
+            "use_cache": use_cache,
             **kwargs,
-        )
+        }
+        if skip_logits:
+            outputs = self._lose(**call)
+        else:
+            outputs = super().forward(logits_to_keep=logits_to_keep, **call)
         if plan is not None and self.training and is_grad_enabled():
             items = kwargs.get("num_items_in_batch")
             outputs, self.mode_loss = add_mode_loss(self.base_model, outputs, labels, items)
-        logits = outputs[0] if labels is None else outputs[1]
-        tell_overflow(logits, inputs_embeds if input_ids is None else input_ids)
+        if not skip_logits:
+            logits = outputs[0] if labels is None else outputs[1]
+            tell_overflow(logits, inputs_embeds if input_ids is None else input_ids)
         return outputs
+
+    @can_return_tuple
+    def _lose(self, labels: Tensor, **call: Any) -> CausalLMOutputWithPast:
+        """Return what the forward of transformers does, with a loss and without logits."""
+        reader = logits_reader(self)
+        if reader is not None:
+            tell_reader(reader)
+            whole = super().forward(labels=labels, return_dict=True, **call)
+            whole.logits = None
+            return whole
+        outputs = self.model(**call)
+        hidden, ids = outputs.last_hidden_state, call["input_ids"]
+        tell_overflow(hidden, call["inputs_embeds"] if ids is None else ids)
+        about = ("num_items_in_batch", "ignore_index", "shift_labels")
+        loss = causal_loss(self, hidden, labels, **{n: call[n] for n in about if n in call})
+        return CausalLMOutputWithPast(
+            loss=loss,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
 
     def take_mode_loss(self) -> Tensor | None:
         """Return what the modes of the last call in training want added to a loss, once.
