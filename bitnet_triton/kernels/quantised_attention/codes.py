@@ -3,6 +3,11 @@
 Tokens come in groups of ``GROUP``. Keys of 4 bits have a scale and a zero for each channel of a
 group (arXiv:2402.02750), everything else has one scale a token and head. A byte of two codes holds
 channel c in its low half and channel c + D / 2 in its high one.
+
+Bytes lie as products of integers read them, four neighbours along a sum side by side: a group of
+keys as [W / 4, GROUP, 4], four channels of each token after the other; a group of values as
+[GROUP / 4, W, 4], four tokens of each channel. W is the bytes of a token, D or D / 2. What is
+computed with 64 bytes at a time unpacks them by a mask and a shift, and moves none.
 """
 
 from __future__ import annotations
@@ -22,11 +27,12 @@ _LARGEST_ZERO = 1024.0  # steps: float16 holds such a zero to half a step
 
 @dataclass(frozen=True, eq=False)
 class KeyValueCodes:
-    """Codes of keys and values, [B Hk capacity ..]; the capacity is a multiple of ``GROUP``.
+    """Codes of keys and values, of [B Hk capacity D]; the capacity is a multiple of ``GROUP``.
 
     Attributes:
-        keys: int8 [B Hk capacity D], or uint8 [B Hk capacity D / 2] of 4 bits.
-        values: likewise.
+        keys: [B Hk capacity / GROUP, W / 4, GROUP, 4]: int8 with W = D, or uint8 of 4 bits with
+            W = D / 2.
+        values: [B Hk capacity / GROUP, GROUP / 4, W, 4], likewise.
         key_scale: float32 [B Hk capacity]; of 4 bits bfloat16 [B Hk capacity / GROUP, D].
         key_zero: None; of 4 bits float16 [B Hk capacity / GROUP, D], the code that means 0.
         value_scale: float32 [B Hk capacity]; the code 8 of 4 bits means 0.
@@ -48,12 +54,12 @@ class KeyValueCodes:
     @property
     def head_dim(self) -> int:
         """D."""
-        return self.keys.shape[-1] * (8 // self.bits)
+        return self.values.shape[-2] * (8 // self.bits)
 
     @property
     def capacity(self) -> int:
         """How many tokens there is room for."""
-        return self.keys.shape[2]
+        return self.keys.shape[2] * GROUP
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors, by name."""
@@ -64,16 +70,23 @@ class KeyValueCodes:
     def empty(
         cls, B: int, Hk: int, groups: int, D: int, bits: int, device: torch.device, rotate: bool
     ) -> KeyValueCodes:
-        """Return room for groups of tokens, zeros."""
+        """Return room for groups of tokens, zeros.
+
+        Raises:
+            ValueError: D is no multiple of 8.
+        """
+        if D % 8:
+            raise ValueError(f"`cache`: codes are for heads of a multiple of 8 values, got {D}")
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros((B, Hk, *shape), dtype=dtype, device=device)
 
-        T = groups * GROUP
+        T, W = groups * GROUP, D * bits // 8
+        dtype = torch.int8 if bits == 8 else torch.uint8
+        keys = zeros(groups, W // 4, GROUP, 4, dtype=dtype)
+        values = zeros(groups, GROUP // 4, W, 4, dtype=dtype)
         if bits == 8:
-            keys, values = (zeros(T, D, dtype=torch.int8) for _ in range(2))
             return cls(keys, values, zeros(T), None, zeros(T), rotate)
-        keys, values = (zeros(T, D // 2, dtype=torch.uint8) for _ in range(2))
         scale, zero = (zeros(groups, D, dtype=t) for t in (torch.bfloat16, torch.float16))
         return cls(keys, values, scale, zero, zeros(T), rotate)
 
@@ -101,24 +114,27 @@ class KeyValueCodes:
                 pair = [hadamard(t) for t in pair]
             k, v = pair
             start, end = group * GROUP, group * GROUP + k.shape[-2]
-            if self.bits == 8:
-                codes, scale = _by_token(k, 127)
-                self.keys[row, :, start:end], self.key_scale[row, :, start:end] = codes, scale
-                codes, scale = _by_token(v, 127)
-                self.values[row, :, start:end] = codes
-            else:
-                codes, steps, zero = _by_channel(k)
-                groups = slice(group, end // GROUP)
-                assert self.key_zero is not None
-                self.keys[row, :, start:end] = _packed(codes)
-                self.key_scale[row, :, groups], self.key_zero[row, :, groups] = steps, zero
-                codes, scale = _by_token(v, 7)
-                self.values[row, :, start:end] = _packed(codes + 8)
+            groups = slice(group, end // GROUP)
+            value_codes, scale = _by_token(v, 127 if self.bits == 8 else 7)
             self.value_scale[row, :, start:end] = scale
+            if self.bits == 8:
+                key_codes, scale = _by_token(k, 127)
+                self.key_scale[row, :, start:end] = scale
+            else:
+                key_codes, steps, zero = _by_channel(k)
+                assert self.key_zero is not None
+                self.key_scale[row, :, groups], self.key_zero[row, :, groups] = steps, zero
+                key_codes, value_codes = _packed(key_codes), _packed(value_codes + 8)
+            self.keys[row, :, groups] = _fours_of_channels(key_codes)
+            self.values[row, :, groups] = _fours_of_tokens(value_codes)
 
     def read(self, row: int, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Return the keys and values that codes of one row stand for, float32 [Hk T D]."""
-        k, v = (t[row, :, start:end] for t in (self.keys, self.values))
+        groups = slice(start // GROUP, -(-end // GROUP))
+        first = groups.start * GROUP
+        k = self.keys[row, :, groups].transpose(2, 3).flatten(3).flatten(1, 2)  # [Hk T W]
+        v = self.values[row, :, groups].transpose(3, 4).flatten(1, 3)
+        k, v = (t[:, start - first : end - first] for t in (k, v))
         if self.bits == 8:
             k = k * self.key_scale[row, :, start:end, None]
             v = v * self.value_scale[row, :, start:end, None]
@@ -150,6 +166,16 @@ def _by_channel(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     zero = (-low / scale.float()).half()
     codes = (x / scale.float()[:, :, None] + zero.float()[:, :, None]).round().clamp(0, 15)
     return codes.to(torch.uint8).flatten(1, 2), scale, zero
+
+
+def _fours_of_channels(x: Tensor) -> Tensor:
+    """Return x [Hk T W] as keys lie: [Hk, T / GROUP, W / 4, GROUP, 4]."""
+    return x.unflatten(2, (-1, 4)).unflatten(1, (-1, GROUP)).transpose(2, 3)
+
+
+def _fours_of_tokens(x: Tensor) -> Tensor:
+    """Return x [Hk T W] as values lie: [Hk, T / GROUP, GROUP / 4, W, 4]."""
+    return x.unflatten(1, (-1, GROUP // 4, 4)).transpose(3, 4)
 
 
 def _packed(codes: Tensor) -> Tensor:

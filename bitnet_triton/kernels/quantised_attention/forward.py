@@ -7,7 +7,8 @@ Lengths are read from memory and the grid depends on shapes alone, so that a lau
 serves every decode step.
 
 On a CPU, queries of 16 bits and weights become planes of int8, 15 bits in two of them, and meet the
-codes as they are; elsewhere codes are widened to the type of the queries.
+codes as they are; elsewhere codes are widened to the type of the queries. Codes lie as products of
+integers read them (``codes.py``).
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from torch import Tensor
 from triton.language.extra import libdevice
 
 from bitnet_triton.kernels.common.dependent import dependent, wait_for_inputs
-from bitnet_triton.kernels.common.tiles import round_half_even
 from bitnet_triton.kernels.flash_attention.decode import num_splits
 from bitnet_triton.kernels.flash_attention.operands import score_factors
 from bitnet_triton.kernels.hadamard.forward import launch_hadamard, rotation
@@ -35,110 +35,141 @@ _LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _load_halves(
-    ptr, rows, stride, is_row, HALF: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr
-) -> tuple:  # fmt: skip
-    """Load codes of rows, int8 [rows, PADDED]: of the first half of the channels and the second."""
-    cols = tl.arange(0, PADDED)
-    at = ptr + rows.to(tl.int64)[:, None] * stride + cols[None, :]
-    mask = is_row[:, None] & (cols < HALF)[None, :] if PADDED != HALF else is_row[:, None]
-    if BITS == 4:
-        both = tl.load(at, mask=mask, other=0)  # [rows, PADDED]
-        return (both & 15).to(tl.int8), (both >> 4).to(tl.int8)
+def _load_bytes(ptr, stride, ROWS: tl.constexpr, COLS: tl.constexpr) -> tl.tensor:
+    """Load bytes [ROWS, COLS], zeros up to the next powers of two."""
+    rows = tl.arange(0, triton.next_power_of_2(ROWS))
+    cols = tl.arange(0, triton.next_power_of_2(COLS))
+    at = ptr + rows[:, None] * stride + cols[None, :]
+    if rows.shape[0] == ROWS and cols.shape[0] == COLS:
+        return tl.load(at)
     else:
-        return tl.load(at, mask=mask, other=0), tl.load(at + HALF, mask=mask, other=0)
+        return tl.load(at, mask=(rows < ROWS)[:, None] & (cols < COLS)[None, :], other=0)
 
 
 @triton.jit
-def _fetch_rows(ptr, rows, stride, BYTES: tl.constexpr) -> None:
-    """Ask for rows of bytes, a cache line at a time: on a CPU, a load that is not used fetches."""
+def _load_halves(
+    ptr, second, stride, ROWS: tl.constexpr, COLS: tl.constexpr, BITS: tl.constexpr
+) -> tuple:  # fmt: skip
+    """Load bytes of codes of the first half of the channels and the second, as int8."""
+    if BITS == 4:
+        both = _load_bytes(ptr, stride, ROWS, COLS)
+        return (both & 15).to(tl.int8), (both >> 4).to(tl.int8)
+    else:
+        return _load_bytes(ptr, stride, ROWS, COLS), _load_bytes(ptr + second, stride, ROWS, COLS)
+
+
+@triton.jit
+def _matrix(fours, K: tl.constexpr, N: tl.constexpr) -> tl.tensor:
+    """Return codes [K, N] of bytes [K / 4, 4 N], in which four along K stand side by side."""
+    return tl.reshape(tl.permute(tl.reshape(fours, (K // 4, N, 4)), (0, 2, 1)), (K, N))
+
+
+@triton.jit
+def _fetch(ptr, BYTES: tl.constexpr) -> None:
+    """Ask for bytes, a cache line at a time: on a CPU, a load that is not used fetches."""
     line = tl.arange(0, triton.next_power_of_2(tl.cdiv(BYTES, 64))) * 64
-    at = ptr + rows.to(tl.int64)[:, None] * stride + tl.minimum(line, BYTES - 1)[None, :]
-    tl.load(at, volatile=True)
+    tl.load(ptr + tl.minimum(line, BYTES - 1), volatile=True)
 
 
 @triton.jit
 def _load_pair(ptr, at, mask, HALF: tl.constexpr) -> tuple:
-    """Load both halves of rows as float32."""
+    """Load both halves of the channels as float32."""
     low = tl.load(ptr + at, mask=mask, other=0.0).to(tl.float32)
     high = tl.load(ptr + HALF + at, mask=mask, other=0.0).to(tl.float32)
     return low, high
 
 
 @triton.jit
-def _planes(x, per_step) -> tl.tensor:
-    """Return x [M, N] in steps, at most 16319 of them, as int8 [2 M, N].
+def _rounded(x) -> tl.tensor:
+    """Return the integers next to x, magnitudes below 2**22, half to even: int32.
 
-    The first M rows count 128 each, the others 1: 127 * 128 + 63 = 16319.
+    What is added to x leaves no place for a fraction.
     """
-    code = round_half_even(x * per_step)
-    coarse = round_half_even(code * 0.0078125)
-    is_coarse = (tl.arange(0, 2) == 0)[:, None, None]
-    both = tl.where(is_coarse, coarse[None], (code - 128.0 * coarse)[None])  # [2, M, N]
-    return tl.reshape(both.to(tl.int8), (2 * x.shape[0], x.shape[1]))
+    return (x + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
 
 
 @triton.jit
-def _of_planes(sums, M: tl.constexpr, N: tl.constexpr) -> tl.tensor:
-    """Return what int32 [2 M, N] of products with planes amount to, float32 [M, N], in steps."""
-    weight = tl.where(tl.arange(0, 2) == 0, 128.0, 1.0)[:, None, None]
-    return tl.sum(tl.reshape(sums.to(tl.float32), (2, M, N)) * weight, axis=0)
+def _planes(code) -> tuple:
+    """Return int32 of magnitudes up to 16383 as int8: how many 128s, and the rest."""
+    return (code >> 7).to(tl.int8), (code & 127).to(tl.int8)
 
 
 @triton.jit
-def _largest(x) -> tl.tensor:
-    """Return the largest magnitude of each row, by bit patterns, which order like magnitudes."""
-    bits = tl.max(tl.abs(x).to(tl.int32, bitcast=True), axis=1)
+def _of_planes(many, rest) -> tl.tensor:
+    """Return what products with planes, int32, amount to: float32."""
+    return ((many << 7) + rest).to(tl.float32)
+
+
+@triton.jit
+def _largest(x, AXIS: tl.constexpr) -> tl.tensor:
+    """Return the largest magnitude along an axis, by bit patterns, which order like magnitudes."""
+    bits = tl.max(tl.abs(x).to(tl.int32, bitcast=True), axis=AXIS)
     return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _step_of(largest) -> tuple:
-    """Return the step in which values up to ``largest`` have planes, and how many make 1."""
-    largest = tl.where(largest < 1e-30, 1e-30, largest)
-    return largest * (1.0 / 16319.0), 16319.0 / largest
+def _ordered(bits) -> tl.tensor:
+    """Turn bit patterns of float32 into integers that order alike, and back."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _row_max(x, FAST: tl.constexpr) -> tl.tensor:
+    """Return the largest value of each row; FAST: by integers, for which a CPU need not mind NaN."""
+    if FAST:
+        bits = tl.max(_ordered(x.to(tl.int32, bitcast=True)), axis=1)
+        return _ordered(bits).to(tl.float32, bitcast=True)
+    else:
+        return tl.max(x, axis=1)
 
 
 @triton.jit
 def _scores_by_planes(
-    q_low, q_high, largest_q, k_low, k_high, s_low, s_high, z_low, z_high, scale,
-    BITS: tl.constexpr, N: tl.constexpr,
+    q_low, q_high, step, k_low, k_high, s_low, s_high, z_low, z_high, scale, BITS: tl.constexpr
 ) -> tl.tensor:  # fmt: skip
-    """Return products of queries [M, HALF] twice with codes [N, HALF] twice, float32 [M, N]."""
-    M: tl.constexpr = q_low.shape[0]
+    """Return products of queries [M, HALF] twice with codes [HALF, N] twice, float32 [M, N].
+
+    Queries are counted in steps, at most 16383 of them.
+    """
     if BITS == 4:
         # a bound for all channels serves as well as the largest of each row, and is cheaper
-        largest_s = tl.max(_largest(tl.maximum(s_low, s_high)), axis=0)
-        step, per_step = _step_of(largest_q * largest_s)
-        x_low = q_low * s_low
-        x_high = q_high * s_high
+        largest = _largest(tl.maximum(s_low, s_high), 0)
+        step *= largest
+        inverse = 1.0 / largest
+        x_low = q_low * (s_low * inverse)[None, :]
+        x_high = q_high * (s_high * inverse)[None, :]
     else:
-        step, per_step = _step_of(largest_q)
         x_low = q_low
         x_high = q_high
-    sums = tl.dot(_planes(x_low, per_step[:, None]), tl.trans(k_low), out_dtype=tl.int32)
-    sums = tl.dot(_planes(x_high, per_step[:, None]), tl.trans(k_high), sums, out_dtype=tl.int32)
-    scores = _of_planes(sums, M, N) * step[:, None]
+    x_low = _rounded(x_low)
+    x_high = _rounded(x_high)
+    many_low, rest_low = _planes(x_low)
+    many_high, rest_high = _planes(x_high)
+    many = tl.dot(many_low, k_low, out_dtype=tl.int32)
+    many = tl.dot(many_high, k_high, many, out_dtype=tl.int32)
+    rest = tl.dot(rest_low, k_low, out_dtype=tl.int32)
+    rest = tl.dot(rest_high, k_high, rest, out_dtype=tl.int32)
     if BITS == 4:
-        return scores - tl.sum(x_low * z_low + x_high * z_high, axis=1)[:, None]
+        zero = tl.sum(x_low.to(tl.float32) * z_low[None, :] + x_high.to(tl.float32) * z_high[None, :], 1)
+        return (_of_planes(many, rest) - zero[:, None]) * step[:, None]
     else:
-        return scores * scale[None, :]
+        return _of_planes(many, rest) * (step[:, None] * scale[None, :])
 
 
 @triton.jit
 def _scores_by_floats(
     q_low, q_high, k_low, k_high, s_low, s_high, z_low, z_high, scale, BITS: tl.constexpr
 ) -> tl.tensor:  # fmt: skip
-    """Return the same with keys in the type of the queries."""
+    """Return the same with keys in the type of the queries, which are counted as they are."""
     dtype: tl.constexpr = q_low.dtype
     if BITS == 4:
-        low = ((k_low.to(tl.float32) - z_low) * s_low).to(dtype)
-        high = ((k_high.to(tl.float32) - z_high) * s_high).to(dtype)
+        low = ((k_low.to(tl.float32) - z_low[:, None]) * s_low[:, None]).to(dtype)
+        high = ((k_high.to(tl.float32) - z_high[:, None]) * s_high[:, None]).to(dtype)
     else:
         low = k_low.to(dtype)
         high = k_high.to(dtype)
-    scores = tl.dot(q_low, tl.trans(low), input_precision="ieee")  # [M, N]
-    scores = tl.dot(q_high, tl.trans(high), scores, input_precision="ieee")
+    scores = tl.dot(q_low, low, input_precision="ieee")  # [M, N]
+    scores = tl.dot(q_high, high, scores, input_precision="ieee")
     if BITS == 8:
         scores *= scale[None, :]
     return scores
@@ -150,7 +181,7 @@ def _quantised_attention_fwd_kernel(
     # lse float32 [B Tq H S], base 2, of S splits; used int32 [B]
     q_ptr, k_ptr, k_scale_ptr, k_zero_ptr, v_ptr, v_scale_ptr, out_ptr, lse_ptr, used_ptr,
     # strides, in elements; those of scales of tokens, and of groups
-    q_stride_b, q_stride_t, q_stride_h, code_stride_b, code_stride_h, code_stride_t,
+    q_stride_b, q_stride_t, q_stride_h, code_stride_b, code_stride_h,
     k_scale_stride_b, k_scale_stride_h, k_scale_stride_g, v_scale_stride_b, v_scale_stride_h,
     # sizes and scalars
     Tq, capacity, scale_log2, softcap_log2,
@@ -161,7 +192,7 @@ def _quantised_attention_fwd_kernel(
     wait_for_inputs(DEPENDENT)
     HALF: tl.constexpr = D // 2
     PADDED: tl.constexpr = triton.next_power_of_2(HALF)
-    BYTES: tl.constexpr = D * BITS // 8
+    W: tl.constexpr = D * BITS // 8  # bytes of a token
     split = tl.program_id(0) % SPLITS
     key_head = tl.program_id(1).to(tl.int64)
     H = tl.num_programs(1) * GROUP
@@ -180,11 +211,15 @@ def _quantised_attention_fwd_kernel(
     q_at = row_at[:, None] + cols[None, :]
     q_low = tl.load(q_ptr + q_at, mask=is_value, other=0.0)  # [ROWS, PADDED]
     q_high = tl.load(q_ptr + HALF + q_at, mask=is_value, other=0.0)
-    largest_q = tl.zeros((ROWS,), tl.float32)
-    if PLANES:
+    step = tl.full((ROWS,), 1.0, tl.float32)
+    if PLANES:  # in steps, of which there are planes
         q_low = q_low.to(tl.float32)
         q_high = q_high.to(tl.float32)
-        largest_q = tl.maximum(_largest(q_low), _largest(q_high))
+        largest_q = tl.maximum(_largest(q_low, 1), _largest(q_high, 1))
+        largest_q = tl.where(largest_q < 1e-30, 1e-30, largest_q)
+        step = largest_q * (1.0 / 16383.0)
+        q_low *= (16383.0 / largest_q)[:, None]
+        q_high *= (16383.0 / largest_q)[:, None]
 
     length = tl.cdiv(tl.cdiv(n, SPLITS), BLOCK_N) * BLOCK_N
     begin = split * length
@@ -204,25 +239,31 @@ def _quantised_attention_fwd_kernel(
     for start in range(begin, end, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         is_key = j < end
-        group_at = start // BLOCK_N * k_scale_stride_g + cols[None, :]
-        is_channel = (cols < HALF)[None, :]
+        tile = start // BLOCK_N
+        k_at = k_ptr + tile.to(tl.int64) * (BLOCK_N * W)
+        v_at = v_ptr + tile.to(tl.int64) * (BLOCK_N * W)
+        group_at = tile * k_scale_stride_g + cols
         v_scale = tl.load(v_scale_ptr + j, mask=is_key, other=0.0)
         # what the other number of bits has; nobody reads these
         s_low, s_high, z_low, z_high = q_low, q_low, q_low, q_low
         k_scale = v_scale
         if BITS == 4:
-            s_low, s_high = _load_pair(k_scale_ptr, group_at, is_channel, HALF)  # [1, PADDED]
-            z_low, z_high = _load_pair(k_zero_ptr, group_at, is_channel, HALF)
+            s_low, s_high = _load_pair(k_scale_ptr, group_at, cols < HALF, HALF)  # [PADDED]
+            z_low, z_high = _load_pair(k_zero_ptr, group_at, cols < HALF, HALF)
         else:
             k_scale = tl.load(k_scale_ptr + j, mask=is_key, other=0.0)
         if PLANES:  # on a CPU
-            _fetch_rows(k_ptr, j + BLOCK_N, code_stride_t, BYTES)
-        k_low, k_high = _load_halves(k_ptr, j, code_stride_t, is_key, HALF, PADDED, BITS)
+            _fetch(k_at + BLOCK_N * W, BLOCK_N * W)
+        # [PADDED / 4, 4 BLOCK_N] bytes
+        k_low, k_high = _load_halves(
+            k_at, HALF * BLOCK_N, 4 * BLOCK_N, HALF // 4, 4 * BLOCK_N, BITS
+        )
+        k_low = _matrix(k_low, PADDED, BLOCK_N)
+        k_high = _matrix(k_high, PADDED, BLOCK_N)
         if PLANES:
             scores = _scores_by_planes(
-                q_low, q_high, largest_q, k_low, k_high, s_low, s_high, z_low, z_high, k_scale,
-                BITS, BLOCK_N,
-            )  # fmt: skip
+                q_low, q_high, step, k_low, k_high, s_low, s_high, z_low, z_high, k_scale, BITS
+            )
         else:
             scores = _scores_by_floats(
                 q_low, q_high, k_low, k_high, s_low, s_high, z_low, z_high, k_scale, BITS
@@ -230,25 +271,36 @@ def _quantised_attention_fwd_kernel(
         if softcap_log2 is not None:
             scores = libdevice.tanh(scores * scale_log2)
         scores = tl.where(is_key[None, :], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
+        new_top = tl.maximum(top, _row_max(scores, PLANES))
         pivot = tl.where(new_top == float("-inf"), 0.0, new_top) * factor
         weights = tl.exp2(scores * factor - pivot[:, None])
         shrink = tl.exp2(top * factor - pivot)
         top = new_top
         total = total * shrink[:, None] + weights
         if PLANES:
-            _fetch_rows(v_ptr, j + BLOCK_N, code_stride_t, BYTES)
-        v_low, v_high = _load_halves(v_ptr, j, code_stride_t, is_key, HALF, PADDED, BITS)
+            _fetch(v_at + BLOCK_N * W, BLOCK_N * W)
+        # [BLOCK_N / 4, 4 PADDED] bytes
+        v_low, v_high = _load_halves(v_at, 4 * HALF, 4 * W, BLOCK_N // 4, 4 * HALF, BITS)
+        v_low = _matrix(v_low, BLOCK_N, PADDED)
+        v_high = _matrix(v_high, BLOCK_N, PADDED)
         if PLANES:
             w = weights * v_scale[None, :]
             if BITS == 4:
                 offset = offset * shrink[:, None] + w
-            step, per_step = _step_of(tl.max(v_scale, axis=0))
-            planes = _planes(w, per_step)
-            low = _of_planes(tl.dot(planes, v_low, out_dtype=tl.int32), ROWS, PADDED)
-            high = _of_planes(tl.dot(planes, v_high, out_dtype=tl.int32), ROWS, PADDED)
-            acc_low = acc_low * shrink[:, None] + low * step
-            acc_high = acc_high * shrink[:, None] + high * step
+            largest = _largest(v_scale, 0)
+            largest = tl.where(largest < 1e-30, 1e-30, largest)
+            many, rest = _planes(_rounded(w * (16383.0 / largest)))
+            # weights are not negative: products of signed codes with them need no offset
+            many &= 127
+            rest &= 127
+            low = _of_planes(
+                tl.dot(many, v_low, out_dtype=tl.int32), tl.dot(rest, v_low, out_dtype=tl.int32)
+            )
+            high = _of_planes(
+                tl.dot(many, v_high, out_dtype=tl.int32), tl.dot(rest, v_high, out_dtype=tl.int32)
+            )
+            acc_low = acc_low * shrink[:, None] + low * (largest * (1.0 / 16383.0))
+            acc_high = acc_high * shrink[:, None] + high * (largest * (1.0 / 16383.0))
         else:
             dtype: tl.constexpr = q_low.dtype
             ZERO: tl.constexpr = 8 if BITS == 4 else 0
@@ -376,7 +428,7 @@ def launch_quantised_attention(
     launch(_quantised_attention_fwd_kernel, (splits * row_tiles, Hk, B))(
         q, codes.keys, k_scale, k_scale if codes.key_zero is None else codes.key_zero,
         codes.values, codes.value_scale, parts, part_lse, used,
-        *q.stride()[:3], *codes.keys.stride()[:3],
+        *q.stride()[:3], *codes.keys.stride()[:2],
         *k_scale.stride()[:2], k_scale.stride(2), *codes.value_scale.stride()[:2],
         Tq, codes.capacity, *score_factors(scale, softcap),
         GROUP=group, D=D, BITS=codes.bits, PLANES=planes, SPLITS=splits, ROWS=rows, BLOCK_N=GROUP,

@@ -10,6 +10,7 @@ from bitnet_triton.triton_cpu.emit.ctypes import c_type
 from bitnet_triton.triton_cpu.emit.dispatch import handles
 from bitnet_triton.triton_cpu.emit.emitter import Emitter
 from bitnet_triton.triton_cpu.emit.lanes import emit_vector_products
+from bitnet_triton.triton_cpu.emit.quads import codes_of, quads
 from bitnet_triton.triton_cpu.emit.vector_products import vector_product
 from bitnet_triton.triton_cpu.emit.views import (
     View,
@@ -24,6 +25,7 @@ from bitnet_triton.triton_cpu.ir import Op, Value
 _EIGHT_BIT_FLOATS = ("f8",)
 _FLOATS = frozenset({"f32", "bf16", "f16"})
 _FEW_ROWS = 4
+_FEW_BYTE_ROWS = 8  # more than one block of rows would unpack what lies in fours more than once
 
 
 def _operand_type(op: Op) -> str | None:
@@ -94,6 +96,15 @@ def _matrix_product(emitter: Emitter, op: Op) -> None:
     name, c_sum = accumulator(emitter, op)
     elem, sign = _operand_type(op), _sign(op)
     right = emitter.packed.get((b, sign))
+    in_quads = quads(emitter, b) if right is None and m <= _FEW_BYTE_ROWS else None
+    if in_quads is not None:
+        with emitter.braces():
+            left = _left(emitter, a, elem)
+            codes = codes_of(emitter, in_quads)
+            arguments = f"{left.base}, {left.steps[0]}, {codes}, {name}"
+            emitter.write(f"dot_quads<{m}, {n}, {k}, {sign}>({arguments});")
+        finish(emitter, op, name, c_sum)
+        return
     if right is None and sum(use.name == "tt.dot" for use in b.uses) > 1:
         right = emitter.packed[b, sign] = _pack(emitter, b, sign, elem)
     with emitter.braces():
@@ -121,7 +132,11 @@ def _pack(emitter: Emitter, b: Value, sign: str, elem: str | None) -> str:
     k, n = b.type.shape or (0, 0)
     c_elem = elem or c_type(b.type)
     packed = emitter.packed_array(k, n, c_elem)
+    in_quads = quads(emitter, b)
     with emitter.braces():
+        if in_quads is not None:
+            emitter.write(f"pack_quads<{k}, {n}, {sign}>({codes_of(emitter, in_quads)}, {packed});")
+            return packed
         view = matrix_view(emitter, b, c_elem=elem)
         arguments = f"{view.base}, {view.steps[0]}, {view.steps[1]}, {packed}"
         emitter.write(f"pack_b<{c_elem}, {k}, {n}, {sign}>({arguments});")

@@ -12,12 +12,15 @@ from bitnet_triton.triton_cpu.emit.emitter import Emitter
 from bitnet_triton.triton_cpu.emit.loops import write_loops
 from bitnet_triton.triton_cpu.emit.nest import Index, Nest
 from bitnet_triton.triton_cpu.emit.order import fused_loads
+from bitnet_triton.triton_cpu.emit.quads import stays_in_quads
 from bitnet_triton.triton_cpu.emit.values import Buffer, Lazy, Scalar, row_major
 from bitnet_triton.triton_cpu.ir import Op, Value
 
 
 @handles("tt.reshape")
 def _reshape(emitter: Emitter, op: Op) -> None:
+    if stays_in_quads(emitter, op):
+        return
     source, result = op.operands[0], op.results[0]
     origin = _split_dims(source.type.shape or (), result.type.shape or ())
     lies_still = emitter.buffer(source) is None and not fused_loads(emitter, source)

@@ -30,10 +30,18 @@ template <class P, int VALID> TCPU_INLINE typename P::Unit load_unit(const typen
   return unit;
 }
 
+// A panel that pack_b has written: the Units of vector v of group g.
+template <class P, int V> struct PackedPanel {
+  const typename P::Packed* base;
+  TCPU_METHOD vec<typename P::Unit> operator()(int g, int v) const {
+    return load<vec<typename P::Unit>>(base + (int64_t)(g * V + v) * (width<typename P::Acc> * P::group));
+  }
+};
+
 // c [R, V vectors] += a [R, K] times one panel. LAST: lanes used of the last vector.
-template <class P, int R, int V, int K, int LAST, class C>
-TCPU_INLINE void multiply_tile(const typename P::Packed* a, int64_t lda, const typename P::Packed* b, C* c,
-                               int64_t ldc, const int32_t* a_sums) {
+template <class P, int R, int V, int K, int LAST, class Panel, class C>
+TCPU_INLINE void multiply_tile(const typename P::Packed* a, int64_t lda, Panel b, C* c, int64_t ldc,
+                               const int32_t* a_sums) {
   typedef vec<typename P::Acc> Acc;
   typedef vec<typename P::Unit> Units;
   constexpr int G = P::group, W = width<typename P::Acc>, full = K / G, rest = K % G;
@@ -52,7 +60,7 @@ TCPU_INLINE void multiply_tile(const typename P::Packed* a, int64_t lda, const t
   auto step = [&](auto valid, int g, Acc(&sums)[R][V]) {
     Units columns[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) columns[v] = load<Units>(b + (int64_t)(g * V + v) * (W * G));
+    for (int v = 0; v < V; ++v) columns[v] = b(g, v);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       Units x = splat(load_unit<P, decltype(valid)::value>(a + r * lda + g * G));
@@ -94,20 +102,24 @@ TCPU_INLINE void convert_rows(const T* a, int64_t lda, typename P::Packed* rows,
   }
 }
 
+// How M rows are taken in blocks that leave registers for V vectors of columns.
+template <class P, int M, int V> using RowBlocks = Split<M, min_of(16, (TCPU_REGISTERS - V - 1 - P::spare) / V)>;
+
 template <class P, int M, int V, int K, int LAST, class T, class C>
 static __attribute__((noinline)) void multiply_panel(const T* a, int64_t lda, const typename P::Packed* b, C* c,
                                                      int64_t ldc, const int32_t* a_sums, int used) {
   typedef typename P::Packed D;
-  typedef Split<M, min_of(16, (TCPU_REGISTERS - V - 1 - P::spare) / V)> Blocks;
+  typedef RowBlocks<P, M, V> Blocks;
+  const PackedPanel<P, V> panel{b};
   auto multiply_rows = [&](auto rows) {
     constexpr int R = decltype(rows)::value;
     if constexpr (reads_directly<T, D>) {
-      multiply_tile<P, R, V, K, LAST>((const D*)a, lda, b, c, ldc, a_sums);
+      multiply_tile<P, R, V, K, LAST>((const D*)a, lda, panel, c, ldc, a_sums);
     } else {
       constexpr int row_length = divide_up(K, TCPU_VECTOR_BYTES) * TCPU_VECTOR_BYTES;
       alignas(64) D converted[R * row_length];
       convert_rows<P, R, K>(a, lda, converted, row_length);
-      multiply_tile<P, R, V, K, LAST>(converted, row_length, b, c, ldc, a_sums);
+      multiply_tile<P, R, V, K, LAST>(converted, row_length, panel, c, ldc, a_sums);
     }
     a += R * lda, c += R * ldc, a_sums += R, used -= R;
   };
@@ -135,6 +147,35 @@ TCPU_INLINE void dot(const T* a, int64_t lda, const T* packed, C* c, int used = 
     dot<M, N, K, S>(a, lda, packed, sums, used);
     typedef typename Choose<is_integer<T>::value && T(-1) < T(0), signed_of<Acc>, Acc>::type Sum;
     for (int i = 0; i < M * N; ++i) c[i] = C(c[i] + (Sum)sums[i]);
+  }
+}
+
+// c [M, N] += a [M, K] b [K, N] with b as in pack_quads. With few rows its bytes are unpacked where they are multiplied,
+// once for each block of rows, which is cheaper than to write them down and read them again.
+template <int M, int N, int K, Sign S, class Codes>
+TCPU_INLINE void dot_quads(const int8_t* a, int64_t lda, Codes codes, int32_t* c) {
+  typedef Policy<int8_t, S> P;
+  typedef Layout<P, K, N> L;
+  if constexpr (P::group == 4 && L::W == 16) {
+    int32_t a_sums[P::biased ? divide_up(M, L::W) * L::W : 1];
+    if constexpr (P::biased) sum_a<P, M, K>(a, lda, a_sums);
+    for_panels<L>([&](auto vectors, auto, int first) TCPU_ALWAYS {
+      constexpr int V = decltype(vectors)::value;
+      typedef RowBlocks<P, M, V> Blocks;
+      auto panel = [&](int g, int v) TCPU_ALWAYS { return bias<P>((vec<int32_t>)codes(g, 64 * (first + v))); };
+      auto multiply_rows = [&](auto rows, int m) TCPU_ALWAYS {
+        multiply_tile<P, decltype(rows)::value, V, K, L::W>(a + m * lda, lda, panel, c + m * N + first * L::W, N,
+                                                            a_sums + (P::biased ? m : 0));
+      };
+      for (int i = 0; i < Blocks::bigs; ++i) multiply_rows(Int<Blocks::big>(), i * Blocks::big);
+      if constexpr (Blocks::smalls > 0)
+        for (int i = 0; i < Blocks::smalls; ++i)
+          multiply_rows(Int<Blocks::big - 1>(), Blocks::bigs * Blocks::big + i * (Blocks::big - 1));
+    });
+  } else {
+    alignas(64) int8_t packed[packed_elements<int8_t, K, N>()];
+    pack_quads<K, N, S>(codes, packed);
+    dot<M, N, K, S>(a, lda, packed, c);
   }
 }
 

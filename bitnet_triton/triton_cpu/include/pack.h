@@ -172,4 +172,37 @@ TCPU_INLINE void pack_b(const T* src, int64_t stride_k, int64_t stride_n, T* dst
   else pack_strided<P, K, N>(src, stride_k, stride_n, to);
 }
 
+// B [K, N] of int8 whose elements lie in fours along K: codes(q, c) are 64 bytes, from byte c on, of row q of a matrix
+// [K / 4, 4 N], the four of one column after those of the other.
+template <int K, int N, Sign S, class Codes> TCPU_INLINE void pack_quads(Codes codes, int8_t* dst) {
+  typedef Policy<int8_t, S> P;
+  typedef Layout<P, K, N> L;
+  typedef typename P::Packed D;
+  constexpr int W = L::W, G = P::group;
+  static_assert(K % 4 == 0 && N % 16 == 0 && 4 % G == 0, "pack_quads: whole fours, 64 bytes at a time");
+  for_panels<L>([&](auto vectors, auto, int first) TCPU_ALWAYS {
+    constexpr int V = decltype(vectors)::value;
+    D* panel = (D*)dst + (int64_t)first * L::vector_elements;
+    for (int q = 0; q < K / 4; ++q)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        const int column = (first + v) * W;
+        const v64u8 bytes = codes(q, 4 * (column - column % 16));
+        if constexpr (G == 4 && W == 16) {
+          store(panel + (q * V + v) * 64, bias<P>((vec<int32_t>)bytes));
+        } else {
+          alignas(64) int8_t some[64];
+          store_wide(some, bytes);
+          const int8_t* from = some + 4 * (column % 16);
+          if constexpr (G == 4) {
+            store(panel + (q * V + v) * W * 4, bias<P>(load<vec<int32_t>>(from)));
+          } else {
+            for (int j = 0; j < 4; ++j)
+              for (int n = 0; n < W; ++n) panel[((q * (4 / G) + j / G) * V + v) * W * G + n * G + j % G] = D(from[4 * n + j]);
+          }
+        }
+      }
+  });
+}
+
 }  // namespace tcpu
