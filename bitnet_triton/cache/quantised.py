@@ -346,6 +346,13 @@ class QuantisedLayer(Memory):
         assert self.codes is not None
         names = self.codes.tensors()
         made: dict[str, Any] = {name: saved[f"codes.{name}"] for name in names}
+        for name in ("keys", "values"):
+            expected, found = list(names[name].shape), list(made[name].shape)
+            if found[:2] + found[3:] != expected[:2] + expected[3:]:
+                raise CheckpointError(
+                    f"`cache`: codes of {name} lie in another way: expected [B Hk groups, "
+                    f"{', '.join(map(str, expected[3:]))}], got {found}"
+                )
         self.codes = KeyValueCodes(**{"key_zero": None, **made}, is_rotated=self.rotate)
         self.tokens, self._left = tokens, saved["leftpad"].tolist()
 

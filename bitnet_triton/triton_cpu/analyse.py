@@ -27,6 +27,17 @@ def walk(blocks: list[Block]) -> Iterator[Op]:
                 yield from walk(region)
 
 
+_WRITERS = frozenset(
+    {"tt.atomic_rmw", "tt.atomic_cas", "tt.atomic_load", "tt.atomic_poll", "tt.call"}
+)
+
+
+def may_write(ops: list[Op]) -> bool:
+    """Tell whether one of these operations, or of those inside them, may write to memory."""
+    inner = walk([block for op in ops for region in op.regions for block in region])
+    return any("store" in op.name or op.name in _WRITERS for op in (*ops, *inner))
+
+
 def address_slice(blocks: list[Block]) -> set[Value]:
     """Return the integers that are only added and multiplied on their way into an address.
 

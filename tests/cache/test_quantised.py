@@ -229,6 +229,16 @@ def test_a_saved_cache_goes_on_where_it_was(tmp_path):
         load_cache(model, tmp_path / "cache.safetensors")
 
 
+def test_codes_that_lie_token_by_token_are_refused():
+    layer, again = (Quantised(bits=4, recent=64, sinks=4).memory() for _ in range(2))
+    with torch.no_grad():
+        layer.update(heads(1, 200), heads(1, 200))
+        saved = layer.saved()
+        saved["codes.values"] = torch.zeros(1, 4, layer.codes.capacity, 16, dtype=torch.uint8)
+        with pytest.raises(CheckpointError, match="values lie in another way"):
+            again.restore(saved)
+
+
 def test_a_second_turn_reads_the_codes_of_the_first(model):
     ids = torch.randint(10, 1000, (1, 200))
     first = generate(model, ids, 5, cache_implementation=EIGHT)

@@ -32,6 +32,10 @@ from bitnet_triton.runtime.device import smallest_dot
 _MOST_ROWS, _MOST_ROWS_ON_GPU = 32, 16
 
 _LN_2 = tl.constexpr(0.6931471805599453)
+_ROUND = tl.constexpr(1.5 * 2**23)
+_LEAST = tl.constexpr(1e-30)  # a largest value that may be divided by
+# What planes count to; they have room for 16383, as a weight may come out just above 1
+_STEPS = tl.constexpr(16319.0)
 
 
 @triton.jit
@@ -67,8 +71,10 @@ def _matrix(fours, K: tl.constexpr, N: tl.constexpr) -> tl.tensor:
 @triton.jit
 def _fetch(ptr, BYTES: tl.constexpr) -> None:
     """Ask for bytes, a cache line at a time: on a CPU, a load that is not used fetches."""
-    line = tl.arange(0, triton.next_power_of_2(tl.cdiv(BYTES, 64))) * 64
-    tl.load(ptr + tl.minimum(line, BYTES - 1), volatile=True)
+    line = tl.arange(0, triton.next_power_of_2(BYTES // 64)) * 64
+    if line.shape[0] * 64 != BYTES:
+        line = tl.minimum(line, BYTES - 64)
+    tl.load(ptr + line, volatile=True)
 
 
 @triton.jit
@@ -80,18 +86,14 @@ def _load_pair(ptr, at, mask, HALF: tl.constexpr) -> tuple:
 
 
 @triton.jit
-def _rounded(x) -> tl.tensor:
-    """Return the integers next to x, magnitudes below 2**22, half to even: int32.
+def _planes(x) -> tuple:
+    """Return integers, magnitudes up to 16383, as int8: how many 128s, and the rest.
 
-    What is added to x leaves no place for a fraction.
+    x comes with ``_ROUND`` added, which leaves no place for fractions and rounds half to even; its
+    own bits are zeros where those of the integers are.
     """
-    return (x + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
-
-
-@triton.jit
-def _planes(code) -> tuple:
-    """Return int32 of magnitudes up to 16383 as int8: how many 128s, and the rest."""
-    return (code >> 7).to(tl.int8), (code & 127).to(tl.int8)
+    bits = x.to(tl.int32, bitcast=True)
+    return (bits >> 7).to(tl.int8), (bits & 127).to(tl.int8)
 
 
 @triton.jit
@@ -115,7 +117,7 @@ def _ordered(bits) -> tl.tensor:
 
 @triton.jit
 def _row_max(x, FAST: tl.constexpr) -> tl.tensor:
-    """Return the largest value of each row; FAST: by integers, for which a CPU need not mind NaN."""
+    """Return the largest value of each row; FAST: by integers, where a CPU need not mind NaN."""
     if FAST:
         bits = tl.max(_ordered(x.to(tl.int32, bitcast=True)), axis=1)
         return _ordered(bits).to(tl.float32, bitcast=True)
@@ -125,35 +127,34 @@ def _row_max(x, FAST: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def _scores_by_planes(
-    q_low, q_high, step, k_low, k_high, s_low, s_high, z_low, z_high, scale, BITS: tl.constexpr
+    q_low, q_high, largest_q, k_low, k_high, s_low, s_high, z_low, z_high, scale, BITS: tl.constexpr
 ) -> tl.tensor:  # fmt: skip
-    """Return products of queries [M, HALF] twice with codes [HALF, N] twice, float32 [M, N].
-
-    Queries are counted in steps, at most 16383 of them.
-    """
+    """Return products of queries [M, HALF] twice with codes [HALF, N] twice, float32 [M, N]."""
     if BITS == 4:
         # a bound for all channels serves as well as the largest of each row, and is cheaper
-        largest = _largest(tl.maximum(s_low, s_high), 0)
-        step *= largest
-        inverse = 1.0 / largest
-        x_low = q_low * (s_low * inverse)[None, :]
-        x_high = q_high * (s_high * inverse)[None, :]
+        largest = largest_q * _largest(tl.maximum(s_low, s_high), 0)
+        x_low = q_low * s_low[None, :]
+        x_high = q_high * s_high[None, :]
     else:
+        largest = largest_q
         x_low = q_low
         x_high = q_high
-    x_low = _rounded(x_low)
-    x_high = _rounded(x_high)
+    largest = tl.maximum(largest, _LEAST)
+    x_low = x_low * (_STEPS / largest)[:, None] + _ROUND
+    x_high = x_high * (_STEPS / largest)[:, None] + _ROUND
     many_low, rest_low = _planes(x_low)
     many_high, rest_high = _planes(x_high)
     many = tl.dot(many_low, k_low, out_dtype=tl.int32)
     many = tl.dot(many_high, k_high, many, out_dtype=tl.int32)
     rest = tl.dot(rest_low, k_low, out_dtype=tl.int32)
     rest = tl.dot(rest_high, k_high, rest, out_dtype=tl.int32)
+    scores = _of_planes(many, rest)
+    step = largest * (1.0 / _STEPS)
     if BITS == 4:
-        zero = tl.sum(x_low.to(tl.float32) * z_low[None, :] + x_high.to(tl.float32) * z_high[None, :], 1)
-        return (_of_planes(many, rest) - zero[:, None]) * step[:, None]
+        zero = (x_low - _ROUND) * z_low[None, :] + (x_high - _ROUND) * z_high[None, :]
+        return (scores - tl.sum(zero, axis=1)[:, None]) * step[:, None]
     else:
-        return _of_planes(many, rest) * (step[:, None] * scale[None, :])
+        return scores * (step[:, None] * scale[None, :])
 
 
 @triton.jit
@@ -211,15 +212,11 @@ def _quantised_attention_fwd_kernel(
     q_at = row_at[:, None] + cols[None, :]
     q_low = tl.load(q_ptr + q_at, mask=is_value, other=0.0)  # [ROWS, PADDED]
     q_high = tl.load(q_ptr + HALF + q_at, mask=is_value, other=0.0)
-    step = tl.full((ROWS,), 1.0, tl.float32)
-    if PLANES:  # in steps, of which there are planes
+    largest_q = tl.full((ROWS,), 1.0, tl.float32)
+    if PLANES:
         q_low = q_low.to(tl.float32)
         q_high = q_high.to(tl.float32)
         largest_q = tl.maximum(_largest(q_low, 1), _largest(q_high, 1))
-        largest_q = tl.where(largest_q < 1e-30, 1e-30, largest_q)
-        step = largest_q * (1.0 / 16383.0)
-        q_low *= (16383.0 / largest_q)[:, None]
-        q_high *= (16383.0 / largest_q)[:, None]
 
     length = tl.cdiv(tl.cdiv(n, SPLITS), BLOCK_N) * BLOCK_N
     begin = split * length
@@ -253,6 +250,8 @@ def _quantised_attention_fwd_kernel(
         else:
             k_scale = tl.load(k_scale_ptr + j, mask=is_key, other=0.0)
         if PLANES:  # on a CPU
+            # ahead of its use, where it would be waited for
+            largest_v = tl.maximum(_largest(v_scale, 0), _LEAST)
             _fetch(k_at + BLOCK_N * W, BLOCK_N * W)
         # [PADDED / 4, 4 BLOCK_N] bytes
         k_low, k_high = _load_halves(
@@ -262,7 +261,7 @@ def _quantised_attention_fwd_kernel(
         k_high = _matrix(k_high, PADDED, BLOCK_N)
         if PLANES:
             scores = _scores_by_planes(
-                q_low, q_high, step, k_low, k_high, s_low, s_high, z_low, z_high, k_scale, BITS
+                q_low, q_high, largest_q, k_low, k_high, s_low, s_high, z_low, z_high, k_scale, BITS
             )
         else:
             scores = _scores_by_floats(
@@ -287,9 +286,7 @@ def _quantised_attention_fwd_kernel(
             w = weights * v_scale[None, :]
             if BITS == 4:
                 offset = offset * shrink[:, None] + w
-            largest = _largest(v_scale, 0)
-            largest = tl.where(largest < 1e-30, 1e-30, largest)
-            many, rest = _planes(_rounded(w * (16383.0 / largest)))
+            many, rest = _planes(w * (_STEPS / largest_v) + _ROUND)
             # weights are not negative: products of signed codes with them need no offset
             many &= 127
             rest &= 127
@@ -299,8 +296,8 @@ def _quantised_attention_fwd_kernel(
             high = _of_planes(
                 tl.dot(many, v_high, out_dtype=tl.int32), tl.dot(rest, v_high, out_dtype=tl.int32)
             )
-            acc_low = acc_low * shrink[:, None] + low * (largest * (1.0 / 16383.0))
-            acc_high = acc_high * shrink[:, None] + high * (largest * (1.0 / 16383.0))
+            acc_low = acc_low * shrink[:, None] + low * (largest_v * (1.0 / _STEPS))
+            acc_high = acc_high * shrink[:, None] + high * (largest_v * (1.0 / _STEPS))
         else:
             dtype: tl.constexpr = q_low.dtype
             ZERO: tl.constexpr = 8 if BITS == 4 else 0

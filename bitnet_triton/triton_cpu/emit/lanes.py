@@ -7,7 +7,7 @@ bytes is long, its sums are added up at once: they would only take room in the c
 
 from __future__ import annotations
 
-from bitnet_triton.triton_cpu.analyse import walk
+from bitnet_triton.triton_cpu.analyse import may_write
 from bitnet_triton.triton_cpu.emit.accumulate import accumulator, finish
 from bitnet_triton.triton_cpu.emit.arrays import store_into
 from bitnet_triton.triton_cpu.emit.byte_rows import emit_byte_rows, kind
@@ -43,9 +43,7 @@ def keeps_lanes(emitter: Emitter, argument: Value, yielded: Value) -> bool:
 def _may_be_written_out(product: Op) -> bool:
     """Tell whether the body of a loop stores something before a product: its operands may wait."""
     assert product.block is not None
-    ops = product.block.ops[: product.index]
-    inner = walk([block for op in ops for region in op.regions for block in region])
-    return any("store" in op.name or op.name in _BARRIERS for op in (*ops, *inner))
+    return may_write(product.block.ops[: product.index])
 
 
 def open_lanes(emitter: Emitter, initial: Value) -> Lanes:

@@ -8,16 +8,13 @@ the elements 4 g to 4 g + 3 side by side. In Triton that is
 
 from __future__ import annotations
 
-from bitnet_triton.triton_cpu.analyse import walk
+from bitnet_triton.triton_cpu.analyse import may_write
 from bitnet_triton.triton_cpu.emit.bytes import byte_expression, in_bytes, prepare
 from bitnet_triton.triton_cpu.emit.emitter import Emitter
 from bitnet_triton.triton_cpu.emit.views import View
 from bitnet_triton.triton_cpu.ir import Op, Value
 
 _COLUMNS = 16  # of 64 bytes
-_BARRIERS = frozenset(
-    {"tt.atomic_rmw", "tt.atomic_cas", "tt.atomic_load", "tt.atomic_poll", "tt.call"}
-)
 
 
 def quads(emitter: Emitter, value: Value) -> Value | None:
@@ -71,9 +68,7 @@ def _is_for_products(value: Value) -> bool:
     assert op.block is not None
     if any(use.block is not op.block for use in products):
         return False
-    between = op.block.ops[op.index : max(use.index for use in products)]
-    inner = walk([block for op in between for region in op.regions for block in region])
-    return not any("store" in op.name or op.name in _BARRIERS for op in (*between, *inner))
+    return not may_write(op.block.ops[op.index : max(use.index for use in products)])
 
 
 def _is_product(op: Op, right: Value) -> bool:

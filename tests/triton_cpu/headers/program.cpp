@@ -115,6 +115,28 @@ DOT(fp8e5, float, 7, 20, 33, both)
 DOT(float, double, 2, 5, 7, both)
 #endif
 
+// B in fours: row q of [K / 4, 4 N] has elements 4 q to 4 q + 3 of each column
+template <int M, int N, int K, Sign S> void multiply_quads(Arguments x) {  // lda, whether B is packed first
+  const int64_t lda = x[0];
+  int8_t *a = read<int8_t>((M - 1) * lda + K), *b = read<int8_t>(K * N);
+  int32_t* c = read<int32_t>(M * N);
+  auto codes = [&](int q, int64_t column) { return load64(b + q * 4 * N + column); };
+  if (x[1]) {
+    int8_t* packed = guarded<int8_t>(packed_elements<int8_t, K, N>());
+    pack_quads<K, N, S>(codes, packed);
+    dot<M, N, K, S>(a, lda, packed, c);
+  } else {
+    dot_quads<M, N, K, S>(a, lda, codes, c);
+  }
+  write(c, M * N);
+}
+#define QUADS(M, N, K) \
+  ENTRY("quads " #M " " #N " " #K " both", multiply_quads<M, N, K, Sign::both>) \
+  ENTRY("quads " #M " " #N " " #K " a_u7", multiply_quads<M, N, K, Sign::a_u7>) \
+  ENTRY("quads " #M " " #N " " #K " b_u7", multiply_quads<M, N, K, Sign::b_u7>)
+QUADS(1, 16, 4)
+QUADS(8, 80, 20)
+
 template <class T, class L, int N, int K> void multiply_lanes(Arguments x) {  // ldb
   int64_t ldb = x[0];
   T *a = read<T>(K), *b = read<T>((N - 1) * ldb + K);

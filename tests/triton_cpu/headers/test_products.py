@@ -104,6 +104,20 @@ def check_products(call, kinds, shape, sign, draw):
         np.testing.assert_array_equal(actual, expected, f"{name}, B by {strides}")
 
 
+def check_products_in_fours(call, shape, sign, draw):
+    """B lies in fours along its rows, packed first or unpacked in the product."""
+    m, n, k = shape
+    a, b = draw(m, n, k)
+    c = np.random.default_rng(9).integers(-50, 50, (m, n))
+    fours = b.reshape(k // 4, 4, n).swapaxes(1, 2)
+    for packed in (0, 1):
+        actual = call(
+            f"quads {m} {n} {k} {sign}", k + 3, packed, stored(apart(a, k + 3), "int8_t"),
+            stored(fours.ravel(), "int8_t"), stored(c, "int32_t"), result=np.int32,
+        )  # fmt: skip
+        np.testing.assert_array_equal(actual.reshape(m, n), c + a @ b, f"{sign}, {packed=}")
+
+
 def quarters(m, n, k):
     rng = np.random.default_rng([m, n, k])
     return rng.integers(-16, 17, (m, k)) / 4, rng.integers(-16, 17, (k, n)) / 4
@@ -137,9 +151,13 @@ def test_products_of_bytes_are_exact_at_the_extremes(call_product, sign):
         rng = np.random.default_rng([m, n, k])
         return rng.choice([least[0], 127], (m, k)), rng.choice([least[1], 127], (k, n))
 
+    draws = (anything, smallest, largest_and_smallest, alternating)
     for shape in SOME_SHAPES:
-        for draw in (anything, smallest, largest_and_smallest, alternating):
+        for draw in draws:
             check_products(call_product, ("int8_t", "int32_t"), shape, sign, draw)
+    for shape in ((1, 16, 4), (8, 80, 20)):
+        for draw in draws:
+            check_products_in_fours(call_product, shape, sign, draw)
 
 
 @pytest.mark.parametrize("kinds", [("float", "float"), ("int8_t", "int32_t")], ids="-".join)
