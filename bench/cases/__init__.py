@@ -7,6 +7,7 @@ from bench.case import Case
 from bench.cases import (
     bit_linear,
     bucket_steps,
+    code_steps,
     flash_attention,
     generate,
     int8_linear,
@@ -29,6 +30,7 @@ CASES: dict[str, ModuleType] = {
     "sampling": sampling,
     "bucket_steps": bucket_steps,
     "page_steps": page_steps,
+    "code_steps": code_steps,
     "linear_attention": linear_attention,
     "int8_linear": int8_linear,
     "model": model,

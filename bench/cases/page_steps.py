@@ -48,7 +48,7 @@ class Inputs:
 
     def reference(self) -> Tensor:
         """Return the hidden states of the first steps over a plain cache."""
-        return Steps(self, _plain(self)).first
+        return Steps(self, plain_cache(self)).first
 
 
 class Steps:
@@ -85,7 +85,8 @@ class Steps:
         self._made += 1
 
 
-def _plain(inputs: Inputs) -> Cache:
+def plain_cache(inputs: Inputs) -> Cache:
+    """Return an empty cache as recorded steps make it."""
     cache = DynamicCache(config=inputs.decoder.config)
     grow_in_place(cache)
     return cache
@@ -103,12 +104,16 @@ def _paged(page_size: int, in_a_row: bool) -> Callable[[Inputs], Cache]:
     return make
 
 
+def layer_bytes(inputs: Inputs) -> int:
+    """Return the bytes of the layers, of which a step reads all."""
+    return state_bytes(inputs.decoder) - inputs.decoder.embed_tokens.weight.nbytes
+
+
 def _work(make: Callable[[Inputs], Cache]) -> Callable[[Inputs], Work]:
     def build(inputs: Inputs) -> Work:
         steps = Steps(inputs, make(inputs))
         read = sum(k.nbytes + v.nbytes for k, v in inputs.held)
-        layers = state_bytes(inputs.decoder) - inputs.decoder.embed_tokens.weight.nbytes
-        return Work(steps, lambda: steps.first, read_bytes=read + layers)
+        return Work(steps, lambda: steps.first, read_bytes=read + layer_bytes(inputs))
 
     return build
 
@@ -128,7 +133,8 @@ def _decoder(model: str, dtype: torch.dtype, settings: Settings) -> Any:
     return found.to(settings.device).eval().model
 
 
-def _inputs(model: str, dtype: str, T: int, settings: Settings) -> Inputs:
+def make_inputs(model: str, dtype: str, T: int, settings: Settings) -> Inputs:
+    """Draw keys, values and tokens for a model: the embedded one, or a shape drawn at random."""
     kind, random = DTYPES[dtype], settings.generator
     decoder = _decoder(model, kind, settings)
     config = decoder.config
@@ -144,7 +150,7 @@ def _inputs(model: str, dtype: str, T: int, settings: Settings) -> Inputs:
     return Inputs(decoder, held, tokens)
 
 
-def _flops(model: str, dtype: str, T: int) -> float:
+def flops(model: str, dtype: str, T: int) -> float:
     """Count the products of the linears and of attention."""
     shape = _shape(model)
     return shape.layers * (2.0 * shape.layer_weights + 4.0 * shape.hidden * T)
@@ -167,16 +173,16 @@ def case() -> Case:
             {"model": model, "dtype": dtype, "T": 16384}
             for model, dtype in (("recall", "fp32"), ("recall", "bf16"), ("2b4t", "bf16"))
         ],
-        inputs=_inputs,
+        inputs=make_inputs,
         reference=lambda inputs: inputs.reference(),
         providers={
             "plain": Provider(
-                "plain cache", _work(_plain), _TOLERANCE,
+                "plain cache", _work(plain_cache), _TOLERANCE,
                 note="keys and values of a head in a row",
             ),
             **pages,
         },
         baselines=("plain",),
-        flops=_flops,
+        flops=flops,
         panels=((), ("model", "dtype")),
     )  # fmt: skip

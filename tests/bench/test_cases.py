@@ -141,6 +141,17 @@ def test_steps_over_pages_agree_with_those_over_a_plain_cache(model_name, dtype)
         assert max(row.error for row in rows) < 1e-5
 
 
+@pytest.mark.parametrize("of", ["attention", "tiny"])
+def test_steps_over_codes_agree_with_those_over_a_plain_cache(of):
+    case = make_case("code_steps")
+    rows = measure_point(case, {"of": of, "T": 256}, case.providers, SETTINGS)
+    assert {row.provider: row.status for row in rows} == dict.fromkeys(case.providers, "timed"), (
+        rows
+    )
+    errors = {row.provider: row.error for row in rows}
+    assert errors["plain"] < errors["int8"] < errors["int4"]
+
+
 @pytest.mark.parametrize("output", ["logits", "best"])
 def test_int8_linear_providers_agree(output):
     case = int8_linear.case()
@@ -249,7 +260,7 @@ def test_every_case_has_a_peer_and_every_peer_a_case_or_a_reason():
     compared = {case for peer in PEERS for case in peer.compared_in}
     # sampling and pages stand beside our own dense attention, and steps inside of buckets beside
     # what they were: nobody else decodes so on a CPU; training_memory is a command of its own
-    alone = {"sampling", "bucket_steps", "page_steps"}
+    alone = {"sampling", "bucket_steps", "page_steps", "code_steps"}
     assert compared == {*CASES, "training_memory"} - alone
     assert all(bool(peer.compared_in) != bool(peer.reason) for peer in PEERS)
 
