@@ -44,7 +44,7 @@ class PrefixCache:
         model: Any,
         tokens: int = 65536,
         *,
-        page_size: int = 64,
+        page_size: int = 16,
         context_length: int | None = None,
     ) -> None:
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model

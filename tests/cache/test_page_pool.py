@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from bitnet_triton.cache.pages import PagePool, PrefixTree, Tables
+from bitnet_triton.cache.pages import PagePool, Pages, PrefixTree, Tables
 from bitnet_triton.errors import OutOfPagesError
 
 PAGE, PAGES, CAP = 4, 12, 7
@@ -328,3 +328,15 @@ def test_neighbours_are_taken_first_however_pages_came_back(most):
     for at in torch.randperm(12).tolist():
         pool.release(pages[at : at + 1])
     assert pool.allocate(14).tolist() == [*range(12), 16, 17]  # the pool has grown, or had more
+
+
+def test_pages_hold_hardly_more_than_a_prefix_and_its_tails():
+    """64 texts behind 2048 tokens in common: at most a tenth more than their tokens, by default."""
+    pool = Pages().pool()
+    common = Tables(pool, 1)
+    common.reserve(np.array([2048]))
+    common.advance(np.array([2048]))
+    batch = common.fork([0] * 64)
+    batch.reserve(np.full(64, 131))
+    tokens = 2048 + 64 * 131
+    assert tokens <= pool.used * pool.page_size <= 1.1 * tokens

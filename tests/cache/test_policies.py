@@ -4,6 +4,10 @@ import pytest
 import torch
 
 import bitnet_triton as bt
+from bitnet_triton.attention import AttentionContext
+from bitnet_triton.attention.context import LayerInputs
+from bitnet_triton.attention.modes.full import Full
+from bitnet_triton.attention.tokens import Tokens
 from bitnet_triton.cache import parse_memory
 
 NAMES = ["h2o", "snapkv", "expected_attention", "latest"]
@@ -233,3 +237,18 @@ def test_nothing_is_left_after_a_reset(name, text_of):
     fresh.memory = text.memory
     fresh.read(60)
     fresh.read(1)
+
+
+@pytest.mark.parametrize("name", ["pages", "h2o"])
+def test_a_compiled_call_takes_no_mask_and_says_so(name):
+    """Nobody can look at the values of a mask while a graph is traced: it stays a matrix."""
+    inputs = LayerInputs(None, None, parse_memory(name).memory(), is_cached=True)
+    tokens = Tokens(matrix=torch.ones(1, 1, 5, 5, dtype=torch.bool))
+    context = AttentionContext(layer=0, scale=1.0, tokens=tokens, inputs=inputs)
+    q, k, v = (torch.randn(1, 5, 2, 16) for _ in range(3))
+    with pytest.raises(ValueError, match="takes padding to the left of a row and nothing else"):
+        Full()(q, k, v, context)
+    compiled = torch.compile(lambda q: Full()(q, k, v, context), backend="eager")
+    with pytest.raises(ValueError, match=r"while torch\.compile traces"):
+        compiled(q)
+    torch.compiler.reset()

@@ -58,10 +58,7 @@ class Full(MaskMode):
         if context.tokens.matrix is None and not context.dropout:
             return attend_and_tell(q, k, v, context.tokens.mask, context)
         if context.memory is not None and not context.memory.keeps_places:
-            raise ValueError(
-                "`attention_mask`: a cache that drops tokens by their scores takes padding to the "
-                "left of a row and nothing else, and no dropout"
-            )
+            raise ValueError(_objection(context))
         if not torch.compiler.is_compiling():  # logging would break the graph
             _tell("dropout" if context.tokens.matrix is None else "a matrix for a mask")
         q, k, v, matrix = *(t.transpose(1, 2) for t in (q, k, v)), _matrix(q, k, context)
@@ -77,6 +74,23 @@ class Full(MaskMode):
             enable_gqa=q.shape[1] != k.shape[1],
         )
         return y.transpose(1, 2)
+
+
+def _objection(context: AttentionContext) -> str:
+    """Say why a matrix or dropout does not go with a memory whose slots are not places."""
+    if context.tokens.matrix is None:
+        return "`attention_dropout`: a cache of pages, codes or chosen tokens goes without"
+    if torch.compiler.is_compiling():
+        return (
+            "`attention_mask`: while torch.compile traces, nobody can look whether it is padding "
+            "to the left, which is all that a cache of pages, codes or chosen tokens takes; leave "
+            "it out where there is no padding, or do not compile calls with such a cache"
+        )
+    return (
+        "`attention_mask`: a cache of pages, codes or chosen tokens takes padding to the left of "
+        f"a row and nothing else; got {list(context.tokens.matrix.shape)}, or tokens on both sides "
+        "of padding"
+    )
 
 
 @functools.cache

@@ -43,7 +43,7 @@ class Pages(MemoryKind):
     # what a call gets is not all there is: only a mode that looks at no key's place goes with it
     evicts: ClassVar[bool] = True
 
-    page_size: int = 64
+    page_size: int = 16
     tokens: int | None = None
 
     def __post_init__(self) -> None:

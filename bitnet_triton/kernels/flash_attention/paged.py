@@ -29,6 +29,10 @@ from bitnet_triton.kernels.flash_attention.operands import score_factors, stride
 from bitnet_triton.kernels.flash_attention.paged_call import PagedCall, page_tile
 from bitnet_triton.runtime import cdiv, launch
 from bitnet_triton.runtime.autotune import head_size, tiles
+from bitnet_triton.runtime.device import smallest_dot
+
+# How many tokens ahead pages are fetched on a CPU that do not follow the ones before them
+_TOKENS_AHEAD = 32
 
 _LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -41,6 +45,15 @@ def _sequence(starts_ptr, b, Tq) -> tuple:
     else:
         first = tl.load(starts_ptr + b)
         return first.to(tl.int64), tl.load(starts_ptr + b + 1) - first
+
+
+@triton.jit
+def _fetch(ptr, rows, stride, D: tl.constexpr) -> None:
+    """Ask for rows of a page, a cache line at a time: on a CPU, a load that is not used fetches."""
+    OF_LINE: tl.constexpr = 512 // ptr.dtype.element_ty.primitive_bitwidth
+    line = tl.arange(0, triton.next_power_of_2(tl.cdiv(D, OF_LINE))) * OF_LINE
+    at = ptr + rows.to(tl.int64)[:, None] * stride + tl.minimum(line, D - 1)[None, :]
+    tl.load(at, volatile=True)
 
 
 @triton.jit
@@ -59,6 +72,7 @@ def _flash_attention_paged_kernel(
     DEPENDENT: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     CAUSAL: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr, FEW: tl.constexpr,
     MANY: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(DEPENDENT)
     BLOCK_D: tl.constexpr = triton.next_power_of_2(D)
@@ -98,7 +112,7 @@ def _flash_attention_paged_kernel(
     start = tl.min(tl.where(is_row, low, n), 0)
     end = tl.max(tl.where(is_row, tl.maximum(high, sink_end), 0), 0)
 
-    # no tile lies in two pages; a split of start .. end, and the sinks ahead for the first one
+    # a split of start .. end in whole tiles, and the sinks ahead for the first one
     start = start // BLOCK_N * BLOCK_N
     length = tl.cdiv(tl.cdiv(tl.maximum(end - start, 0), SPLITS), BLOCK_N) * BLOCK_N
     begin = start + split * length
@@ -122,14 +136,27 @@ def _flash_attention_paged_kernel(
     for i in range(tiles_ahead + tl.cdiv(tl.maximum(end - begin, 0), BLOCK_N)):
         is_ahead = i < tiles_ahead
         at = tl.where(is_ahead, i * BLOCK_N, begin + (i - tiles_ahead) * BLOCK_N)
-        # int64: page * stride overflows int32 early
-        page = tl.load(table_ptr + at // PAGE).to(tl.int64)
-        slot = at % PAGE
         j = at + lanes
         is_key = j < tl.where(is_ahead, ahead, end)
-        # [BLOCK_N, BLOCK_D] and [BLOCK_N, BLOCK_DV]
-        k = load_run(k_ptr + page * k_stride_p, slot, lanes, k_stride_t, is_key, D, BLOCK_D)
-        v = load_run(v_ptr + page * v_stride_p, slot, lanes, v_stride_t, is_key, DV, BLOCK_DV)
+        # int64: page * stride overflows int32 early. [BLOCK_N, BLOCK_D] and [BLOCK_N, BLOCK_DV]
+        if BLOCK_N > PAGE:
+            page = tl.load(table_ptr + j // PAGE, mask=is_key, other=0).to(tl.int64)
+            slot = (j % PAGE).to(tl.int64)
+            k = load_rows(k_ptr, page * k_stride_p + slot * k_stride_t, 1, is_key, D, BLOCK_D)
+            v = load_rows(v_ptr, page * v_stride_p + slot * v_stride_t, 1, is_key, DV, BLOCK_DV)
+        else:
+            page = tl.load(table_ptr + at // PAGE).to(tl.int64)
+            slot = at % PAGE
+            if AHEAD:
+                later = tl.maximum(tl.minimum(at + AHEAD, end - 1), 0)
+                page_ahead = tl.load(table_ptr + later // PAGE).to(tl.int64)
+                # those of pages in a row come without being asked for
+                if page_ahead - page != later // PAGE - at // PAGE:
+                    rows = later % PAGE // BLOCK_N * BLOCK_N + lanes
+                    _fetch(k_ptr + page_ahead * k_stride_p, rows, k_stride_t, D)
+                    _fetch(v_ptr + page_ahead * v_stride_p, rows, v_stride_t, DV)
+            k = load_run(k_ptr + page * k_stride_p, slot, lanes, k_stride_t, is_key, D, BLOCK_D)
+            v = load_run(v_ptr + page * v_stride_p, slot, lanes, v_stride_t, is_key, DV, BLOCK_DV)
         scores, factor = raw_scores(q, k, scale_log2, softcap_log2)  # [ROWS, BLOCK_N]
         visible = (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None])
         if sinks is not None:
@@ -247,7 +274,7 @@ def _launch_few(
     launch(_flash_attention_paged_kernel, (splits, Hk, B))(
         q, k, v, parts, part_lse, *_operands(q, k, v, lse, call),
         **_constants(q, k, v, call), SPLITS=splits, FEW=few, MANY=False, QUERIES=few, ROWS=rows,
-        **config, **dependent(q.device),
+        AHEAD=_TOKENS_AHEAD if smallest_dot(q.device) == 1 else 0, **config, **dependent(q.device),
     )  # fmt: skip
     if splits > 1:
         Tq = q.shape[-3]
@@ -266,7 +293,9 @@ def _launch_many(
     Tq, H, Hk, DV = q.shape[-3], q.shape[-2], k.shape[2], v.shape[-1]
     size = head_size(max(q.shape[-1], DV), q.dtype)
     config = dict(tiles("flash_attention_paged_many", size, q.device))
-    config["BLOCK_N"] = min(config["BLOCK_N"], page_tile(PAGE))
+    # a tile lies in one page or, on a CPU, in several: its addresses would take twice the registers
+    if config["BLOCK_N"] <= PAGE or smallest_dot(q.device) > 1:
+        config["BLOCK_N"] = min(config["BLOCK_N"], page_tile(PAGE))
     rows = max(config.pop("ROWS"), triton.next_power_of_2(H // Hk))
     queries = rows // (H // Hk)
     packed = call.cu_seqlens_q is not None
@@ -274,7 +303,7 @@ def _launch_many(
     launch(_flash_attention_paged_kernel, grid)(
         q, k, v, out, lse, *_operands(q, k, v, lse, call),
         **_constants(q, k, v, call), SPLITS=1, FEW=few, MANY=True, QUERIES=queries, ROWS=rows,
-        **config, **dependent(q.device),
+        AHEAD=0, **config, **dependent(q.device),
     )  # fmt: skip
 
 
