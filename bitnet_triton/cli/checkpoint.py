@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from bitnet_triton.assets import MODELS, embedded
 from bitnet_triton.cli.arguments import WrongArgumentError
 from bitnet_triton.errors import CheckpointError
 
-EMBEDDED = "tiny"
+DEFAULT = "tiny"  # of the commands that write
 _TOKENIZERS = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
     "tekken.json",
@@ -23,17 +24,15 @@ def find_checkpoint(name: str, argument: str, *, tokenizer: bool = False) -> str
     """Return the folder that ``name`` means, or ``name`` itself where it may be one of the Hub.
 
     Args:
-        name: a folder, a model on the Hub, or ``tiny`` for the embedded model.
+        name: a folder, a model on the Hub, or the name of an embedded model.
         argument: the name of the argument, for messages.
         tokenizer: whether the folder has to hold one.
 
     Raises:
         WrongArgumentError: it is neither, or the folder holds no checkpoint.
     """
-    if name == EMBEDDED:
-        from bitnet_triton import TINY_MODEL
-
-        return str(TINY_MODEL)
+    if name in MODELS:
+        return embedded(name)
     path = os.path.expanduser(name)
     if os.path.isdir(path):
         _check_folder(Path(path), argument, tokenizer)
@@ -146,7 +145,7 @@ def one_line(name: str, argument: str) -> Iterator[None]:
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":
             raise
-        if os.path.isdir(name) or name == EMBEDDED:
+        if os.path.isdir(name) or name in MODELS:
             where = f"cannot load {name!r}"
         else:
             where = f"no folder {name!r} here, and the Hub does not give it"

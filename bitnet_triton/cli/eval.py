@@ -17,8 +17,6 @@ from rich.table import Table
 if TYPE_CHECKING:
     from bitnet_triton.training import Report
 
-EMBEDDED = ("recall", "tiny")
-
 console = Console(highlight=False)
 
 
@@ -92,14 +90,12 @@ def evaluate(
     """
     import torch
 
-    from bitnet_triton import assets
     from bitnet_triton.training import combine
     from bitnet_triton.training import evaluate as measure
     from bitnet_triton.training.evaluation import DEPTHS
 
     if threads:
         torch.set_num_threads(threads)
-    folder = getattr(assets, f"{model.upper()}_MODEL") if model in EMBEDDED else model
     bars = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         console=Console(stderr=True),
@@ -114,7 +110,7 @@ def evaluate(
             bars.update(rows[key], completed=done, visible=done < total)
 
         report = measure(
-            folder, task, length or [2048], DEPTHS if depth is None else depth,
+            model, task, length or [2048], DEPTHS if depth is None else depth,
             combine(attention or [], cache or [], rope or []), samples=samples, seed=seed,
             question=question, text=text, batch_size=batch_size, output=output,
             progress=tell,

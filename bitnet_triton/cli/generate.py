@@ -21,7 +21,7 @@ from bitnet_triton.cli.arguments import (
     number,
     parse_threads,
 )
-from bitnet_triton.cli.checkpoint import EMBEDDED, find_checkpoint, one_line, read_config
+from bitnet_triton.cli.checkpoint import DEFAULT, find_checkpoint, one_line, read_config
 
 DEFAULT_PROMPT = "import os\n\n\ndef read_lines(path):"
 _GREEDY = " (`--no-do-sample` takes the likeliest token)"
@@ -36,8 +36,8 @@ def generate(
     ] = None,
     model: Annotated[
         str,
-        typer.Option(help="A folder or a model on the Hub; `tiny` is the embedded one."),
-    ] = EMBEDDED,
+        typer.Option(help="A folder or a model on the Hub; `tiny` and `recall` are embedded."),
+    ] = DEFAULT,
     backend: Annotated[
         Backend | None, typer.Option(help="Force one; without it the fastest that can run.")
     ] = None,

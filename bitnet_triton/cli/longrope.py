@@ -15,7 +15,7 @@ def longrope(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A folder or a name on the Hub; `recall` and `tiny` are the embedded models.",
+            help="A folder or a name on the Hub; `tiny` and `recall` are embedded.",
         ),
     ],
     output: options.Output = None,

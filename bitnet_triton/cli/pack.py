@@ -26,7 +26,11 @@ class Format(str, Enum):
 
 def pack(
     source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="Folder or model on the Hub; never changed.")
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A folder or a model on the Hub; `tiny` and `recall` are embedded. Never changed.",
+        ),
     ],
     target: Annotated[
         Path, typer.Argument(metavar="TARGET", help="New folder; one that holds files is refused.")

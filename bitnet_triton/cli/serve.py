@@ -22,7 +22,7 @@ from bitnet_triton.cli.arguments import (
     number,
     parse_threads,
 )
-from bitnet_triton.cli.checkpoint import EMBEDDED, find_checkpoint, one_line, read_config
+from bitnet_triton.cli.checkpoint import DEFAULT, find_checkpoint, one_line, read_config
 
 PAGE = 64  # tokens; the engine shares prefixes by whole pages
 _LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -36,8 +36,9 @@ def _count(option: str, most: int = MOST_TOKENS) -> dict[str, Any]:
 
 def serve(
     model: Annotated[
-        str, typer.Argument(help="A folder or a model on the Hub; `tiny` is the embedded one.")
-    ] = EMBEDDED,
+        str,
+        typer.Argument(help="A folder or a model on the Hub; `tiny` and `recall` are embedded."),
+    ] = DEFAULT,
     host: Annotated[str, typer.Option(help="Address to listen on; this machine alone.")] = (
         "127.0.0.1"
     ),

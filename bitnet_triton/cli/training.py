@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 import math
@@ -149,7 +148,6 @@ def read_job(kind: type[Job], given: dict[str, Any]) -> Job:
     Raises:
         WrongArgumentError: an option is unknown or out of range, or there is no output.
     """
-    from bitnet_triton import assets
     from bitnet_triton.training.options import check_names, read_yaml
 
     flags = {name: value for name, value in given.items() if name != "config"}
@@ -159,14 +157,9 @@ def read_job(kind: type[Job], given: dict[str, Any]) -> Job:
         options |= flags
         if "output" not in options:
             raise WrongArgumentError("`--output`: expected a folder for the run, got none")
-        job = kind(**options)
+        return kind(**options)
     except (TypeError, ValueError) as error:
         raise WrongArgumentError(str(error)) from error
-    name = job.model  # type: ignore[attr-defined]
-    if name in ("recall", "tiny"):
-        folder = str(getattr(assets, f"{name.upper()}_MODEL"))
-        job = dataclasses.replace(job, model=folder)  # type: ignore[type-var]
-    return job
 
 
 @contextmanager
@@ -258,17 +251,24 @@ def _add_losses(table: Table, name: str, losses: list[float | None]) -> None:
     table.add_row("", name, *("" if loss is None else f"{loss:.4f}" for loss in losses))
 
 
+def _harm(row: dict[str, Any]) -> str:
+    harm, error = row["harm"], row["error"]
+    return f"{harm:.4f}" if error is None else f"{harm:.4f} ± {error:.4f}"
+
+
 def show_harms(report: dict[str, Any]) -> None:
     """Print what a calibration has found."""
     job = report["run"]
     console.print(
-        f"{report['documents']} documents; divergence from full attention in nats a token"
+        f"{report['documents']} documents, {report['tokens']} tokens that count; with full "
+        f"attention their loss is {report['loss']:.4g}, harm is what is added to it, in nats a "
+        "token, with its standard error"
     )
     table = Table(title="One layer changed, all others full", title_justify="left")
     for name in ("layer", "harm"):
         table.add_column(name, justify="right")
     for row in report["layers"]:
-        table.add_row(str(row["layer"]), f"{row['harm']:.4g}")
+        table.add_row(str(row["layer"]), _harm(row))
     console.print(table)
     table = Table(title="Plans", title_justify="left")
     table.add_column("plan")
@@ -277,7 +277,7 @@ def show_harms(report: dict[str, Any]) -> None:
     for name, plan in report["plans"].items():
         style = "bold" if name == report["chosen"] else None
         full = ", ".join(map(str, plan["full"]))
-        table.add_row(name, full, f"{plan['harm']:.4g}", style=style)
+        table.add_row(name, full, _harm(plan), style=style)
     console.print(table)
     path = Path(job["output"], "attention.json")
     console.print(f"Wrote {path} ({report['chosen']}), report.json beside it")

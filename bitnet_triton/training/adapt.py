@@ -19,7 +19,7 @@ from bitnet_triton.models import BitNetConfig
 from bitnet_triton.training.documents import Document, read_lines
 from bitnet_triton.training.evaluation import DEPTHS, evaluate
 from bitnet_triton.training.fit import fit
-from bitnet_triton.training.gather import Tell, gather_documents
+from bitnet_triton.training.gather import Tell, check_room, data_of, gather_documents
 from bitnet_triton.training.jobs import Adaptation, Pretraining, TrainingJob
 from bitnet_triton.training.options import remember, write_whole
 from bitnet_triton.training.settings import Setting, parse_setting
@@ -70,10 +70,11 @@ def _run(job: TrainingJob, progress: Tell | None) -> dict[str, Any]:
     lines = [] if job.data == "tasks" else read_lines(job.data)
     with folder_of(job.model) as base:
         plan = _check(job, base)
+        check_room(job, base)
         output = Path(job.output)
         trainee = Trainee(job, base, plan, output)
         trainee.check()
-        remember(output, _identity(job, base, plan))
+        remember(output, _identity(job, base, plan, data_of(job, lines)))
         trainee.try_step()
         documents, held_out, kept = gather_documents(job, base, lines, output, tell)
         before = _evaluate(job, base, plan, output / "before", tell)
@@ -87,9 +88,10 @@ def _run(job: TrainingJob, progress: Tell | None) -> dict[str, Any]:
     return report
 
 
-def _identity(job: TrainingJob, base: str, plan: AttentionPlan) -> dict[str, Any]:
+def _identity(job: TrainingJob, base: str, plan: AttentionPlan, data: str) -> dict[str, Any]:
     """Return what a result depends on; files are named by what they hold."""
-    return {**dataclasses.asdict(job), "model": digest(base), "attention": plan.to_config()}
+    known = {"model": digest(base), "attention": plan.to_config(), "data": data}
+    return {**dataclasses.asdict(job), **known}
 
 
 def _check(job: TrainingJob, base: str) -> AttentionPlan:

@@ -1,8 +1,8 @@
 """``calibrate``: which layers have to stay full, found by changing one layer at a time.
 
-The idea of arXiv:2606.27791: a model that reads with full attention predicts the answers of some
-documents; a layer whose attention is changed moves these predictions, the more the more the model
-needs that layer to see everything. The layers that move them most stay full.
+The idea of arXiv:2606.27791: a model answers what some documents ask; where a layer's attention is
+changed, the loss of these answers rises, the more the more the model needs that layer to see
+everything. The layers that cost most stay full.
 """
 
 from __future__ import annotations
@@ -10,18 +10,25 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bitnet_triton.attention import AttentionPlan
 from bitnet_triton.attention.registry import parse_mode
 from bitnet_triton.models import BitNetConfig, BitNetForCausalLM, set_attention
-from bitnet_triton.training.documents import Document, read_lines
-from bitnet_triton.training.gather import Tell, gather_documents
+from bitnet_triton.training.documents import (
+    Document,
+    load_documents,
+    read_lines,
+    save_documents,
+)
+from bitnet_triton.training.gather import Tell, check_room, data_of, gather_documents
 from bitnet_triton.training.jobs import Calibration
 from bitnet_triton.training.options import remember, write_whole
 from bitnet_triton.training.packing import IGNORED
@@ -33,18 +40,18 @@ from bitnet_triton.training.trainee import device
 _POSITIONS = 256  # whose predictions over the vocabulary are in memory at a time
 FULL = parse_mode("full")
 
-# Maps what is measured, and plans by their full layers, to the harm of each
-Measure = Callable[[str, Sequence[frozenset[int]]], list[float]]
+# Maps what is measured, and plans by their full layers, to what each harms, document by document
+Measure = Callable[[str, Sequence[frozenset[int]]], list[list[float]]]
 
 
 def calibrate(job: Calibration, progress: Tell | None = None) -> dict[str, Any]:
     """Find the layers of a model that have to stay full, and write a plan that keeps them so.
 
-    The harm of a plan is the divergence (Kullback-Leibler, nats per token) of its predictions from
-    those of the model with full attention, at the answers of the documents, or at all tokens of
-    those that are text alone; every document counts the same. Each layer is changed alone, and the
-    most harmed ones stay full. Plans by rule with as many full layers (every second one, from each
-    first one) are measured beside; ``attention.json`` in ``output`` gets the least harmful of all.
+    The harm of a plan is what it adds to the loss of answers (nats per token) beside full
+    attention: of the tokens that full attention expects most (``known_answers``), or of all tokens
+    of a text alone; every document counts the same. Each layer is changed alone, and the most
+    harmed ones stay full. Plans by rule with as many full layers (every second one, from each first
+    one) are measured beside; ``attention.json`` in ``output`` gets the least harmful of all.
     ``BitNetForCausalLM.from_pretrained`` takes its content, and the commands that have
     ``--attention`` its path. The same call goes on where a killed one was.
 
@@ -53,9 +60,11 @@ def calibrate(job: Calibration, progress: Tell | None = None) -> dict[str, Any]:
         progress: told how far it is.
 
     Returns:
-        What ``report.json`` in ``output`` has: ``layers``, for each the harm of changing it alone;
-        ``plans``, for each its full layers, its harm and its attention; ``chosen``, the name of one
-        of them; and ``attention``, what was written.
+        What ``report.json`` in ``output`` has: ``tokens``, how many count; ``loss``, theirs with
+        full attention; ``layers``, for each the harm of changing it alone; ``plans``, for each its
+        full layers, its harm and its attention; ``chosen``, the name of one of them; and
+        ``attention``, what was written. A harm has its standard error beside it, by how much
+        documents differ.
 
     Raises:
         ValueError: the model does not attend so, the data are not as they should be, there are not
@@ -65,17 +74,26 @@ def calibrate(job: Calibration, progress: Tell | None = None) -> dict[str, Any]:
     lines = [] if job.data == "tasks" else read_lines(job.data)
     with folder_of(job.model) as base:
         target = _Target(job, BitNetConfig.from_pretrained(base))
+        check_room(job, base)
         output = Path(job.output)
-        whole = {"model": digest(base), "attention": target.config(())}  # no names of files
-        run = {**dataclasses.asdict(job), **whole}
+        known = {"model": digest(base), "attention": target.config(()), "data": data_of(job, lines)}
+        run = {**dataclasses.asdict(job), **known}  # no names of files
         remember(output, run)
         drawn, _, answers = gather_documents(job, base, lines, output, tell)
-        documents = [d for d in drawn if any(label != IGNORED for label in d["labels"][1:])]
-        if not documents:
+        with_answers = [d for d in drawn if any(label != IGNORED for label in d["labels"][1:])]
+        if not with_answers:
             raise ValueError("`data`: expected documents with tokens to predict, got none")
-        harms = _Harms(base, target, documents, Store(output / "harms", run), tell)
-        report = {"run": dataclasses.asdict(job), "documents": len(documents), "answers": answers}
-        report |= _choose(job, target, harms)
+        model = _Model(base)
+        documents = _known_documents(model, with_answers, output)
+        harms = _Harms(model, target, documents, Store(output / "harms", run), tell)
+        counted = sum(
+            label != IGNORED for document in documents for label in document["labels"][1:]
+        )
+        report = {
+            "run": dataclasses.asdict(job), "documents": len(documents), "answers": answers,
+            "tokens": counted, "loss": statistics.fmean(harms.whole),
+            **_choose(job, target, harms),
+        }  # fmt: skip
     write_whole(output / "attention.json", json.dumps(report["attention"], indent=1) + "\n")
     write_whole(output / "report.json", json.dumps(report, indent=1) + "\n")
     return report
@@ -147,89 +165,163 @@ class _Target:
 
 
 class _Harms:
-    """Measures how far plans move the predictions of a model, each of them once.
+    """Measures what plans cost the answers of a model, each of them once.
 
     Args:
-        base: folder of the model.
+        model: with any attention; is given others.
         target: makes plans.
-        documents: whose labels say where predictions count.
+        documents: whose labels count.
         store: keeps what was measured.
         tell: told how far it is.
     """
 
     def __init__(
-        self, base: str, target: _Target, documents: list[Document], store: Store, tell: Tell
+        self, model: _Model, target: _Target, documents: list[Document], store: Store, tell: Tell
     ) -> None:
-        self.target, self.documents, self.store, self.tell = target, documents, store, tell
-        self._base = base
-        self._known = {frozenset(line["full"]): line["harm"] for line in store.lines}
-        self._model: Any = None
-        self._whole: list[Tensor] = []
+        self.model, self.target, self.documents = model, target, documents
+        self.store, self.tell = store, tell
+        self._known = {frozenset(line["full"]): line["losses"] for line in store.lines}
 
-    def __call__(self, what: str, plans: Sequence[frozenset[int]]) -> list[float]:
-        """Return the harm of plans with these layers full."""
+    @property
+    def whole(self) -> list[float]:
+        """The losses with full attention, document by document."""
+        return self._losses(self.target.everything)
+
+    def __call__(self, what: str, plans: Sequence[frozenset[int]]) -> list[list[float]]:
+        """Return what plans with these layers full add to the loss of each document."""
+        found = []
         for number, full in enumerate(plans):
-            if full not in self._known:
-                harm = self._measure(full)
-                self.store.add({"full": sorted(full), "harm": harm})
-                self._known[full] = harm
+            changed = self._losses(full)
+            found.append([loss - whole for loss, whole in zip(changed, self.whole)])
             self.tell(what, number + 1, len(plans), float("nan"))
-        return [self._known[full] for full in plans]
+        return found
 
-    def _measure(self, full: frozenset[int]) -> float:
-        if self._model is None:
-            model: Any = BitNetForCausalLM.from_pretrained(self._base, attention="full", fuse=False)
-            self._model = model.eval().to(device())
-            for number, document in enumerate(self.documents):
-                self._whole.append(self._read(document))
-                self.tell("full attention", number + 1, len(self.documents), float("nan"))
-        set_attention(self._model, self.target.config(full))
-        found = [self._divergence(d, whole) for d, whole in zip(self.documents, self._whole)]
-        return sum(found) / len(found)
+    def _losses(self, full: frozenset[int]) -> list[float]:
+        if full not in self._known:
+            losses = self._measure(full)
+            self.store.add({"full": sorted(full), "losses": losses})
+            self._known[full] = losses
+        return self._known[full]
 
-    def _read(self, document: Document) -> Tensor:
-        """Return what a model makes of the tokens before those that count, [N D]."""
-        ids = torch.tensor([document["input_ids"]], device=self._model.device)
-        labels = torch.tensor(document["labels"][1:], device=self._model.device)
-        with torch.inference_mode():
-            hidden = self._model.model(
-                ids, use_cache=False, prompt_len=document["prompt_len"]
-            ).last_hidden_state
-        return hidden[0, :-1][labels != IGNORED]
+    def _measure(self, full: frozenset[int]) -> list[float]:
+        is_whole = full == self.target.everything
+        attention = {"mode": "full"} if is_whole else self.target.config(full)
+        return answer_losses(self.model.attending(attention), self.documents)
 
-    def _divergence(self, document: Document, whole: Tensor) -> float:
-        total = 0.0
-        with torch.inference_mode():
-            changed = self._read(document)
-            for pair in zip(whole.split(_POSITIONS), changed.split(_POSITIONS)):
-                p, q = (self._model.lm_head(part).float().log_softmax(-1) for part in pair)
-                total += (p.exp() * (p - q)).sum(dtype=torch.float64).item()
-        return total / len(whole)
+
+class _Model:
+    """A model that is loaded when it is first asked for: a run that has ended needs none."""
+
+    def __init__(self, base: str) -> None:
+        self._base = base
+        self._loaded: Any = None
+
+    def attending(self, attention: dict[str, Any]) -> Any:
+        """Return the model with this attention."""
+        if self._loaded is None:
+            loaded: Any = BitNetForCausalLM.from_pretrained(
+                self._base, attention="full", fuse=False
+            )
+            self._loaded = loaded.eval().to(device())
+        return set_attention(self._loaded, attention)
+
+
+def _known_documents(model: _Model, drawn: list[Document], output: Path) -> list[Document]:
+    """Return the documents with what full attention answers right; found out once a run."""
+    path = output / "known.jsonl"
+    if not path.exists():
+        known = known_answers(model.attending({"mode": "full"}), drawn)
+        write_whole(path, save_documents(known))
+    documents = load_documents(path)
+    if not documents:
+        raise ValueError(
+            "`data`: with full attention, the model predicts nothing of the answers right; give "
+            "data that it answers, or text alone (`text: 1`)"
+        )
+    return documents
+
+
+def known_answers(model: BitNetForCausalLM, documents: Sequence[Document]) -> list[Document]:
+    """Return documents in which what a model gets wrong does not count; those left with labels.
+
+    A token of an answer counts where it is the one that the model expects most; all tokens count of
+    a text that is all prompt.
+
+    Args:
+        model: in evaluation mode; attends by its own plan.
+        documents: as ``load_documents`` gives them.
+    """
+    known = []
+    for document in documents:
+        labels = list(document["labels"])
+        if document["prompt_len"] < len(labels):
+            places, _, right = _predict(model, document)
+            for place, is_right in zip(places, right.tolist()):
+                labels[place] = labels[place] if is_right else IGNORED
+        if any(label != IGNORED for label in labels[1:]):
+            known.append({**document, "labels": labels})
+    return known
+
+
+def answer_losses(model: BitNetForCausalLM, documents: Sequence[Document]) -> list[float]:
+    """Return the loss of the tokens that count in each document, nats a token.
+
+    Args:
+        model: in evaluation mode; attends by its own plan.
+        documents: as ``load_documents`` gives them.
+    """
+    losses = (_predict(model, document)[1] for document in documents)
+    return [loss.mean(dtype=torch.float64).item() for loss in losses]
+
+
+@torch.inference_mode()
+def _predict(model: Any, document: Document) -> tuple[list[int], Tensor, Tensor]:
+    """Return the places of tokens that count, the loss of each, and whether it is expected most."""
+    labels = torch.tensor(document["labels"])
+    labels[0] = IGNORED  # nothing stands before it
+    places = (labels != IGNORED).nonzero()[:, 0]
+    ids = torch.tensor([document["input_ids"]], device=model.device)
+    prompt_len = document["prompt_len"]
+    hidden = model.model(ids, use_cache=False, prompt_len=prompt_len).last_hidden_state[0]
+    wanted, losses, right = labels[places].to(model.device), [], []
+    for part, some in zip(hidden[places - 1].split(_POSITIONS), wanted.split(_POSITIONS)):
+        logits = model.lm_head(part).float()
+        losses.append(F.cross_entropy(logits, some, reduction="none"))
+        right.append(logits.argmax(-1) == some)
+    return places.tolist(), torch.cat(losses), torch.cat(right)
 
 
 def _choose(job: Calibration, target: _Target, harms: Measure) -> dict[str, Any]:
     """Measure layers and plans, and choose the plan that harms least."""
-    everything, count = target.everything, target.count
-    alone = harms("one layer", [everything - {i} for i in target.changeable])
-    if not any(alone):
+    everything = target.everything
+    fixed = everything - set(target.changeable)
+    if not any(*harms("all layers", [fixed])):
         raise ValueError(
             f"`attention`: as good as full attention on documents of up to {job.length} tokens; "
             "choose longer ones, or less that a token sees"
         )
-    harms_alone = dict(zip(target.changeable, alone))
-    fixed = everything - set(harms_alone)
-    by_harm = sorted(harms_alone, key=lambda i: (-harms_alone[i], i))
-    plans = {"most harmed": fixed | set(by_harm[: count - len(fixed)])}
+    alone = harms("one layer", [everything - {i} for i in target.changeable])
+    layers = [{"layer": i, **_mean(harm)} for i, harm in zip(target.changeable, alone)]
+    layers.sort(key=lambda row: (-row["harm"], row["layer"]))
+    by_harm = [row["layer"] for row in layers]
+    plans = {"most harmed": fixed | set(by_harm[: target.count - len(fixed)])}
     plans |= target.rules()
-    found = harms("plans", [*plans.values(), fixed])
-    chosen = min(plans, key=dict(zip(plans, found)).__getitem__)
     told = [*plans.items(), ("no other layer" if fixed else "no layer", fixed)]
+    measured = harms("plans", [full for _, full in told])
+    found = {name: _mean(harm) for (name, _), harm in zip(told, measured)}
+    chosen = min(plans, key=lambda name: found[name]["harm"])
     return {
-        "layers": [{"layer": i, "harm": harms_alone[i]} for i in by_harm],
+        "layers": layers,
         "plans": {
-            name: {"full": sorted(full), "harm": harm, "attention": target.config(full)}
-            for (name, full), harm in zip(told, found)
+            name: {"full": sorted(full), **found[name], "attention": target.config(full)}
+            for name, full in told
         },
         "chosen": chosen,
         "attention": target.config(plans[chosen]),
     }
+
+
+def _mean(harms: Sequence[float]) -> dict[str, Any]:
+    """Return a mean over documents, and its standard error; None: there is one document."""
+    error = statistics.stdev(harms) / len(harms) ** 0.5 if len(harms) > 1 else None
+    return {"harm": statistics.fmean(harms), "error": error}

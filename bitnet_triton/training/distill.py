@@ -26,6 +26,7 @@ from bitnet_triton.training.distiller import Distiller, Lesson
 from bitnet_triton.training.documents import (
     Document,
     Line,
+    digest_lines,
     hold_out,
     line_documents,
     load_documents,
@@ -124,7 +125,10 @@ def distill(job: Distillation, progress: Progress | None = None) -> dict[str, An
     with folder_of(job.model) as base, folder_of(job.teacher or base) as teacher:
         _check(job, base, teacher)
         output = Path(job.output)
-        run = {**dataclasses.asdict(job), "model": digest(base), "teacher": digest(teacher)}
+        run = {
+            **dataclasses.asdict(job), "model": digest(base), "teacher": digest(teacher),
+            "data": digest_lines(lines), "corpus": corpus and digest_lines(corpus),
+        }  # fmt: skip
         remember(output, run)
         documents, continued, held_out = _documents(job, base, lines, corpus, output)
         dense = _dense_loss(job, teacher, held_out, output)

@@ -6,6 +6,7 @@ read rather than answered is all prompt: its labels count, and its tokens attend
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,6 +20,8 @@ from transformers import GenerationConfig
 from bitnet_triton.training.answers import ask
 from bitnet_triton.training.packing import IGNORED
 from bitnet_triton.training.tasks import TASKS, Prompt, TextTokens, Turn, draw_prompt
+
+_TRIES = 100  # prompts in a row that give nothing, before it is said that none will
 
 Document = dict[str, Any]
 # What a model said right, or None where it said nothing right
@@ -45,9 +48,12 @@ def draw_documents(
         questions: "prompt" or "decode", the phase that questions belong to, in turns.
         seed: of all of them.
         teacher: keeps the answers that it says itself. Default: all answers as they were drawn.
+
+    Raises:
+        ValueError: ``length`` has no room for any task, or a teacher answers none right.
     """
     used, read = 0, 0
-    number = 0
+    number, missed = 0, 0
     while used + length <= total:
         rng = random.Random(f"documents:{seed}:{number}")
         number += 1
@@ -57,12 +63,30 @@ def draw_documents(
         else:
             names, prompt = draw_prompt(rng, tokens, length)
             question = questions[number % len(questions)]
-            taught = prompt if teacher is None else teacher(names, prompt, question)
-            if taught is None:
+            taught: Prompt | None = prompt
+            if teacher is not None and prompt.turns:
+                taught = teacher(names, prompt, question)
+            if taught is None or not taught.turns:
+                missed += 1
+                if missed == _TRIES:
+                    raise ValueError(_why_nothing(tokens, length, bool(prompt.turns)))
                 continue
             document = prompt_document(taught, question)
+            missed = 0
         used += len(document["input_ids"])
         yield document
+
+
+def _why_nothing(tokens: TextTokens, length: int, has_questions: bool) -> str:
+    if has_questions:
+        return (
+            "`self_distill`: expected a model that answers some task right with full attention, "
+            f"got none of {_TRIES} prompts right"
+        )
+    return (
+        "`length`: expected room for a task, whose words have up to "
+        f"{tokens.per_word} tokens each, got {length}"
+    )
 
 
 def text_document(ids: list[int]) -> Document:
@@ -146,6 +170,12 @@ def read_lines(path: str | Path) -> list[Line]:
     if not found:
         raise ValueError(f"{wanted}, got {path}, which has no text")
     return found
+
+
+def digest_lines(lines: Sequence[Line]) -> str:
+    """Return a hash of what a user's file says."""
+    said = json.dumps([(line.prompt, line.answer) for line in lines])
+    return f"sha256:{hashlib.sha256(said.encode()).hexdigest()[:16]}"
 
 
 def _parse(where: str, line: str) -> Line:

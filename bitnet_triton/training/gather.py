@@ -14,6 +14,7 @@ from bitnet_triton.training.documents import (
     Document,
     Line,
     SelfTeacher,
+    digest_lines,
     draw_documents,
     greedy_answer,
     hold_out,
@@ -21,7 +22,7 @@ from bitnet_triton.training.documents import (
     load_documents,
     save_documents,
 )
-from bitnet_triton.training.jobs import AttentionJob
+from bitnet_triton.training.jobs import AttentionJob, DocumentJob
 from bitnet_triton.training.options import write_whole
 from bitnet_triton.training.tasks import TextTokens
 from bitnet_triton.training.trainee import device
@@ -61,6 +62,22 @@ def gather_documents(
     if not documents:
         raise ValueError("`data`: expected documents to train on, got none (no answer was right)")
     return documents, held_out, json.loads(paths[-1].read_text(encoding="utf-8"))
+
+
+def data_of(job: DocumentJob, lines: list[Line]) -> str:
+    """Return what names a run's data: a file goes by what it says, wherever it lies."""
+    return digest_lines(lines) if lines else job.data
+
+
+def check_room(job: AttentionJob, base: str) -> None:
+    """Raise ValueError, before anything is made, if tasks are asked for and none fits."""
+    if job.data != "tasks" or job.text == 1:
+        return
+    tokens = TextTokens(AutoTokenizer.from_pretrained(base), held_out=False)
+    drawn = draw_documents(
+        tokens, total=job.length, length=job.length, text=0, questions=job.questions, seed=job.seed
+    )
+    next(drawn)
 
 
 def _make_documents(

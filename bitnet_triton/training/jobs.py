@@ -18,7 +18,7 @@ class DocumentJob:
 
     Attributes:
         output: folder of the run.
-        model: a folder or a name on the Hub.
+        model: a folder or a name on the Hub; ``recall`` and ``tiny`` are embedded.
         data: a text file, or JSON lines with ``text`` or ``prompt`` and ``answer``.
         tokens: of all documents; files are cut to so many.
         length: tokens of a document at most.

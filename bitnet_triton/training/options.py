@@ -111,8 +111,8 @@ def remember(folder: Path, run: Mapping[str, Any]) -> None:
         other = [name for name in plain if known.get(name) != plain[name]]
         if other:
             raise ValueError(
-                f"`output`: {folder} holds a run with other {', '.join(other)}; choose a new "
-                "folder, or repeat that run to go on with it"
+                f"`output`: {folder} holds a run with other {', '.join(other)} (files and models "
+                "go by what they hold); choose a new folder, or repeat that run to go on with it"
             )
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -14,6 +14,7 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
+from bitnet_triton.assets import embedded
 from bitnet_triton.models import BitNetForCausalLM
 
 _READ = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors")
@@ -27,7 +28,7 @@ def folder_of(model: Any) -> Iterator[str]:
     folder that exists as long as the block runs.
 
     Args:
-        model: a folder, a name on the Hub, or a ``BitNetForCausalLM``.
+        model: a folder, a name on the Hub, that of an embedded model, or a ``BitNetForCausalLM``.
 
     Raises:
         TypeError: ``model`` is something else.
@@ -49,7 +50,7 @@ def folder_of(model: Any) -> Iterator[str]:
     if not isinstance(model, (str, os.PathLike)):
         got = type(model).__name__
         raise TypeError(f"`model`: expected a model, a folder or a name, got {got}")
-    yield _downloaded(os.fspath(model))
+    yield _downloaded(embedded(model) if isinstance(model, str) else os.fspath(model))
 
 
 def _downloaded(name: str) -> str:

@@ -17,12 +17,13 @@ from transformers import TrainerCallback
 import bitnet_triton as bt
 from bitnet_triton.nn import BitLinear, PackedBitLinear
 from bitnet_triton.training import adapt as module
-from bitnet_triton.training import evaluation
+from bitnet_triton.training import calibration, documents, evaluation
 from bitnet_triton.training import fit as fitting
 from bitnet_triton.training.adapt import adapt, pretrain
 from bitnet_triton.training.documents import load_documents
 from bitnet_triton.training.fit import mean_loss
-from bitnet_triton.training.jobs import Adaptation, Pretraining
+from bitnet_triton.training.jobs import Adaptation, Calibration, Pretraining
+from bitnet_triton.training.tasks import Prompt
 
 SMALL = {
     "tokens": 700, "length": 100, "row": 200, "eval_length": 64, "eval_samples": 1,
@@ -256,6 +257,62 @@ def test_what_cannot_be_trained_is_refused_by_name(
 def test_options_are_checked_when_they_are_made(changed, error, message):
     with pytest.raises(error, match=message):
         job("recall", changed.pop("output", "run"), **changed)
+
+
+class ReachedError(Exception):
+    pass
+
+
+@pytest.fixture
+def stops(monkeypatch):
+    """Stop runs where they would make documents."""
+
+    def stop(*_):
+        raise ReachedError
+
+    monkeypatch.setattr(module, "gather_documents", stop)
+    monkeypatch.setattr(calibration, "gather_documents", stop)
+    monkeypatch.setattr(module.Trainee, "try_step", lambda self: None)
+
+
+KINDS = [(adapt, Adaptation, {"lora": False}), (pretrain, Pretraining, {}),
+         (calibration.calibrate, Calibration, {})]  # fmt: skip
+
+
+@pytest.mark.parametrize(("run", "kind", "more"), KINDS, ids=lambda value: str(value)[:20])
+def test_data_go_by_what_they_say(run, kind, more, packed_folder, tmp_path, stops):
+    names = ("tokens", "length", "question")
+    given = {name: SMALL[name] for name in names} | more | {"attention": WINDOWS}
+
+    def go(path):
+        run(kind(output=str(tmp_path / "run"), model=str(packed_folder), data=str(path), **given))
+
+    file, moved = tmp_path / "data.txt", tmp_path / "moved.txt"
+    file.write_text("a red fox")
+    moved.write_text("a red fox")
+    for path in (file, moved):
+        with pytest.raises(ReachedError):
+            go(path)
+    file.write_text("a red dog")
+    with pytest.raises(ValueError, match=r"`output`: .* other data .files and models go by what"):
+        go(file)
+
+
+@pytest.mark.parametrize(("run", "kind", "more"), KINDS, ids=lambda value: str(value)[:20])
+def test_a_length_without_room_is_refused_before_a_folder_is_made(
+    run, kind, more, packed_folder, tmp_path, stops, monkeypatch
+):
+    given = {"length": 64, "tokens": 64, "attention": WINDOWS} | more
+    if kind is not Calibration:
+        given["eval_length"] = 64
+    job = kind(output=str(tmp_path / "run"), model=str(packed_folder), **given)
+    with monkeypatch.context() as patch:
+        patch.setattr(documents, "draw_prompt", lambda *_: ([], Prompt([], [], [])))
+        with pytest.raises(ValueError, match="`length`: expected room for a task"):
+            run(job)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ReachedError):
+        run(job)
 
 
 def test_a_folder_of_something_else_is_refused(packed_folder, tmp_path):

@@ -281,3 +281,26 @@ def test_plain_text_comes_first_where_it_is_another_file(folder, tmp_path, monke
     assert 100 < sum(len(document["labels"]) for document in second) <= 160
     assert len(held_out) == 1
     assert report["losses"]["continued"] == 1.0
+
+
+@pytest.mark.parametrize("changed", ["data", "corpus"])
+def test_files_go_by_what_they_say(changed, folder, tmp_path, monkeypatch):
+    class ReachedError(Exception):
+        pass
+
+    def stop(*_):
+        raise ReachedError
+
+    monkeypatch.setattr(module, "_documents", stop)
+    files = {}
+    for name in ("data", "corpus"):
+        files[name] = tmp_path / f"{name}.txt"
+        files[name].write_text(f"{TEXT}{name}")
+    moved = tmp_path / "moved.txt"
+    moved.write_text(files[changed].read_text())
+    for path in (files[changed], moved):
+        with pytest.raises(ReachedError):
+            distill(job(folder, tmp_path / "run", **{**files, changed: path}))
+    files[changed].write_text(f"{TEXT}other")
+    with pytest.raises(ValueError, match=f"`output`: .* holds a run with other {changed} .files"):
+        distill(job(folder, tmp_path / "run", **files))

@@ -20,7 +20,7 @@ from bitnet_triton.training.documents import (
     read_lines,
 )
 from bitnet_triton.training.packing import IGNORED
-from bitnet_triton.training.tasks import TextTokens, draw_prompt
+from bitnet_triton.training.tasks import Prompt, TextTokens, draw_prompt
 
 
 @pytest.fixture(scope="module")
@@ -154,3 +154,26 @@ def test_documents_that_do_not_fit_are_refused():
         list(line_documents(tokenizer, [documents.Line("a b " * 40, " c")], length=64))
     with pytest.raises(ValueError, match="`data`: document 1: expected an `answer`"):
         list(line_documents(tokenizer, [documents.Line("a", "")], length=64))
+
+
+def test_documents_fit_where_a_word_has_several_tokens():
+    tokens = TextTokens(AutoTokenizer.from_pretrained(bt.TINY_MODEL), held_out=False)
+    assert tokens.per_word > 1
+    seed = random.random()  # of this run's seed
+    given = {"length": 512, "text": 0.0, "questions": ("prompt", "decode"), "seed": seed}
+    drawn = list(draw_documents(tokens, total=60 * 512, **given))
+    assert [len(document["input_ids"]) for document in drawn] == [512] * 60
+    for document in drawn:
+        assert any(label != -100 for label in document["labels"])
+
+
+def test_nothing_to_draw_is_said_instead_of_sought_for_ever(tokens, monkeypatch):
+    given = {"total": 300, "length": 100, "text": 0.0, "questions": ("prompt",), "seed": 1}
+    asked = []
+    with pytest.raises(ValueError, match=r"`self_distill`: .* none of 100 prompts"):
+        next(draw_documents(tokens, teacher=lambda *prompt: asked.append(prompt), **given))
+    assert len(asked) == 100
+    monkeypatch.setattr(documents, "draw_prompt", lambda *_: ([], Prompt([], [], [])))
+    with pytest.raises(ValueError, match=r"`length`: expected room for a task, .*, got 100"):
+        next(draw_documents(tokens, teacher=lambda *prompt: asked.append(prompt), **given))
+    assert len(asked) == 100

@@ -42,14 +42,14 @@ def sparsity(rng: random.Random, least: int) -> int:
 
 def draw_prompt(rng: random.Random, tokens: TextTokens, length: int) -> tuple[list[str], Prompt]:
     """Draw the tasks of one text and build it; names the task of each question."""
-    names = Names(rng)
+    names, words = Names(rng), length // tokens.per_word
     if rng.random() * 100 < ALONE_PERCENT:
         chosen = [rng.choice(ALONE)]
-        draws = [TASKS[chosen[0]].draw(rng, names, length)]
+        draws = [TASKS[chosen[0]].draw(rng, names, words)]
         return chosen, build(draws, tokens, length, rng)
     # a short text holds one kind of facts, many of them; a long one may hold all kinds
     chosen = rng.sample(list(MIX), rng.randint(1, min(len(MIX), 1 + length // 256)))
-    room = int(0.8 * length / len(chosen))
+    room = int(0.8 * words / len(chosen))
     draws = [MIX[name](rng).draw(rng, names, room) for name in chosen]
     while True:
         try:
