@@ -27,7 +27,7 @@ import bitnet_triton as bt
 from bitnet_triton.training import Calibration, Setting, calibrate, evaluate
 from bitnet_triton.training.adapt import EASY
 from bitnet_triton.training.answers import make_prompts
-from bitnet_triton.training.calibration import answer_losses
+from bitnet_triton.training.calibration import answer_costs
 from bitnet_triton.training.documents import prompt_document
 from bitnet_triton.training.evaluation import DEPTHS
 from bitnet_triton.training.results import Store
@@ -113,7 +113,9 @@ def measure_losses(
     model: str, plans: dict[str, Any], length: int, samples: int, seed: int, output: Path
 ) -> dict[str, torch.Tensor]:
     """Return the loss of the answers that ``evaluate`` asks for, [samples] means over tasks."""
-    store = Store(output, {"length": length, "samples": samples, "seed": seed})
+    chosen = {name: plan["full"] for name, plan in plans.items()}
+    run = {"length": length, "samples": samples, "seed": seed, "plans": chosen}
+    store = Store(output, run)
     tokens = TextTokens(AutoTokenizer.from_pretrained(model))
     documents = [
         prompt_document(prompt, "prompt")
@@ -123,8 +125,8 @@ def measure_losses(
     for name, plan in plans.items():
         if not store.has(plan=name):
             loaded = bt.BitNetForCausalLM.from_pretrained(model, attention=plan["attention"])
-            losses = answer_losses(loaded.eval(), documents)
-            store.add({"plan": name, "losses": losses})
+            costs = answer_costs(loaded.eval(), documents)
+            store.add({"plan": name, "losses": [cost.loss for cost in costs]})
     found = {line["plan"]: torch.tensor(line["losses"]) for line in store.lines}
     return {name: losses.view(len(EASY), samples).mean(0) for name, losses in found.items()}
 

@@ -33,10 +33,10 @@ _OPTIONS: options.Options = {
 def calibrate(given: dict[str, Any]) -> None:
     """Find which layers have to keep full attention, and write a plan that keeps them so.
 
-    One layer at a time is changed to another attention; what that adds to the loss of answers that
-    the model gets right with full attention is its harm (the idea of arXiv:2606.27791). The most
-    harmed layers stay full; plans by rule with as many full layers are measured beside, and the
-    least harmful one is written. Nothing is trained.
+    One layer at a time is changed to another attention; by how much less probable that makes the
+    answers of some documents is its harm (the idea of arXiv:2606.27791). The most harmed layers
+    stay full; plans by rule with as many full layers are measured beside, and the least harmful one
+    is written. Nothing is trained.
 
     `attention.json` in the output goes to `--attention` of `adapt`, `eval` and `generate`. A run
     that was killed goes on with the same command.

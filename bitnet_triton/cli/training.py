@@ -251,33 +251,36 @@ def _add_losses(table: Table, name: str, losses: list[float | None]) -> None:
     table.add_row("", name, *("" if loss is None else f"{loss:.4f}" for loss in losses))
 
 
-def _harm(row: dict[str, Any]) -> str:
-    harm, error = row["harm"], row["error"]
-    return f"{harm:.4f}" if error is None else f"{harm:.4f} ± {error:.4f}"
+_HARM = ("missed, %", "nats a token")
+
+
+def _harm(row: dict[str, Any]) -> tuple[str, str]:
+    error = "" if row["error"] is None else f" ± {100 * row['error']:.2f}"
+    return f"{100 * row['harm']:.2f}{error}", f"{row['loss']:.4f}"
 
 
 def show_harms(report: dict[str, Any]) -> None:
     """Print what a calibration has found."""
     job = report["run"]
     console.print(
-        f"{report['documents']} documents, {report['tokens']} tokens that count; with full "
-        f"attention their loss is {report['loss']:.4g}, harm is what is added to it, in nats a "
-        "token, with its standard error"
+        f"{report['documents']} documents. Full attention misses {100 * report['missed']:.2f} % of "
+        f"their answers and has a loss of {report['loss']:.4f} nats a token; added to that:"
     )
     table = Table(title="One layer changed, all others full", title_justify="left")
-    for name in ("layer", "harm"):
+    for name in ("layer", *_HARM):
         table.add_column(name, justify="right")
     for row in report["layers"]:
-        table.add_row(str(row["layer"]), _harm(row))
+        table.add_row(str(row["layer"]), *_harm(row))
     console.print(table)
     table = Table(title="Plans", title_justify="left")
     table.add_column("plan")
     table.add_column("full layers", overflow="fold")
-    table.add_column("harm", justify="right")
+    for name in _HARM:
+        table.add_column(name, justify="right")
     for name, plan in report["plans"].items():
         style = "bold" if name == report["chosen"] else None
         full = ", ".join(map(str, plan["full"]))
-        table.add_row(name, full, _harm(plan), style=style)
+        table.add_row(name, full, *_harm(plan), style=style)
     console.print(table)
     path = Path(job["output"], "attention.json")
     console.print(f"Wrote {path} ({report['chosen']}), report.json beside it")

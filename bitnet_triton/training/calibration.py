@@ -1,8 +1,9 @@
 """``calibrate``: which layers have to stay full, found by changing one layer at a time.
 
 The idea of arXiv:2606.27791: a model answers what some documents ask; where a layer's attention is
-changed, the loss of these answers rises, the more the more the model needs that layer to see
-everything. The layers that cost most stay full.
+changed, the answers become less probable, the more the more the model needs that layer to see
+everything. The layers that cost most stay full. Probabilities are compared rather than their
+logarithms: an answer that the model does not know costs it many nats, a few more or less by chance.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +23,7 @@ from torch import Tensor
 from bitnet_triton.attention import AttentionPlan
 from bitnet_triton.attention.registry import parse_mode
 from bitnet_triton.models import BitNetConfig, BitNetForCausalLM, set_attention
-from bitnet_triton.training.documents import (
-    Document,
-    load_documents,
-    read_lines,
-    save_documents,
-)
+from bitnet_triton.training.documents import Document, read_lines
 from bitnet_triton.training.gather import Tell, check_room, data_of, gather_documents
 from bitnet_triton.training.jobs import Calibration
 from bitnet_triton.training.options import remember, write_whole
@@ -40,18 +36,15 @@ from bitnet_triton.training.trainee import device
 _POSITIONS = 256  # whose predictions over the vocabulary are in memory at a time
 FULL = parse_mode("full")
 
-# Maps what is measured, and plans by their full layers, to what each harms, document by document
-Measure = Callable[[str, Sequence[frozenset[int]]], list[list[float]]]
-
 
 def calibrate(job: Calibration, progress: Tell | None = None) -> dict[str, Any]:
     """Find the layers of a model that have to stay full, and write a plan that keeps them so.
 
-    The harm of a plan is what it adds to the loss of answers (nats per token) beside full
-    attention: of the tokens that full attention expects most (``known_answers``), or of all tokens
-    of a text alone; every document counts the same. Each layer is changed alone, and the most
-    harmed ones stay full. Plans by rule with as many full layers (every second one, from each first
-    one) are measured beside; ``attention.json`` in ``output`` gets the least harmful of all.
+    The harm of a plan is by how much less probable the right tokens of the answers become beside
+    full attention, or all tokens of documents that are text alone; every document counts the same.
+    Each layer is changed alone, and the most harmed ones stay full. Plans by rule with as many full
+    layers (every second one, from each first one) are measured beside; ``attention.json`` in
+    ``output`` gets the least harmful of all.
     ``BitNetForCausalLM.from_pretrained`` takes its content, and the commands that have
     ``--attention`` its path. The same call goes on where a killed one was.
 
@@ -60,11 +53,11 @@ def calibrate(job: Calibration, progress: Tell | None = None) -> dict[str, Any]:
         progress: told how far it is.
 
     Returns:
-        What ``report.json`` in ``output`` has: ``tokens``, how many count; ``loss``, theirs with
-        full attention; ``layers``, for each the harm of changing it alone; ``plans``, for each its
-        full layers, its harm and its attention; ``chosen``, the name of one of them; and
-        ``attention``, what was written. A harm has its standard error beside it, by how much
-        documents differ.
+        What ``report.json`` in ``output`` has: ``missed`` and ``loss``, the ``Cost`` with full
+        attention; ``layers``, for each the harm of changing it alone; ``plans``, for each its full
+        layers, its harm and its attention; ``chosen``, the name of one of them; and ``attention``,
+        what was written. Beside a harm stand its standard error, by how much documents differ, and
+        what is added to the loss, in nats a token.
 
     Raises:
         ValueError: the model does not attend so, the data are not as they should be, there are not
@@ -80,18 +73,14 @@ def calibrate(job: Calibration, progress: Tell | None = None) -> dict[str, Any]:
         run = {**dataclasses.asdict(job), **known}  # no names of files
         remember(output, run)
         drawn, _, answers = gather_documents(job, base, lines, output, tell)
-        with_answers = [d for d in drawn if any(label != IGNORED for label in d["labels"][1:])]
-        if not with_answers:
+        documents = [d for d in drawn if any(label != IGNORED for label in d["labels"][1:])]
+        if not documents:
             raise ValueError("`data`: expected documents with tokens to predict, got none")
-        model = _Model(base)
-        documents = _known_documents(model, with_answers, output)
-        harms = _Harms(model, target, documents, Store(output / "harms", run), tell)
-        counted = sum(
-            label != IGNORED for document in documents for label in document["labels"][1:]
-        )
+        harms = _Harms(base, target, documents, Store(output / "harms", run), tell)
+        missed, losses = zip(*harms.whole)
         report = {
             "run": dataclasses.asdict(job), "documents": len(documents), "answers": answers,
-            "tokens": counted, "loss": statistics.fmean(harms.whole),
+            "missed": statistics.fmean(missed), "loss": statistics.fmean(losses),
             **_choose(job, target, harms),
         }  # fmt: skip
     write_whole(output / "attention.json", json.dumps(report["attention"], indent=1) + "\n")
@@ -164,138 +153,105 @@ class _Target:
         return {name: full for full, name in found.items()}
 
 
+class Cost(NamedTuple):
+    """What answers cost a model, as means over their tokens.
+
+    Attributes:
+        missed: how far the probability of the right token falls short of 1: the share that is
+            missed where tokens are drawn.
+        loss: cross-entropy in nats.
+    """
+
+    missed: float
+    loss: float
+
+
+# Maps what is measured, and plans by their full layers, to what each adds, document by document
+Measure = Callable[[str, Sequence[frozenset[int]]], list[list[Cost]]]
+
+
 class _Harms:
     """Measures what plans cost the answers of a model, each of them once.
 
     Args:
-        model: with any attention; is given others.
+        base: folder of the model.
         target: makes plans.
-        documents: whose labels count.
+        documents: whose labels are the answers.
         store: keeps what was measured.
         tell: told how far it is.
     """
 
     def __init__(
-        self, model: _Model, target: _Target, documents: list[Document], store: Store, tell: Tell
+        self, base: str, target: _Target, documents: list[Document], store: Store, tell: Tell
     ) -> None:
-        self.model, self.target, self.documents = model, target, documents
-        self.store, self.tell = store, tell
-        self._known = {frozenset(line["full"]): line["losses"] for line in store.lines}
+        self.target, self.documents, self.store, self.tell = target, documents, store, tell
+        self._base = base
+        self._known = {
+            frozenset(line["full"]): [Cost(*cost) for cost in line["costs"]] for line in store.lines
+        }
+        self._model: Any = None
 
     @property
-    def whole(self) -> list[float]:
-        """The losses with full attention, document by document."""
-        return self._losses(self.target.everything)
+    def whole(self) -> list[Cost]:
+        """What full attention costs, document by document."""
+        return self._costs(self.target.everything)
 
-    def __call__(self, what: str, plans: Sequence[frozenset[int]]) -> list[list[float]]:
-        """Return what plans with these layers full add to the loss of each document."""
+    def __call__(self, what: str, plans: Sequence[frozenset[int]]) -> list[list[Cost]]:
+        """Return what plans with these layers full add to that."""
         found = []
         for number, full in enumerate(plans):
-            changed = self._losses(full)
-            found.append([loss - whole for loss, whole in zip(changed, self.whole)])
+            pairs = zip(self._costs(full), self.whole)
+            found.append([Cost(*(a - b for a, b in zip(*pair))) for pair in pairs])
             self.tell(what, number + 1, len(plans), float("nan"))
         return found
 
-    def _losses(self, full: frozenset[int]) -> list[float]:
+    def _costs(self, full: frozenset[int]) -> list[Cost]:
         if full not in self._known:
-            losses = self._measure(full)
-            self.store.add({"full": sorted(full), "losses": losses})
-            self._known[full] = losses
+            costs = self._measure(full)
+            self.store.add({"full": sorted(full), "costs": costs})
+            self._known[full] = costs
         return self._known[full]
 
-    def _measure(self, full: frozenset[int]) -> list[float]:
+    def _measure(self, full: frozenset[int]) -> list[Cost]:
+        if self._model is None:
+            model: Any = BitNetForCausalLM.from_pretrained(self._base, attention="full", fuse=False)
+            self._model = model.eval().to(device())
         is_whole = full == self.target.everything
-        attention = {"mode": "full"} if is_whole else self.target.config(full)
-        return answer_losses(self.model.attending(attention), self.documents)
+        set_attention(self._model, "full" if is_whole else self.target.config(full))
+        return answer_costs(self._model, self.documents)
 
 
-class _Model:
-    """A model that is loaded when it is first asked for: a run that has ended needs none."""
-
-    def __init__(self, base: str) -> None:
-        self._base = base
-        self._loaded: Any = None
-
-    def attending(self, attention: dict[str, Any]) -> Any:
-        """Return the model with this attention."""
-        if self._loaded is None:
-            loaded: Any = BitNetForCausalLM.from_pretrained(
-                self._base, attention="full", fuse=False
-            )
-            self._loaded = loaded.eval().to(device())
-        return set_attention(self._loaded, attention)
-
-
-def _known_documents(model: _Model, drawn: list[Document], output: Path) -> list[Document]:
-    """Return the documents with what full attention answers right; found out once a run."""
-    path = output / "known.jsonl"
-    if not path.exists():
-        known = known_answers(model.attending({"mode": "full"}), drawn)
-        write_whole(path, save_documents(known))
-    documents = load_documents(path)
-    if not documents:
-        raise ValueError(
-            "`data`: with full attention, the model predicts nothing of the answers right; give "
-            "data that it answers, or text alone (`text: 1`)"
-        )
-    return documents
-
-
-def known_answers(model: BitNetForCausalLM, documents: Sequence[Document]) -> list[Document]:
-    """Return documents in which what a model gets wrong does not count; those left with labels.
-
-    A token of an answer counts where it is the one that the model expects most; all tokens count of
-    a text that is all prompt.
+def answer_costs(model: BitNetForCausalLM, documents: Sequence[Document]) -> list[Cost]:
+    """Return what the tokens that count cost, document by document.
 
     Args:
         model: in evaluation mode; attends by its own plan.
         documents: as ``load_documents`` gives them.
     """
-    known = []
-    for document in documents:
-        labels = list(document["labels"])
-        if document["prompt_len"] < len(labels):
-            places, _, right = _predict(model, document)
-            for place, is_right in zip(places, right.tolist()):
-                labels[place] = labels[place] if is_right else IGNORED
-        if any(label != IGNORED for label in labels[1:]):
-            known.append({**document, "labels": labels})
-    return known
-
-
-def answer_losses(model: BitNetForCausalLM, documents: Sequence[Document]) -> list[float]:
-    """Return the loss of the tokens that count in each document, nats a token.
-
-    Args:
-        model: in evaluation mode; attends by its own plan.
-        documents: as ``load_documents`` gives them.
-    """
-    losses = (_predict(model, document)[1] for document in documents)
-    return [loss.mean(dtype=torch.float64).item() for loss in losses]
+    return [_cost(model, document) for document in documents]
 
 
 @torch.inference_mode()
-def _predict(model: Any, document: Document) -> tuple[list[int], Tensor, Tensor]:
-    """Return the places of tokens that count, the loss of each, and whether it is expected most."""
-    labels = torch.tensor(document["labels"])
-    labels[0] = IGNORED  # nothing stands before it
-    places = (labels != IGNORED).nonzero()[:, 0]
+def _cost(model: Any, document: Document) -> Cost:
     ids = torch.tensor([document["input_ids"]], device=model.device)
+    labels = torch.tensor(document["labels"][1:], device=model.device)
+    counts = labels != IGNORED
     prompt_len = document["prompt_len"]
-    hidden = model.model(ids, use_cache=False, prompt_len=prompt_len).last_hidden_state[0]
-    wanted, losses, right = labels[places].to(model.device), [], []
-    for part, some in zip(hidden[places - 1].split(_POSITIONS), wanted.split(_POSITIONS)):
-        logits = model.lm_head(part).float()
-        losses.append(F.cross_entropy(logits, some, reduction="none"))
-        right.append(logits.argmax(-1) == some)
-    return places.tolist(), torch.cat(losses), torch.cat(right)
+    hidden = model.model(ids, use_cache=False, prompt_len=prompt_len).last_hidden_state
+    parts = zip(hidden[0, :-1][counts].split(_POSITIONS), labels[counts].split(_POSITIONS))
+    losses: list[Tensor] = [
+        F.cross_entropy(model.lm_head(part).float(), wanted, reduction="none")
+        for part, wanted in parts
+    ]
+    loss = torch.cat(losses).double()
+    return Cost((1 - (-loss).exp()).mean().item(), loss.mean().item())
 
 
 def _choose(job: Calibration, target: _Target, harms: Measure) -> dict[str, Any]:
     """Measure layers and plans, and choose the plan that harms least."""
     everything = target.everything
     fixed = everything - set(target.changeable)
-    if not any(*harms("all layers", [fixed])):
+    if not any(map(any, *harms("all layers", [fixed]))):
         raise ValueError(
             f"`attention`: as good as full attention on documents of up to {job.length} tokens; "
             "choose longer ones, or less that a token sees"
@@ -321,7 +277,9 @@ def _choose(job: Calibration, target: _Target, harms: Measure) -> dict[str, Any]
     }
 
 
-def _mean(harms: Sequence[float]) -> dict[str, Any]:
-    """Return a mean over documents, and its standard error; None: there is one document."""
+def _mean(added: Sequence[Cost]) -> dict[str, Any]:
+    """Return means over documents, and the standard error of the harm; None: of one document."""
+    harms = [cost.missed for cost in added]
     error = statistics.stdev(harms) / len(harms) ** 0.5 if len(harms) > 1 else None
-    return {"harm": statistics.fmean(harms), "error": error}
+    loss = statistics.fmean(cost.loss for cost in added)
+    return {"harm": statistics.fmean(harms), "error": error, "loss": loss}
