@@ -13,20 +13,19 @@ import torch.nn.functional as F
 import bitnet_triton as bt
 from bitnet_triton.attention import AttentionPlan
 from bitnet_triton.training import Calibration, calibrate, calibration, parse_setting
+from bitnet_triton.training.calibration import Cost
 from bitnet_triton.training.documents import load_documents
 
 SMALL = {"tokens": 400, "length": 128, "question": "prompt"}
 
 
 def job(folder, output, **changed):
-    """Ask for a calibration: by answers of the recall model, by the text of a random one."""
     given = {"output": str(output), "model": str(folder), "attention": "sliding:window=16"}
-    text = 0.0 if folder == bt.RECALL_MODEL else 1.0
-    return Calibration(**{**given, **SMALL, "text": text, **changed})
+    return Calibration(**{**given, **SMALL, **changed})
 
 
-def harm(folder, attention, documents):
-    """Return what a plan adds to the loss of answers, by whole logits of a model loaded with it."""
+def added(folder, attention, documents):
+    """Return what a plan adds to the costs of answers, by whole logits of a model with it."""
     whole, changed = (
         bt.BitNetForCausalLM.from_pretrained(folder, attention=plan, fuse=False)
         for plan in ({"mode": "full"}, attention)
@@ -34,14 +33,14 @@ def harm(folder, attention, documents):
     found = []
     for document in documents:
         ids, labels = (torch.tensor(document[name]) for name in ("input_ids", "labels"))
-        with torch.no_grad():
-            known, moved = (
-                model(ids[None], prompt_len=document["prompt_len"]).logits[0, :-1].double()
-                for model in (whole, changed)
-            )
-        right = (known.argmax(-1) == labels[1:]) & (labels[1:] != -100)
-        losses = [F.cross_entropy(logits[right], labels[1:][right]) for logits in (moved, known)]
-        found.append((losses[0] - losses[1]).item())
+        counts = labels[1:] != -100
+        costs = []
+        for model in (changed, whole):
+            with torch.no_grad():
+                logits = model(ids[None], prompt_len=document["prompt_len"]).logits[0, :-1]
+            p = logits.double().softmax(-1).gather(1, ids[1:, None])[counts]
+            costs.append(torch.stack([1 - p, -p.log()]).mean((1, 2)))
+        found.append((costs[0] - costs[1]).tolist())
     return found
 
 
@@ -60,16 +59,17 @@ def test_the_layer_that_recall_needs_is_found_and_its_plan_is_the_best(tmp_path)
             for chosen in itertools.combinations(range(3), count)
             for layers in [[{"mode": "full"} if i in chosen else changed for i in range(3)]]
         }
-        found = {full: harm(bt.RECALL_MODEL, plan, documents) for full, plan in every.items()}
-        best = min(found, key=lambda full: sum(found[full]))
+        found = {full: added(bt.RECALL_MODEL, plan, documents) for full, plan in every.items()}
+        best = min(found, key=lambda full: sum(harm for harm, _ in found[full]))
         chosen = report["plans"][report["chosen"]]
         assert tuple(chosen["full"]) == best
         for plan in report["plans"].values():
             if wanted := found.get(tuple(plan["full"])):
-                mean, error = statistics.fmean(wanted), statistics.stdev(wanted) / 3**0.5
+                harms, losses = zip(*wanted)
                 close = {"rel": 1e-3, "abs": 1e-4}
-                assert plan["harm"] == pytest.approx(mean, **close)
-                assert plan["error"] == pytest.approx(error, **close)
+                assert plan["harm"] == pytest.approx(statistics.fmean(harms), **close)
+                assert plan["error"] == pytest.approx(statistics.stdev(harms) / 3**0.5, **close)
+                assert plan["loss"] == pytest.approx(statistics.fmean(losses), **close)
         rules = [plan["full"] for name, plan in report["plans"].items() if name.startswith("every")]
         assert sorted(rules) == ([[0], [1], [2]] if count == 1 else [[0, 2]])
         assert report["attention"] == chosen["attention"]
@@ -106,34 +106,27 @@ def test_layers_that_are_full_anyhow_stay_so_and_count(packed_folder, tmp_path):
         calibrate(job(packed_folder, tmp_path, attention=attention, full_layers=0))
 
 
-def test_tokens_count_that_full_attention_expects(monkeypatch):
-    """Of an answer, what is predicted right; of a text, everything but its first token."""
-    model = bt.BitNetForCausalLM.from_pretrained(bt.RECALL_MODEL, attention="full")
-    ids = torch.randint(5, model.config.vocab_size, (40,)).tolist()
-    with torch.no_grad():
-        likely = model(torch.tensor([ids])).logits[0].argmax(-1).tolist()
-    wrong = [(token + 1) % model.config.vocab_size for token in likely]
-    # what stands in the text is read, what the labels say is asked for
-    labels = [-100] * 30 + [likely[29], wrong[30], likely[31], -100, wrong[33], *likely[34:39]]
-    answers = {"input_ids": ids, "labels": labels, "prompt_len": 30}
-    text = {"input_ids": ids, "labels": ids, "prompt_len": 40}
-    unknown = {"input_ids": ids, "labels": [-100] * 30 + wrong[29:39], "prompt_len": 30}
-    found = calibration.known_answers(model, [answers, unknown, text])
-    kept = [-100] * 30 + [likely[29], -100, likely[31], -100, -100, *likely[34:39]]
-    assert found == [{**answers, "labels": kept}, text]
+def test_answers_cost_what_their_labels_say(monkeypatch):
+    """The labels are asked for, not what stands in the text; predictions are taken in parts."""
     monkeypatch.setattr(calibration, "_POSITIONS", 7)
-    losses = calibration.answer_losses(model, [answers, text])
+    model = bt.BitNetForCausalLM.from_pretrained(bt.RECALL_MODEL, attention="full")
+    ids, other = (torch.randint(5, model.config.vocab_size, (40,)) for _ in range(2))
+    labels = torch.where(torch.arange(40) < 20, -100, other)
+    labels[30] = -100
+    texts = [(ids, labels, 20), (ids, ids, 40)]
+    costs = calibration.answer_costs(
+        model,
+        [
+            {"input_ids": ids.tolist(), "labels": labels.tolist(), "prompt_len": prompt_len}
+            for ids, labels, prompt_len in texts
+        ],
+    )
     with torch.no_grad():
-        logits = model(torch.tensor([ids])).logits[0, :-1]
-    for document, loss in zip((answers, text), losses):
-        wanted = F.cross_entropy(logits, torch.tensor(document["labels"][1:])).item()
-        assert loss == pytest.approx(wanted, rel=1e-3)
-
-
-def test_a_model_that_answers_nothing_is_told_so(packed_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(calibration, "known_answers", lambda model, documents: [])
-    with pytest.raises(ValueError, match="`data`: with full attention, the model predicts nothing"):
-        calibrate(job(packed_folder, tmp_path, text=0.0))
+        logits = model(ids[None]).logits[0, :-1].double()
+    for (_, labels, _), cost in zip(texts, costs):
+        losses = F.cross_entropy(logits, labels[1:], reduction="none")[labels[1:] != -100]
+        assert cost.loss == pytest.approx(losses.mean().item(), rel=1e-3)
+        assert cost.missed == pytest.approx((1 - (-losses).exp()).mean().item(), rel=1e-3)
 
 
 def test_a_killed_calibration_goes_on(packed_folder, tmp_path, monkeypatch):
@@ -173,7 +166,10 @@ def test_a_rule_that_harms_less_than_the_most_harmed_layers_is_chosen(packed_fol
             0.1 * (2 not in full) + 0.2 * (3 not in full) + 5.0 * (not full & {0, 1}) + 0.01
             for full in plans
         ]
-        return [[harm - 0.5, harm + 0.5] for harm in found]
+        losses = [-harm for harm in found]  # is told, and not what layers are chosen by
+        return [
+            [Cost(harm - 0.5, loss), Cost(harm + 0.5, loss)] for harm, loss in zip(found, losses)
+        ]
 
     config = bt.BitNetConfig.from_pretrained(packed_folder)
     config.num_hidden_layers = 4
@@ -183,7 +179,8 @@ def test_a_rule_that_harms_less_than_the_most_harmed_layers_is_chosen(packed_fol
     assert report["plans"]["most harmed"]["full"] == [2, 3]
     assert report["chosen"] == "every 2 from 1"
     assert report["plans"]["every 2 from 1"]["harm"] == pytest.approx(0.11)
-    assert {row["error"] for row in report["plans"].values()} == {pytest.approx(0.5)}
+    assert report["plans"]["every 2 from 1"]["loss"] == pytest.approx(-0.11)
+    assert all(row["error"] == pytest.approx(0.5) for row in report["plans"].values())
     assert report["attention"] == report["plans"]["every 2 from 1"]["attention"]
 
 
