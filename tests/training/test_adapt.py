@@ -275,11 +275,14 @@ def stops(monkeypatch):
     monkeypatch.setattr(module.Trainee, "try_step", lambda self: None)
 
 
-KINDS = [(adapt, Adaptation, {"lora": False}), (pretrain, Pretraining, {}),
-         (calibration.calibrate, Calibration, {})]  # fmt: skip
+KINDS = {
+    "adapt": (adapt, Adaptation, {"lora": False, "eval_length": 64}),
+    "train": (pretrain, Pretraining, {"eval_length": 64}),
+    "calibrate": (calibration.calibrate, Calibration, {}),
+}
 
 
-@pytest.mark.parametrize(("run", "kind", "more"), KINDS, ids=lambda value: str(value)[:20])
+@pytest.mark.parametrize(("run", "kind", "more"), KINDS.values(), ids=KINDS)
 def test_data_go_by_what_they_say(run, kind, more, packed_folder, tmp_path, stops):
     names = ("tokens", "length", "question")
     given = {name: SMALL[name] for name in names} | more | {"attention": WINDOWS}
@@ -298,13 +301,11 @@ def test_data_go_by_what_they_say(run, kind, more, packed_folder, tmp_path, stop
         go(file)
 
 
-@pytest.mark.parametrize(("run", "kind", "more"), KINDS, ids=lambda value: str(value)[:20])
+@pytest.mark.parametrize(("run", "kind", "more"), KINDS.values(), ids=KINDS)
 def test_a_length_without_room_is_refused_before_a_folder_is_made(
     run, kind, more, packed_folder, tmp_path, stops, monkeypatch
 ):
     given = {"length": 64, "tokens": 64, "attention": WINDOWS} | more
-    if kind is not Calibration:
-        given["eval_length"] = 64
     job = kind(output=str(tmp_path / "run"), model=str(packed_folder), **given)
     with monkeypatch.context() as patch:
         patch.setattr(documents, "draw_prompt", lambda *_: ([], Prompt([], [], [])))
