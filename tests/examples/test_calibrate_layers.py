@@ -57,6 +57,18 @@ def test_plans_of_the_recall_model_are_compared(script, tmp_path):
     assert plans["full attention"]["accuracy"]["passkey"] == 1
     assert plans["no layer full"]["accuracy"]["passkey"] == 0
     assert "| 1 full: most harmed | 1 |" in (tmp_path / "table.md").read_text()
+    ahead = plans["1 full: every 3 from 0"]["calibrated ahead"]["1 full: most harmed"]
+    gain = plans["1 full: most harmed"]["mean"] - plans["1 full: every 3 from 0"]["mean"]
+    assert ahead["accuracy"][0] == pytest.approx(gain, abs=1e-6)
+    lower = plans["1 full: most harmed"]["loss"] - plans["1 full: every 3 from 0"]["loss"]
+    assert ahead["loss"][0] == pytest.approx(lower, abs=1e-4)
+
+
+def test_intervals_are_those_of_paired_differences(script):
+    mean, low, high = script.interval(torch.tensor([0.1, 0.3, 0.2, 0.2]))
+    assert mean == pytest.approx(0.2)
+    half = 1.96 * (0.02 / 3) ** 0.5 / 2
+    assert (low, high) == (pytest.approx(0.2 - half), pytest.approx(0.2 + half))
 
 
 def test_calibrated_plans_serve_both_published_models_and_no_rule_does():
@@ -74,3 +86,19 @@ def test_calibrated_plans_serve_both_published_models_and_no_rule_does():
         assert max(lost.pop(best)) < 0.03
         assert len(lost) == 8 // count
         assert all(max(both) > 0.1 for both in lost.values())
+
+
+def test_no_rule_is_shown_to_be_better_than_a_calibrated_plan():
+    """By 95 % intervals of what prompts differ by: accuracy may be lower, a loss is not higher."""
+    for model in json.loads(RESULTS.read_text()).values():
+        plans = model["plans"]
+        rules = {name: plan for name, plan in plans.items() if "every" in name}
+        for rule in rules.values():
+            for ahead in rule.get("calibrated ahead", {}).values():
+                assert ahead["accuracy"][2] > 0
+                assert ahead["loss"][2] < 0
+    assert "calibrated ahead" in plans_of_seed(1)["4 full: every 2 from 1"]
+
+
+def plans_of_seed(seed):
+    return json.loads(RESULTS.read_text())[f"seed {seed}"]["plans"]

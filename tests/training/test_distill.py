@@ -296,11 +296,16 @@ def test_files_go_by_what_they_say(changed, folder, tmp_path, monkeypatch):
     for name in ("data", "corpus"):
         files[name] = tmp_path / f"{name}.txt"
         files[name].write_text(f"{TEXT}{name}")
+
+    def go(**other):
+        paths = {name: str(path) for name, path in {**files, **other}.items()}
+        distill(job(folder, tmp_path / "run", **paths))
+
     moved = tmp_path / "moved.txt"
     moved.write_text(files[changed].read_text())
     for path in (files[changed], moved):
         with pytest.raises(ReachedError):
-            distill(job(folder, tmp_path / "run", **{**files, changed: path}))
+            go(**{changed: path})
     files[changed].write_text(f"{TEXT}other")
     with pytest.raises(ValueError, match=f"`output`: .* holds a run with other {changed} .files"):
-        distill(job(folder, tmp_path / "run", **files))
+        go()
