@@ -171,6 +171,6 @@ def draw(data: dict[str, Any], path: Path) -> None:
             names = [_name(row_keys, row_values), _name(column_keys, column_values)]
             axes.set_title(";  ".join(filter(None, names)), size=9, loc="left")
     figure.suptitle(data["title"], size=12, weight="bold", x=0.01, ha="left")
-    figure.supxlabel(_caption(data), size=7.5, color="#555", x=0.01, ha="left")
+    figure.supxlabel(_caption(data), size=7.5, color="#555", x=0.01, ha="left", wrap=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

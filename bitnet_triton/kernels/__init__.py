@@ -72,7 +72,8 @@ from bitnet_triton.kernels.ternary_linear.launchers import (
     TERNARY_FWD,
 )
 from bitnet_triton.kernels.top_blocks import Units, pool_keys, pool_last_keys, top_blocks
-from bitnet_triton.kernels.top_blocks.op import POOL_KEYS, POOL_LAST_KEYS, TOP_BLOCKS
+from bitnet_triton.kernels.top_blocks.op import TOP_BLOCKS
+from bitnet_triton.kernels.top_blocks.pool_op import POOL_KEYS, POOL_LAST_KEYS
 
 # op -> backend -> implementation: what `bitnet-triton doctor` reports on
 IMPLEMENTATIONS = {

@@ -96,6 +96,21 @@ def test_plot_is_drawn_from_the_json_alone(data, tmp_path):
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_footer_of_a_plot_with_one_panel_is_not_cut(data, tmp_path, monkeypatch):
+    figures = pytest.importorskip("matplotlib.figure")
+    agg = pytest.importorskip("matplotlib.backends.backend_agg")
+    drawn, save = [], figures.Figure.savefig
+    monkeypatch.setattr(
+        figures.Figure, "savefig", lambda self, to: drawn.append(save(self, to) or self)
+    )
+    draw(data, tmp_path / "r.png")
+    (figure,) = drawn
+    (footer,) = (text for text in figure.texts if "measured reads" in text.get_text())
+    ends = footer.get_window_extent(agg.FigureCanvasAgg(figure).get_renderer())
+    assert 0 <= ends.x0 < ends.x1 <= figure.bbox.x1
+    assert 0 <= ends.y0 < ends.y1 <= figure.bbox.y1
+
+
 def test_curve_says_where_it_rises_and_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     case, rows = small_batches.case(), []

@@ -71,16 +71,10 @@ def _fetch(ptr, unit, stride_u, WIDTH: tl.constexpr) -> None:
 
 
 @triton.jit
-def _best_units(
-    value, q, q_least, k, k_least, is_unit, unit, whole, MASKED: tl.constexpr,
-    BOUNDS: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
-    """Return the best scores so far [M, NB], those of a tile of units [N, D] included."""
+def _keep_best(value, scores, is_unit, unit, whole, MASKED: tl.constexpr) -> tl.tensor:
+    """Return the best scores so far [M, NB], those of a tile [M, N] included."""
     M: tl.constexpr = value.shape[0]
     NB: tl.constexpr = value.shape[1]
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [M, N]
-    if BOUNDS:
-        scores = tl.dot(q_least, tl.trans(k_least), scores, input_precision="ieee")
     if MASKED:
         is_seen = is_unit[None, :] & (unit[None, :] < whole[:, None])
         scores = tl.where(is_seen, scores, float("-inf"))
@@ -93,20 +87,22 @@ def _best_units(
 
 
 @triton.jit
+def _best_units(
+    value, q, q_least, k, k_least, is_unit, unit, whole, MASKED: tl.constexpr,
+    BOUNDS: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Return the best scores so far [M, NB], those of a tile of units [N, D] included."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [M, N]
+    if BOUNDS:
+        scores = tl.dot(q_least, tl.trans(k_least), scores, input_precision="ieee")
+    return _keep_best(value, scores, is_unit, unit, whole, MASKED)
+
+
+@triton.jit
 def _best_codes(value, q, k, scale, is_unit, unit, whole, MASKED: tl.constexpr) -> tl.tensor:
     """Do the same with codes, which are packed: products byte row by byte row are slower."""
-    M: tl.constexpr = value.shape[0]
-    NB: tl.constexpr = value.shape[1]
     scores = tl.dot(q, tl.trans(k)).to(tl.float32) * scale[None, :]  # [M, N]
-    if MASKED:
-        is_seen = is_unit[None, :] & (unit[None, :] < whole[:, None])
-        scores = tl.where(is_seen, scores, float("-inf"))
-    if unit.shape[0] == NB:
-        return tl.maximum(value, scores)
-    elif NB == 1:
-        return tl.maximum(value, tl.max(scores, axis=1)[:, None])
-    else:
-        return tl.maximum(value, tl.max(tl.reshape(scores, (M, NB, unit.shape[0] // NB)), axis=2))
+    return _keep_best(value, scores, is_unit, unit, whole, MASKED)
 
 
 @triton.jit
