@@ -58,12 +58,9 @@ from bitnet_triton.kernels.lsh_sampling.verified import Verified, triton_verifie
 from bitnet_triton.kernels.native_sparse import launch as sparse_launch
 from bitnet_triton.kernels.native_sparse import pool as sparse_pool
 from bitnet_triton.kernels.native_sparse.arguments import SparseCall
-from bitnet_triton.kernels.native_sparse.decode import (
-    launch_compress_step,
-    launch_compressed_decode,
-    launch_gates,
-)
+from bitnet_triton.kernels.native_sparse.decode import launch_compressed_decode
 from bitnet_triton.kernels.native_sparse.gates import launch_gated_sum, launch_gated_sum_bwd
+from bitnet_triton.kernels.native_sparse.step import launch_compress_step, launch_gates
 from bitnet_triton.kernels.quantised_attention.forward import launch_quantised_attention
 from bitnet_triton.kernels.quantize.forward import (
     launch_quantize_activations,

@@ -60,7 +60,8 @@ OVERLAPPED = (
     "pool_keys", "block_index_step", "lsh_hash", "lsh_mean_direction", "lsh_probe", "lsh_gather",
     "sign_scores", "verified_draw", "lsh_attention_hash", "lsh_attention_list",
     "lsh_attention_decode", "selected_blocks_fwd_rows", "linear_attention_decode",
-    "compressed_attention_decode", "compress_step", "sparse_gates", "hadamard_fwd",
+    "compressed_attention_decode", "compressed_attention_take", "compress_step", "sparse_gates",
+    "hadamard_fwd",
     "quantised_attention_fwd", "quantised_attention_merge",
 )  # fmt: skip
 MANY_TOKENS = ("ternary_linear_fwd", "bit_linear_fwd", "bit_linear_fwd_from_codes")

@@ -199,12 +199,9 @@ class NativeSparse(Mode):
 def _step_of(mode: NativeSparse, memory: CompressedLayer, layer: StepLayer) -> Step:
     # Triton is imported on first use
     from bitnet_triton.kernels.flash_attention.decode import launch_decode
-    from bitnet_triton.kernels.native_sparse.decode import (
-        launch_compress_step,
-        launch_compressed_decode,
-        launch_gates,
-    )
+    from bitnet_triton.kernels.native_sparse.decode import launch_compressed_decode
     from bitnet_triton.kernels.native_sparse.gates import launch_gated_sum
+    from bitnet_triton.kernels.native_sparse.step import launch_compress_step, launch_gates
     from bitnet_triton.kernels.selected_blocks.decode import launch_selected_decode
 
     blocks, scale = mode.blocks, layer.scale

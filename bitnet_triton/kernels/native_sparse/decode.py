@@ -1,4 +1,9 @@
-"""Triton kernels of one decode step: compress a block that is whole, attend to blocks and choose.
+"""Triton attention of one token to compressed blocks, and the choice of the blocks that it reads.
+
+A program reads one part of the compressed keys of one key head for all heads of its group, keeps
+the sums of weights by selection block, and what they are relative to; the merge of
+``flash_attention`` puts the parts together (Flash-Decoding). With the lse of all keys a program for
+each key head then puts the sums in proportion, adds them up over the heads, and takes the largest.
 
 Lengths are read from memory and grids depend on shapes alone, so that launches recorded once serve
 every step.
@@ -6,7 +11,7 @@ every step.
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import torch
 import triton
@@ -15,6 +20,8 @@ from torch import Tensor
 
 from bitnet_triton.kernels.common.attention import load_rows, store_rows
 from bitnet_triton.kernels.common.dependent import dependent, wait_for_inputs
+from bitnet_triton.kernels.flash_attention.decode import launch_merge, num_splits
+from bitnet_triton.kernels.flash_attention.operands import score_factors
 from bitnet_triton.kernels.native_sparse.blocks import SparseBlocks
 from bitnet_triton.kernels.native_sparse.forward import (
     add_tile,
@@ -26,43 +33,52 @@ from bitnet_triton.runtime import cdiv, launch
 from bitnet_triton.runtime.autotune import head_size, tiles
 from bitnet_triton.runtime.device import smallest_dot
 
+_LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _tokens_of(leftpad_ptr, used_ptr, batch, tokens) -> tl.tensor:
+    """Return how many tokens a row has, padding left out."""
+    if used_ptr is not None:
+        tokens = tl.load(used_ptr + batch)
+    if leftpad_ptr is not None:
+        tokens -= tl.load(leftpad_ptr + batch)
+    return tokens
+
 
 @triton.jit
 def _compressed_attention_decode_kernel(
-    # tensors: q [B 1 H D]; k [B N Hk D]; v [B N Hk DV]; out [B 1 H DV];
-    # indices int32 [B 1 Hk SELECTED]
-    q_ptr, k_ptr, v_ptr, out_ptr, indices_ptr,
-    # of each program, float32: sums [2 ROWS room], what they are relative to
-    # [room / BLOCK_J, ROWS], int64: ranks [room]
-    sums_ptr, pivots_ptr, ranks_ptr,
+    # tensors: q [B 1 H D]; k [B N Hk D]; v [B N Hk DV]; out [B 1 H S DV] and lse [B 1 H S], of S
+    # parts; lse in base 2, or as promised to callers where S is 1
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
+    # float32 [B Hk 2 ROWS room], and what they are relative to [B Hk room / BLOCK_J ROWS]
+    sums_ptr, pivots_ptr,
     # int32 [B] or None: the first token that is no padding, one past the last one
     leftpad_ptr, used_ptr,
     # strides, in elements
     q_stride_b, q_stride_h, k_stride_b, k_stride_n, k_stride_h, v_stride_b, v_stride_n, v_stride_h,
     # sizes and scalars
-    tokens, room, initial, local, scale_log2,
+    tokens, room, scale_log2,
     # compile-time
     DEPENDENT: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECTION: tl.constexpr, SELECTED: tl.constexpr,
-    SELECT: tl.constexpr, LINES: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECTION: tl.constexpr, SELECT: tl.constexpr,
+    LINES: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Attend with the heads of a group, and choose the blocks that the token reads."""
+    """Attend to a part of the compressed keys with the heads of a group."""
     wait_for_inputs(DEPENDENT)
     BLOCK_D: tl.constexpr = triton.next_power_of_2(D)
     BLOCK_DV: tl.constexpr = triton.next_power_of_2(DV)
     BLOCK_J: tl.constexpr = BLOCK_N // LINES
     RATIO: tl.constexpr = SELECTION // STRIDE
-    key_head = tl.program_id(0)
-    Hk = tl.num_programs(0)
-    batch = tl.program_id(1).to(tl.int64)
-    if used_ptr is not None:
-        tokens = tl.load(used_ptr + batch)
-    if leftpad_ptr is not None:
-        tokens -= tl.load(leftpad_ptr + batch)
+    split = tl.program_id(0)
+    splits = tl.num_programs(0)
+    key_head = tl.program_id(1)
+    Hk = tl.num_programs(1)
+    batch = tl.program_id(2).to(tl.int64)
+    tokens = _tokens_of(leftpad_ptr, used_ptr, batch, tokens)
     program = batch * Hk + key_head
     sums_ptr += program * 2 * ROWS * room
     pivots_ptr += program * ROWS * (room // BLOCK_J)
-    ranks_ptr += program * room
 
     rows = tl.arange(0, ROWS)
     is_row = rows < GROUP
@@ -72,50 +88,90 @@ def _compressed_attention_decode_kernel(
     v_ptr += batch * v_stride_b + key_head * v_stride_h
     seen = seen_blocks(tokens - 1, BLOCK, STRIDE)
     tiles = tl.cdiv(seen, BLOCK_J * RATIO)
-    whole = seen // BLOCK_N if LINES == RATIO else 0
+    # tiles are not divided; those that every row sees whole need no mask
+    of_split = tl.cdiv(tiles, splits)
+    begin = split * of_split
+    end = tl.minimum(begin + of_split, tiles)
+    whole = tl.minimum(seen // BLOCK_N, end) if LINES == RATIO else 0
     acc = tl.zeros((ROWS, BLOCK_DV), tl.float32)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     sums_at = sums_ptr + rows[:, None] * room
-    for t in range(whole):
+    for t in range(begin, whole):
         acc, top, total = add_tile(
             acc, top, total, q, k_ptr, v_ptr, k_stride_n, v_stride_n, None, seen, t,
             sums_at, ROWS * room, pivots_ptr + rows, scale_log2,
             D, DV, BLOCK // STRIDE, RATIO, True, SELECT, LINES, BLOCK_N,
         )  # fmt: skip
-    for t in range(whole, tiles):
+    for t in range(tl.maximum(begin, whole), end):
         acc, top, total = add_tile(
             acc, top, total, q, k_ptr, v_ptr, k_stride_n, v_stride_n, rows * 0 + seen, seen, t,
             sums_at, ROWS * room, pivots_ptr + rows, scale_log2,
             D, DV, BLOCK // STRIDE, RATIO, True, SELECT, LINES, BLOCK_N,
         )  # fmt: skip
+    row = (batch * Hk * GROUP + heads) * splits + split
     out = acc / tl.where(total > 0, total, 1.0)[:, None]
-    store_rows(out_ptr, batch * Hk * GROUP + heads, DV, out, is_row, DV, BLOCK_DV)
-    if SELECT:
-        tl.debug_barrier()  # one thread reads what another one has stored
-        lse = tl.where(is_row & (total > 0), top * scale_log2 + tl.log2(total), float("inf"))
-        own = tl.where(tokens > 0, (tokens - 1) // SELECTION, -1)
-        cols = tl.arange(0, BLOCK_J)
-        for t in range(own // BLOCK_J + 1):
-            j = t * BLOCK_J + cols
-            at = pivots_ptr + t * ROWS + rows
-            pivot = tl.load(at, mask=rows * 0 + t < tiles, other=float("-inf"))
-            before = tl.load(at - ROWS, mask=rows * 0 + t > 0, other=float("-inf"))
-            share, share_before = tl.exp2(pivot - lse), tl.exp2(before - lse)
-            has = (j < tiles * BLOCK_J)[None, :]
-            sums = tl.load(sums_at + j[None, :], mask=has, other=0.0) * share[:, None]
-            has = ((j > 0) & (j <= tiles * BLOCK_J))[None, :]
-            over = tl.load(sums_at + ROWS * room - 1 + j[None, :], mask=has, other=0.0)
-            sums += over * tl.where((cols == 0)[None, :], share_before[:, None], share[:, None])
-            score = tl.sum(sums, axis=0)[None, :]  # [1, BLOCK_J]
-            rank = rank_blocks(score, j, tl.full((1,), 0, tl.int32) + own, initial, local)
-            tl.store(ranks_ptr + j[None, :], rank)
-        tl.debug_barrier()
-        one = tl.arange(0, 1)
-        take_best(
-            ranks_ptr, room, indices_ptr + program * SELECTED, one, one == 0, own + 1,
-            SELECTED, BLOCK_J,
-        )  # fmt: skip
+    store_rows(out_ptr, row, DV, out, is_row, DV, BLOCK_DV)
+    lse = top * scale_log2 + tl.log2(total)
+    tl.store(lse_ptr + row, tl.where(splits == 1, lse * _LN_2, lse), mask=is_row)
+
+
+@triton.jit
+def _compressed_attention_take_kernel(
+    # tensors: sums float32 [B Hk 2 ROWS room]; pivots [B Hk room / BLOCK_J ROWS]; lse [B H 1];
+    # indices int32 [B 1 Hk SELECTED]; int64: ranks [B Hk room]
+    sums_ptr, pivots_ptr, lse_ptr, indices_ptr, ranks_ptr,
+    # int32 [B] or None: the first token that is no padding, one past the last one
+    leftpad_ptr, used_ptr,
+    # sizes
+    tokens, room, initial, local,
+    # compile-time
+    DEPENDENT: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr,
+    SELECTION: tl.constexpr, SELECTED: tl.constexpr, ROWS: tl.constexpr, BLOCK_J: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Take the blocks that the heads of a group read, by the sums of BLOCK_C blocks at a time."""
+    wait_for_inputs(DEPENDENT)
+    TILES: tl.constexpr = BLOCK_C // BLOCK_J
+    key_head = tl.program_id(0)
+    program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + key_head
+    tokens = _tokens_of(leftpad_ptr, used_ptr, tl.program_id(1), tokens)
+    sums_ptr += program * 2 * ROWS * room
+    pivots_ptr += program * ROWS * (room // BLOCK_J)
+    ranks_ptr += program * room
+    # tiles of sums that there are
+    tiles = tl.cdiv(seen_blocks(tokens - 1, BLOCK, STRIDE), BLOCK_J * (SELECTION // STRIDE))
+    own = tl.where(tokens > 0, (tokens - 1) // SELECTION, -1)
+
+    one = tl.arange(0, 1)
+    cols = tl.arange(0, BLOCK_J)
+    for start in range(0, own + 1, BLOCK_C):
+        t = start // BLOCK_J + tl.arange(0, TILES)
+        j = t[:, None] * BLOCK_J + cols[None, :]
+        total = tl.zeros((TILES, BLOCK_J), tl.float32)
+        for g in range(GROUP):
+            lse = tl.load(lse_ptr + program * GROUP + g) / _LN_2
+            # where nothing is seen, every weight is 0
+            lse = tl.where(lse > float("-inf"), lse, float("inf"))
+            at = pivots_ptr + t * ROWS + g
+            share = tl.exp2(tl.load(at, mask=t < tiles, other=float("-inf")) - lse)
+            at_sums = sums_ptr + g * room + j
+            sums = tl.load(at_sums, mask=(t < tiles)[:, None], other=0.0)  # [TILES, BLOCK_J]
+            total += sums * share[:, None]
+            # what a block has beyond its selection block counts for the next one
+            has = (t > 0) & (t <= tiles)
+            before = tl.exp2(tl.load(at - ROWS, mask=has, other=float("-inf")) - lse)
+            has = (j > 0) & (j <= tiles * BLOCK_J)
+            over = tl.load(at_sums + ROWS * room - 1, mask=has, other=0.0)
+            total += over * tl.where((cols == 0)[None, :], before[:, None], share[:, None])
+        j = start + tl.arange(0, BLOCK_C)
+        rank = rank_blocks(tl.reshape(total, (1, BLOCK_C)), j, one + own, initial, local)
+        tl.store(ranks_ptr + j[None, :], rank)
+    tl.debug_barrier()  # one thread reads what another one has stored
+    take_best(
+        ranks_ptr, room, indices_ptr + program * SELECTED, one, one == 0, own + 1, SELECTED,
+        BLOCK_C,
+    )  # fmt: skip
 
 
 def launch_compressed_decode(
@@ -136,202 +192,46 @@ def launch_compressed_decode(
         used: int32 [B], one past the last token, the one of the query.
 
     Returns:
-        out [B 1 H Dv] in the dtype of ``q`` and indices int32 [B 1 Hk selected].
+        out [B 1 H Dv] in the dtype of ``q`` and indices int32 [B 1 Hk selected], of no size where
+        none are chosen.
     """
     (B, _, H, D), Hk, DV, device = q.shape, k.shape[2], v.shape[-1], q.device
     config = tiles("compressed_attention_decode", head_size(max(D, DV), q.dtype), device)
     lines = triton.next_power_of_2(blocks.ratio)
-    width = config["BLOCK_N"] // lines
-    room = cdiv(cdiv(tokens, blocks.selection) + 1, width) * width
+    width = config["BLOCK_N"] // lines  # selection blocks of a tile
     rows = max(triton.next_power_of_2(H // Hk), smallest_dot(device))
+    count = blocks.compressed(tokens)
+    # a part has a tile at least
+    splits = max(min(num_splits(count, device), cdiv(count, width * blocks.ratio)), 1)
+    taking = dict(tiles("compressed_attention_take", width, device))
+    taking["BLOCK_C"] = max(taking["BLOCK_C"], width)  # whole tiles
+    room = cdiv(cdiv(tokens, blocks.selection) + 1, taking["BLOCK_C"]) * taking["BLOCK_C"]
+    floats: Any = {"dtype": torch.float32, "device": device}
     out = torch.empty((B, 1, H, DV), dtype=q.dtype, device=device)
-    indices = torch.empty((B, 1, Hk, blocks.selected), dtype=torch.int32, device=device)
-    sums = torch.empty((B, Hk, 2, rows, room), dtype=torch.float32, device=device)
-    pivots = torch.empty((B, Hk, room // width, rows), dtype=torch.float32, device=device)
-    ranks = torch.empty((B, Hk, room), dtype=torch.int64, device=device)
-    launch(_compressed_attention_decode_kernel, (Hk, B))(
-        q, k, v, out, indices, sums, pivots, ranks, leftpad, used,
+    lse = torch.empty((B, H, 1), **floats)
+    parts, part_lse = out, lse
+    if splits > 1:
+        parts, part_lse = (torch.empty((B, 1, H, splits, *d), **floats) for d in ((DV,), ()))
+    sums = torch.empty((B, Hk, 2, rows, room) if selects else (0,), **floats)
+    pivots = torch.empty((B, Hk, room // width, rows) if selects else (0,), **floats)
+    sizes = {"GROUP": H // Hk, "BLOCK": blocks.block, "STRIDE": blocks.stride,
+             "SELECTION": blocks.selection, "ROWS": rows, **dependent(device)}  # fmt: skip
+    launch(_compressed_attention_decode_kernel, (splits, Hk, B))(
+        q, k, v, parts, part_lse, sums, pivots, leftpad, used,
         q.stride(0), q.stride(2), *k.stride()[:3], *v.stride()[:3],
-        tokens, room, blocks.initial, blocks.local, scale * math.log2(math.e),
-        GROUP=H // Hk, D=D, DV=DV, BLOCK=blocks.block, STRIDE=blocks.stride,
-        SELECTION=blocks.selection, SELECTED=blocks.selected, SELECT=selects, LINES=lines,
-        ROWS=rows, **config, **dependent(device),
+        tokens, room, score_factors(scale, None)[0],
+        D=D, DV=DV, SELECT=selects, LINES=lines, **sizes, **config,
     )  # fmt: skip
-    return out, indices
-
-
-@triton.jit
-def _sum_tokens(
-    x_ptr, stride, weights_ptr, r, D0, DH: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
-) -> tuple:  # fmt: skip
-    """Load a half of the tokens of a block, [BLOCK_R, DH] from D0 on, and their weights."""
-    x = load_rows(x_ptr + D0, r, stride, r < BLOCK, DH, BLOCK_H).to(tl.float32)
-    if weights_ptr is None:
-        weights = tl.where(r < BLOCK, 1.0 / BLOCK, 0.0)
-    else:
-        weights = tl.load(weights_ptr + r, mask=r < BLOCK, other=0.0).to(tl.float32)
-    return x, weights
-
-
-@triton.jit
-def _sum_places(
-    places_ptr, stride, weights, r, D0, DH: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
-    """Return what embeddings of places add to DH entries of each sum, from D0 on, [BLOCK_H]."""
-    x = load_rows(places_ptr + D0, r, stride, r < BLOCK, DH, BLOCK_H).to(tl.float32)
-    return tl.sum(x * weights[:, None], axis=0)
-
-
-@triton.jit
-def _compress_step_kernel(
-    # tensors: keys [B C Hk D], values [B C Hk DV]; k, v [B N Hk D], which get a block; weights
-    # [Hk BLOCK] or None: the mean; places [Hk BLOCK D] or None; cos, sin [P D]; positions int32
-    # [B C], which get that of the newest token
-    keys_ptr, values_ptr, k_ptr, v_ptr, k_weights_ptr, v_weights_ptr, k_places_ptr, v_places_ptr,
-    cos_ptr, sin_ptr, positions_ptr,
-    # int32 [B]: the first token that is no padding, one past the last one, its position
-    leftpad_ptr, used_ptr, position_ptr,
-    # strides, in elements
-    positions_stride_b,
-    keys_stride_b, keys_stride_t, keys_stride_h, values_stride_b, values_stride_t, values_stride_h,
-    k_stride_b, k_stride_n, k_stride_h, v_stride_b, v_stride_n, v_stride_h,
-    # compile-time
-    DEPENDENT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr,
-    STRIDE: tl.constexpr,
-):  # fmt: skip
-    """Keep the position of the newest token, and compress the block that it completes, if it does.
-
-    Keys are turned back to where they came from, summed, and turned to the block's first token. A
-    rotary embedding that scales is undone as well, and then scales the sum.
-    """
-    wait_for_inputs(DEPENDENT)
-    HALF: tl.constexpr = D // 2
-    BLOCK_H: tl.constexpr = triton.next_power_of_2(HALF)
-    BLOCK_DV: tl.constexpr = triton.next_power_of_2(DV)
-    BLOCK_R: tl.constexpr = triton.next_power_of_2(BLOCK)
-    head = tl.program_id(0)
-    batch = tl.program_id(1).to(tl.int64)
-    left = tl.load(leftpad_ptr + batch)
-    used = tl.load(used_ptr + batch)
-    newest = tl.load(position_ptr + batch)
-    positions_ptr += batch * positions_stride_b
-    # one program writes, and none reads it
-    tl.store(positions_ptr + used - 1, newest, mask=head == 0)
-    n = (used - left - BLOCK) // STRIDE
-    if (used - left < BLOCK) | (n * STRIDE != used - left - BLOCK):
-        return
-    r = tl.arange(0, BLOCK_R)
-    first = (used - BLOCK).to(tl.int64)
-    at = keys_ptr + batch * keys_stride_b + first * keys_stride_t + head * keys_stride_h
-    k_weights_at = k_weights_ptr
-    v_weights_at = v_weights_ptr
-    if k_weights_ptr is not None:
-        k_weights_at = k_weights_ptr + head * BLOCK
-    if v_weights_ptr is not None:
-        v_weights_at = v_weights_ptr + head * BLOCK
-    a, weights = _sum_tokens(at, keys_stride_t, k_weights_at, r, 0, HALF, BLOCK, BLOCK_R, BLOCK_H)
-    b, _ = _sum_tokens(at, keys_stride_t, k_weights_at, r, HALF, HALF, BLOCK, BLOCK_R, BLOCK_H)
-    place = tl.load(positions_ptr + first + r, mask=r < BLOCK - 1, other=0)
-    place = tl.where(r == BLOCK - 1, newest, place)
-    cos = load_rows(cos_ptr, place, D, r < BLOCK, HALF, BLOCK_H).to(tl.float32)
-    sin = load_rows(sin_ptr, place, D, r < BLOCK, HALF, BLOCK_H).to(tl.float32)
-    size = cos * cos + sin * sin
-    share = weights[:, None] / tl.where(size > 0, size, 1.0)
-    low = tl.sum((a * cos + b * sin) * share, axis=0)  # [BLOCK_H]
-    high = tl.sum((b * cos - a * sin) * share, axis=0)
-    dims = tl.arange(0, BLOCK_H)
-    in_half = dims < HALF
-    if k_places_ptr is not None:
-        places = k_places_ptr + head * BLOCK * D
-        low += _sum_places(places, D, weights, r, 0, HALF, BLOCK, BLOCK_H)
-        high += _sum_places(places, D, weights, r, HALF, HALF, BLOCK, BLOCK_H)
-    turn = tl.sum(tl.where(r == 0, place, 0)).to(tl.int64) * D + dims
-    cos_first = tl.load(cos_ptr + turn, mask=in_half, other=0.0).to(tl.float32)
-    sin_first = tl.load(sin_ptr + turn, mask=in_half, other=0.0).to(tl.float32)
-    to = k_ptr + batch * k_stride_b + n.to(tl.int64) * k_stride_n + head * k_stride_h + dims
-    kind = k_ptr.dtype.element_ty
-    tl.store(to, (low * cos_first - high * sin_first).to(kind), mask=in_half)
-    tl.store(to + HALF, (high * cos_first + low * sin_first).to(kind), mask=in_half)
-
-    at = values_ptr + batch * values_stride_b + first * values_stride_t + head * values_stride_h
-    x, weights = _sum_tokens(at, values_stride_t, v_weights_at, r, 0, DV, BLOCK, BLOCK_R, BLOCK_DV)
-    total = tl.sum(x * weights[:, None], axis=0)
-    dims = tl.arange(0, BLOCK_DV)
-    if v_places_ptr is not None:
-        places = v_places_ptr + head * BLOCK * DV
-        total += _sum_places(places, DV, weights, r, 0, DV, BLOCK, BLOCK_DV)
-    to = v_ptr + batch * v_stride_b + n.to(tl.int64) * v_stride_n + head * v_stride_h + dims
-    tl.store(to, total.to(v_ptr.dtype.element_ty), mask=dims < DV)
-
-
-def launch_compress_step(
-    keys: Tensor, values: Tensor, k: Tensor, v: Tensor, *, blocks: SparseBlocks,
-    weights: tuple[Tensor | None, Tensor | None], places: tuple[Tensor | None, Tensor | None],
-    cos: Tensor, sin: Tensor, positions: Tensor, leftpad: Tensor, used: Tensor, position: Tensor,
-) -> None:  # fmt: skip
-    """Write the block that the newest token completes into k and v, by launches alone.
-
-    Its position is written behind those of the former ones.
-
-    Args:
-        keys: [B C Hk D], rotated, and values [B C Hk Dv]: views whose last dimension is contiguous.
-        values: likewise.
-        k: [B N Hk D], compressed and rotated, and v [B N Hk Dv].
-        v: likewise.
-        blocks: sizes.
-        weights: of keys and of values, [Hk block]; None: the mean.
-        places: embeddings of the places in a block, of keys and of values, [Hk block D], or None.
-        cos: [P D], the rotary embedding of all positions, and sin.
-        sin: likewise.
-        positions: int32 [B C], of each token in the rotary embedding.
-        leftpad: int32 [B], the first token that is no padding.
-        used: int32 [B], one past the last one.
-        position: int32 [B], of the last one in the rotary embedding.
-    """
-    (B, _, Hk, D), DV = keys.shape, values.shape[-1]
-    launch(_compress_step_kernel, (Hk, B))(
-        keys, values, k, v, *weights, *places, cos, sin, positions, leftpad, used, position,
-        positions.stride(0), *keys.stride()[:3], *values.stride()[:3], *k.stride()[:3],
-        *v.stride()[:3],
-        D=D, DV=DV, BLOCK=blocks.block, STRIDE=blocks.stride,
-        **tiles("compress_step", D, keys.device), **dependent(keys.device),
-    )  # fmt: skip
-
-
-@triton.jit
-def _sparse_gates_kernel(
-    # tensors: x [B K]; weight [N K]; bias [N]; gates [B N]
-    x_ptr, weight_ptr, bias_ptr, gates_ptr,
-    # sizes
-    N, K,
-    # compile-time
-    DEPENDENT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Compute ``sigmoid(weight x + bias)`` for a tile of gates of one row."""
-    wait_for_inputs(DEPENDENT)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    batch = tl.program_id(1).to(tl.int64)
-    cols = tl.arange(0, BLOCK_K)
-    total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for start in range(0, K, BLOCK_K):
-        in_row = start + cols < K
-        x = tl.load(x_ptr + batch * K + start + cols, mask=in_row, other=0.0).to(tl.float32)
-        at = weight_ptr + n[:, None] * K + (start + cols)[None, :]
-        weight = tl.load(at, mask=(n < N)[:, None] & in_row[None, :], other=0.0)
-        total += weight.to(tl.float32) * x[None, :]  # [BLOCK_N, BLOCK_K]
-    logits = tl.sum(total, axis=1) + tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-    gates = tl.sigmoid(logits).to(gates_ptr.dtype.element_ty)
-    tl.store(gates_ptr + batch * N + n, gates, mask=n < N)
-
-
-def launch_gates(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Map x [B 1 K] to gates [B 1 N / 3 3] by weight [N K] and bias [N], by a launch alone."""
-    (B, _, K), N = x.shape, weight.shape[0]
-    gates = torch.empty((B, 1, N // 3, 3), dtype=x.dtype, device=x.device)
-    config = tiles("sparse_gates", K, x.device)
-    launch(_sparse_gates_kernel, (cdiv(N, config["BLOCK_N"]), B))(
-        x, weight, bias, gates, N, K, **config, **dependent(x.device)
+    if splits > 1:
+        launch_merge(parts, part_lse, out, lse)
+    indices = torch.empty(
+        (B, 1, Hk, blocks.selected) if selects else (0,), dtype=torch.int32, device=device
     )
-    return gates
+    if selects:
+        ranks = torch.empty((B, Hk, room), dtype=torch.int64, device=device)
+        launch(_compressed_attention_take_kernel, (Hk, B))(
+            sums, pivots, lse, indices, ranks, leftpad, used,
+            tokens, room, blocks.initial, blocks.local,
+            SELECTED=blocks.selected, BLOCK_J=width, **sizes, **taking,
+        )  # fmt: skip
+    return out, indices

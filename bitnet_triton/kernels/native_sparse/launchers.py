@@ -57,7 +57,7 @@ def _triton_fwd(q: Tensor, k: Tensor, v: Tensor, call: SparseCall) -> Results:
             q, k, v, blocks=call.blocks, scale=call.scale, tokens=call.tokens,
             selects=call.select, leftpad=call.leftpad,
         )  # fmt: skip
-        return out, q.new_empty(0), indices if call.select else indices.new_empty(0)
+        return out, q.new_empty(0), indices
     return launch_forward(q, k, v, call)
 
 

@@ -18,7 +18,6 @@ from bitnet_triton.kernels.native_sparse.reference import (
     block_scores_reference,
     compressed_attention_reference,
     native_sparse_reference,
-    select_reference,
 )
 from bitnet_triton.runtime import use_backend
 from bitnet_triton.testing import RMS_LIMITS, assert_close
@@ -91,37 +90,6 @@ def compare(tensors, dtype, blocks, indices):
         assert_close(name, ours[name], value, eager=eager[name], rms=rms, worst=worst)
 
 
-def chosen_by_formula(q, kc, blocks, Tk):
-    before = Tk - q.shape[1]
-    weights = compressed_attention_reference(
-        q.double(), kc.double(), kc.double(), blocks=blocks, scale=q.shape[-1] ** -0.5,
-        before=before,
-    )[2]  # fmt: skip
-    count = -(-Tk // blocks.selection)
-    scores = block_scores_reference(weights, blocks=blocks, Hk=kc.shape[2], count=count)
-    return select_reference(scores, blocks=blocks, before=before), scores
-
-
-def check_choice(indices, q, kc, blocks, Tk):
-    """Hold chosen blocks beside exact scores; where two are equal to rounding, either is right."""
-    expected, scores = chosen_by_formula(q, kc, blocks, Tk)
-    assert indices.dtype == torch.int32
-    assert torch.equal(indices < 0, expected < 0)
-    ordered = indices.sort(-1)[0]
-    assert ((ordered.diff(dim=-1) > 0) | (ordered[..., 1:] < 0)).all()  # none twice
-    own = (torch.arange(q.shape[1]) + Tk - q.shape[1])[None, :, None, None] // blocks.selection
-    assert (indices <= own).all()
-    forced = ((expected < blocks.initial) | (expected > own - blocks.local)) & (expected >= 0)
-    assert torch.equal(indices[forced], expected[forced])
-    places = (
-        indices.clamp_min(0).long().transpose(1, 2),
-        expected.clamp_min(0).long().transpose(1, 2),
-    )
-    got, want = (scores.gather(-1, place) for place in places)
-    assert (got - want).abs().max() <= 1e-5
-    return expected
-
-
 @pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -129,7 +97,7 @@ def check_choice(indices, q, kc, blocks, Tk):
                                     SparseBlocks(6, 2, 10, 3, 1, 1, 9)],
                          ids=["overlapping", "equal", "odd"])  # fmt: skip
 @pytest.mark.parametrize("way", ["default", "reference"])
-def test_matches_reference(blocks, shape, dtype, way):
+def test_matches_reference(blocks, shape, dtype, way, chosen_by_formula):
     tensors = draw(*shape, blocks)
     indices = chosen_by_formula(tensors["q"], tensors["kc"], blocks, shape[0])[0]
     with use_backend(way) if way == "reference" else contextlib.nullcontext():
@@ -141,7 +109,7 @@ def test_matches_reference(blocks, shape, dtype, way):
 @pytest.mark.parametrize("blocks", [SMALL, SparseBlocks(), SparseBlocks(6, 2, 10, 3, 1, 1, 9)],
                          ids=["overlapping", "paper", "odd"])  # fmt: skip
 @pytest.mark.pairwise
-def test_the_best_blocks_are_chosen(blocks, heads, T):
+def test_the_best_blocks_are_chosen(blocks, heads, T, check_choice):
     H, Hk = heads
     q, kc = 3 * torch.randn(1, T, H, 16), torch.randn(1, blocks.compressed(T), Hk, 16)
     check_choice(select_blocks(q, kc, blocks=blocks), q, kc, blocks, T)
@@ -183,7 +151,7 @@ def test_of_equal_scores_the_earlier_block_is_taken():
     assert indices[0, 40, 0].tolist() == [0, 1, 2, -1]
 
 
-def test_a_group_chooses_by_the_sum_of_its_heads():
+def test_a_group_chooses_by_the_sum_of_its_heads(chosen_by_formula):
     q, kc = 3 * torch.randn(1, 300, 4, 16), torch.randn(1, SMALL.compressed(300), 1, 16)
     together = select_blocks(q, kc, blocks=SMALL)
     order = [2, 0, 3, 1]
@@ -303,7 +271,7 @@ def test_later_queries_are_rows_of_one_forward(new):
     torch.testing.assert_close(part, whole[:, -new:], atol=1e-6, rtol=1e-5)
 
 
-def test_gradients_of_the_reference_are_right():
+def test_gradients_of_the_reference_are_right(chosen_by_formula):
     blocks = SparseBlocks(4, 2, 4, 2, 1, 1, 3)
     t = {k: x.double().requires_grad_() for k, x in draw(11, 2, 1, 4, 3, blocks, B=1).items()}
     indices = chosen_by_formula(t["q"].detach(), t["kc"].detach(), blocks, 11)[0]
