@@ -73,19 +73,33 @@ def _loop_sources(value: Value) -> list[Value]:
 
 def splat_integer(value: Value) -> int | None:
     """Return the integer that every element of a constant is; None for anything else."""
-    op = value.op
-    if op is not None and op.name in ("tt.splat", "tt.broadcast", "tt.expand_dims"):
-        return splat_integer(op.operands[0])
-    if op is None or op.name != "arith.constant":
-        return None
-    text = op.attributes["value"].rpartition(" : ")[0].strip()
-    text = text.removeprefix("dense<").removesuffix(">")
+    text = _splat_text(value)
     if text in ("true", "false"):
         return int(text == "true")
     try:
-        return int(text)
+        return int(text or "")
     except ValueError:
         return None
+
+
+def is_zero(value: Value) -> bool:
+    """Tell whether every element of a constant is 0, an integer or a float."""
+    text = _splat_text(value) or ""
+    try:
+        return float(text) == 0
+    except ValueError:
+        return splat_integer(value) == 0
+
+
+def _splat_text(value: Value) -> str | None:
+    """Return how a constant is written whose elements are all the same; None for anything else."""
+    op = value.op
+    if op is not None and op.name in ("tt.splat", "tt.broadcast", "tt.expand_dims"):
+        return _splat_text(op.operands[0])
+    if op is None or op.name != "arith.constant":
+        return None
+    text = op.attributes["value"].rpartition(" : ")[0].strip()
+    return text.removeprefix("dense<").removesuffix(">")
 
 
 def in_seven_bits(value: Value) -> bool:

@@ -78,6 +78,74 @@ def test_columns_along_memory(dtype, M, R):
 
 
 @triton.jit
+def listed_kernel(
+    x_ptr, w_ptr, rows_ptr, y_ptr, z_ptr, R, stride,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    m, n, ks = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
+    x = tl.load(x_ptr + m[:, None] * K + ks[None, :])
+    z = tl.zeros((M, K), tl.float32)
+    for first in range(0, R, N):
+        row = tl.load(rows_ptr + first + n)
+        at = w_ptr + row[:, None] * stride + ks[None, :]
+        if MASKED:
+            w = tl.load(at, mask=(row >= 0)[:, None], other=0.0)
+        else:
+            w = tl.load(at)
+        y = tl.dot(x, tl.trans(w), input_precision="ieee")
+        z = z * 0.5 + tl.dot(y, w.to(tl.float32), input_precision="ieee")
+        tl.store(y_ptr + m[:, None] * R + (first + n)[None, :], y)
+    tl.store(z_ptr + m[:, None] * K + ks[None, :], z)
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("N", [4, 16, 32])
+@pytest.mark.parametrize("M", [1, 2, 4, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_that_lie_anywhere(dtype, M, N, masked):
+    x = torch.randint(-4, 5, (M, 32)).to(dtype)
+    w = torch.randint(-4, 5, (50, 40)).to(dtype)
+    rows = torch.randint(0, 50, (64,), dtype=torch.int32)
+    if masked:
+        rows[torch.rand(64) < 0.5] = -1
+    y, z, expected = torch.empty(M, 64), torch.empty(M, 32), torch.zeros(M, 32)
+    triton_cpu.launch(listed_kernel, (1,))(x, w, rows, y, z, 64, 40, M=M, N=N, K=32, MASKED=masked)
+    listed = torch.where((rows >= 0)[:, None], w[rows.clamp_min(0), :32].float(), 0.0)
+    torch.testing.assert_close(y, x.float() @ listed.T, rtol=0, atol=0)
+    for first in range(0, 64, N):
+        part = slice(first, first + N)
+        expected = expected * 0.5 + y[:, part] @ listed[part]
+    torch.testing.assert_close(z, expected, rtol=1e-6, atol=1e-3)
+
+
+@triton.jit
+def listed_and_overwritten_kernel(
+    x_ptr, w_ptr, rows_ptr, y_ptr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr
+):
+    m, n, ks = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
+    x = tl.load(x_ptr + m[:, None] * K + ks[None, :])
+    y = tl.zeros((M, N), tl.float32)
+    for _ in range(2):
+        at = w_ptr + tl.load(rows_ptr + n)[:, None] * K + ks[None, :]
+        w = tl.load(at)
+        tl.store(at, tl.zeros_like(w))
+        y = tl.dot(x, tl.trans(w), y, input_precision="ieee")
+    tl.store(y_ptr + m[:, None] * N + n[None, :], y)
+
+
+@pytest.mark.parametrize("M", [1, 4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_listed_rows_are_read_before_their_memory_is_overwritten(dtype, M):
+    x, w = (torch.randint(-4, 5, (n, 32)).to(dtype) for n in (M, 16))
+    rows, stored = torch.randperm(16).int(), w.clone()
+    y = torch.empty(M, 16)
+    triton_cpu.launch(listed_and_overwritten_kernel, (1,))(x, stored, rows, y, M=M, N=16, K=32)
+    torch.testing.assert_close(y, x.float() @ w[rows.long()].float().T, rtol=0, atol=0)
+    assert not stored.any()
+
+
+@triton.jit
 def overwritten_kernel(
     x_ptr, w_ptr, y_ptr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip

@@ -2,8 +2,7 @@
 
 One program takes a split of one list for the query heads that share it, or the rows that are read
 in any case: the first ones and the latest ones. Results are merged by the second kernel of
-``flash_attention/decode.py``. How long lists are is read from memory. On a CPU a list of one head
-is read row after row, others in tiles.
+``flash_attention/decode.py``. How long lists are is read from memory.
 """
 
 from __future__ import annotations
@@ -153,84 +152,6 @@ def _fetch(rows, ptr, stride_t, D: tl.constexpr) -> None:
 
 
 @triton.jit
-def _row(listed, lane, PAGE: tl.constexpr) -> tl.tensor:
-    """Return row number ``lane`` of what a program reads, any row where it has no such number.
-
-    ``listed`` are where its list is, whether it reads what is read in any case, how many rows, the
-    first one of the list's segment, of the text, and of the latest ones, how many are read at the
-    start, and where the last row ends.
-    """
-    rows_ptr, is_exact, count, start, first, late, early, used = listed
-    lane = tl.maximum(tl.minimum(lane, count - 1), 0)
-    at = tl.where(is_exact, 0, lane)
-    if PAGE is None:
-        row = tl.load(rows_ptr + at).to(tl.int32) + start
-    else:
-        row = first + tl.maximum(tl.load(rows_ptr + at // PAGE), 0) * PAGE + at % PAGE
-    always = tl.where(lane < early, first + lane, late + lane - early)
-    return tl.minimum(tl.where(is_exact, always, row), used - 1)
-
-
-@triton.jit
-def _row_of(ptr, stride_t, row, dims, D: tl.constexpr, BLOCK_D: tl.constexpr) -> tl.tensor:
-    """Load one row [BLOCK_D] as float32."""
-    at = ptr + row.to(tl.int64) * stride_t + dims
-    if D == BLOCK_D:
-        return tl.load(at).to(tl.float32)
-    else:
-        return tl.load(at, mask=dims < D, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _dots_in_turn(
-    q, direction, k_ptr, k_stride_t, norms_ptr, listed, i, KIND: tl.constexpr, PAGE: tl.constexpr,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr, TURNS: tl.constexpr,
-) -> tuple:  # fmt: skip
-    """Return the products of rows i .. with q, [ROWS, BLOCK_N], and with a direction [BLOCK_N].
-
-    One row after the other, while those that follow are fetched: a tile would wait for memory and
-    multiply in turns.
-    """
-    BLOCK_D: tl.constexpr = q.shape[1]
-    dims = tl.arange(0, BLOCK_D)
-    lanes = tl.arange(0, BLOCK_N)
-    dots = tl.zeros((q.shape[0], BLOCK_N), tl.float32)
-    towards = tl.zeros((BLOCK_N,), tl.float32)
-    for j in range(0, BLOCK_N, TURNS):
-        for u in tl.static_range(TURNS):
-            _fetch(_row(listed, i + j + u + AHEAD, PAGE) + tl.arange(0, 1), k_ptr, k_stride_t, D)
-            row = _row(listed, i + j + u, PAGE)
-            if KIND != LISTED:
-                tl.load(norms_ptr + row + tl.arange(0, 1), volatile=True)
-            k = _row_of(k_ptr, k_stride_t, row, dims, D, BLOCK_D)
-            dot = tl.sum(q * k[None, :], axis=1)
-            dots = tl.where((lanes == j + u)[None, :], dot[:, None], dots)
-            if KIND == PROPOSAL:
-                towards = tl.where(lanes == j + u, tl.sum(direction * k, axis=0), towards)
-    return dots, towards
-
-
-@triton.jit
-def _add_in_turn(
-    acc, weights, v_ptr, v_stride_t, listed, i, PAGE: tl.constexpr,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr, TURNS: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
-    """Add rows i .. by their weights [ROWS, BLOCK_N] to acc [ROWS, BLOCK_DV], likewise."""
-    BLOCK_D: tl.constexpr = acc.shape[1]
-    dims = tl.arange(0, BLOCK_D)
-    lanes = tl.arange(0, BLOCK_N)
-    for j in range(0, BLOCK_N, TURNS):
-        more = tl.zeros_like(acc)
-        for u in tl.static_range(TURNS):
-            _fetch(_row(listed, i + j + u + AHEAD, PAGE) + tl.arange(0, 1), v_ptr, v_stride_t, D)
-            v = _row_of(v_ptr, v_stride_t, _row(listed, i + j + u, PAGE), dims, D, BLOCK_D)
-            weight = tl.sum(tl.where((lanes == j + u)[None, :], weights, 0.0), axis=1)
-            more += weight[:, None] * v[None, :]
-        acc += more
-    return acc
-
-
-@triton.jit
 def _lsh_gather_kernel(
     # tensors: q [B 1 H D]; k [B Tk Hk D]; v [B Tk Hk DV]; out float32 [B 1 H P DV] and lse float32
     # [B 1 H P] in base 2, of P parts
@@ -251,7 +172,7 @@ def _lsh_gather_kernel(
     DEPENDENT: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
     DV: tl.constexpr, KIND: tl.constexpr, PAGE: tl.constexpr, BITS: tl.constexpr,
     SPLITS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr, AHEAD: tl.constexpr, TURNS: tl.constexpr,
+    BLOCK_N: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(DEPENDENT)
     BLOCK_D: tl.constexpr = triton.next_power_of_2(D)
@@ -318,33 +239,27 @@ def _lsh_gather_kernel(
     acc = tl.zeros((ROWS, BLOCK_DV), tl.float32)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    # rows behind the last one may hold anything, and NaN times a weight of 0 is NaN
-    place = (rows_ptr, is_exact, count, start, first, late, early - first, tl.maximum(used, 1))
     for i in range(begin, count, BLOCK_N):
         lanes = i + tl.arange(0, BLOCK_N)
-        if AHEAD and not TURNS:
-            end = tl.where(is_exact, 0, count)
-            following, _ = _listed_rows(rows_ptr, lanes + BLOCK_N, end, start, first, PAGE)
+        if AHEAD:
+            ahead = tl.where(is_exact, 0, tl.minimum(lanes + AHEAD, count - 1))
+            following, _ = _listed_rows(rows_ptr, ahead, count, start, first, PAGE)
             following = tl.minimum(following, Tk - 1)
             _fetch(following, k_ptr, k_stride_t, D)
-            _fetch(following, v_ptr, v_stride_t, DV)
+            if KIND != LISTED:
+                tl.load(norms_ptr + following, volatile=True)
         is_row = lanes < count
         listed, exists = _listed_rows(rows_ptr, lanes, count, start, first, PAGE)
         always = tl.where(lanes < early - first, first + lanes, late + lanes - (early - first))
         row = tl.where(is_exact, always, listed)
+        # rows behind the last one may hold anything, and NaN times a weight of 0 is NaN
         is_row = is_row & (is_exact | (exists & (row >= early) & (row < late)))
-        if TURNS:
-            dots, towards = _dots_in_turn(
-                q.to(tl.float32), direction, k_ptr, k_stride_t, norms_ptr, place, i,
-                KIND, PAGE, D, BLOCK_N, AHEAD, TURNS,
-            )  # fmt: skip
-        else:
-            k = load_rows(k_ptr, row, k_stride_t, is_row, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-            v = load_rows(v_ptr, row, v_stride_t, is_row, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
-            dots = tl.dot(q, tl.trans(k), input_precision="ieee")  # [ROWS, BLOCK_N]
-            towards = tl.zeros((BLOCK_N,), tl.float32)
-            if KIND == PROPOSAL:
-                towards = tl.sum(k.to(tl.float32) * direction[None, :], axis=1)
+        k = load_rows(k_ptr, row, k_stride_t, is_row, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        v = load_rows(v_ptr, row, v_stride_t, is_row, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+        dots = tl.dot(q, tl.trans(k), input_precision="ieee")  # [ROWS, BLOCK_N]
+        towards = tl.zeros((BLOCK_N,), tl.float32)
+        if KIND == PROPOSAL:
+            towards = tl.sum(k.to(tl.float32) * direction[None, :], axis=1)
         scores = dots * scale_log2
         if KIND == LISTED:
             scores += weight
@@ -358,11 +273,9 @@ def _lsh_gather_kernel(
         scores = tl.where(is_row[None, :], scores, float("-inf"))
         weights, shrink, top, total = softmax_step(top, total, scores, 1.0)
         acc *= shrink[:, None]
-        if TURNS:
-            acc = _add_in_turn(
-                acc, weights, v_ptr, v_stride_t, place, i, PAGE, DV, BLOCK_N, AHEAD, TURNS
-            )
-        elif ROWS <= 4:
+        if AHEAD:
+            _fetch(following, v_ptr, v_stride_t, DV)
+        if ROWS <= 4:
             # on a CPU: values are widened as they are read, nothing is packed
             acc += tl.dot(weights, v.to(tl.float32), input_precision="ieee")
         else:
@@ -436,9 +349,6 @@ def launch_gather(
     count = S * splits + (exact is not None)
     sinks, recent = exact or among or (0, 0)
     heads = H // lists
-    config = dict(tiles("lsh_gather", head_size(max(D, DV), q.dtype), q.device))
-    if heads > 1:
-        config["TURNS"] = 0  # heads that share rows multiply tiles
     launch(_lsh_gather_kernel, (count, lists, B))(
         q, k, v, *parts,
         rows.rows, rows.counts, rows.starts, rows.log_weights,
@@ -453,6 +363,6 @@ def launch_gather(
         BITS=1 if angles is None else angles.bits,
         SPLITS=splits, PARTS=parts.lse.shape[-1],
         ROWS=max(triton.next_power_of_2(heads), smallest_dot(q.device)),
-        **config, **dependent(q.device),
+        **tiles("lsh_gather", head_size(max(D, DV), q.dtype), q.device), **dependent(q.device),
     )  # fmt: skip
     return part0 + count

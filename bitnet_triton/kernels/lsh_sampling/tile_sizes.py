@@ -9,7 +9,7 @@ CPU: Table = {
     "lsh_mean_direction": {ANY: {}},
     "lsh_build": {ANY: {"BLOCK_N": 32, "BLOCK_W": 128}},
     "lsh_probe": {ANY: {"BLOCK_N": 1, "BLOCK_T": 128, "BLOCK_C": 1024, "AHEAD": 4}},
-    "lsh_gather": {ANY: {"BLOCK_N": 32, "AHEAD": 16, "TURNS": 2}},
+    "lsh_gather": {ANY: {"BLOCK_N": 64, "AHEAD": 32}},
     "sign_scores": {ANY: {"BLOCK_N": 1024}},
     "verified_draw": {ANY: {"BLOCK_N": 32, "BLOCK_J": 64, "BLOCK_C": 1024}},
 }
@@ -31,11 +31,11 @@ GPU: Table = {
         },
     },
     "lsh_gather": {
-        64: {"BLOCK_N": 32, "AHEAD": 0, "TURNS": 0, "num_warps": 4, "num_stages": 1},
-        128: {"BLOCK_N": 32, "AHEAD": 0, "TURNS": 0, "num_warps": 8, "num_stages": 1},
-        256: {"BLOCK_N": 16, "AHEAD": 0, "TURNS": 0, "num_warps": 4, "num_stages": 1},
-        FLOAT32 + 64: {"BLOCK_N": 16, "AHEAD": 0, "TURNS": 0, "num_warps": 4, "num_stages": 1},
-        ANY: {"BLOCK_N": 16, "AHEAD": 0, "TURNS": 0, "num_warps": 8, "num_stages": 1},
+        64: {"BLOCK_N": 32, "AHEAD": 0, "num_warps": 4, "num_stages": 1},
+        128: {"BLOCK_N": 32, "AHEAD": 0, "num_warps": 8, "num_stages": 1},
+        256: {"BLOCK_N": 16, "AHEAD": 0, "num_warps": 4, "num_stages": 1},
+        FLOAT32 + 64: {"BLOCK_N": 16, "AHEAD": 0, "num_warps": 4, "num_stages": 1},
+        ANY: {"BLOCK_N": 16, "AHEAD": 0, "num_warps": 8, "num_stages": 1},
     },
     "sign_scores": {ANY: {"BLOCK_N": 512, "num_warps": 4, "num_stages": 1}},
     "verified_draw": {

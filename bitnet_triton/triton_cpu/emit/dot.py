@@ -15,7 +15,9 @@ from bitnet_triton.triton_cpu.emit.vector_products import vector_product
 from bitnet_triton.triton_cpu.emit.views import (
     View,
     address_step,
+    is_listed,
     is_memory,
+    listed_rows,
     matrix_view,
     rows_in_use,
     untransposed,
@@ -67,7 +69,7 @@ def _has_few_rows(emitter: Emitter, op: Op) -> bool:
         return False
     root, order = untransposed(emitter, _narrow(emitter, b))
     in_memory = is_memory(emitter, root) and address_step(emitter, root, order[1]) == 1
-    return root.type.elem in _FLOATS and in_memory
+    return root.type.elem in _FLOATS and (in_memory or is_listed(emitter, root, order[1]))
 
 
 def _narrow(emitter: Emitter, value: Value) -> Value:
@@ -84,9 +86,16 @@ def _few_rows(emitter: Emitter, op: Op) -> None:
     name, c_sum = accumulator(emitter, op)
     with emitter.braces():
         left = matrix_view(emitter, a, unit=1)
-        right = matrix_view(emitter, _narrow(emitter, b), unit=1)
-        views = f"{left.base}, {left.steps[0]}, {right.base}, {right.steps[0]}"
-        emitter.write(f"few_rows<{m}, {n}, {k}>({views}, {name});")
+        narrow = _narrow(emitter, b)
+        root, order = untransposed(emitter, narrow)
+        if is_memory(emitter, root):
+            right = matrix_view(emitter, narrow, unit=1)
+            views = f"{left.base}, {left.steps[0]}, {right.base}, {right.steps[0]}"
+            emitter.write(f"few_rows<{m}, {n}, {k}>({views}, {name});")
+        else:
+            listed = listed_rows(emitter, root, order[1])
+            views = f"{left.base}, {left.steps[0]}, {listed}"
+            emitter.write(f"few_listed<{m}, {n}, {k}>({views}, {name});")
     finish(emitter, op, name, c_sum)
 
 

@@ -18,7 +18,7 @@ from bitnet_triton.triton_cpu.emit.loops import write_loops
 from bitnet_triton.triton_cpu.emit.nest import Index, Nest
 from bitnet_triton.triton_cpu.emit.values import Buffer, Lanes
 from bitnet_triton.triton_cpu.emit.vector_products import VectorProduct, adds_up, vector_product
-from bitnet_triton.triton_cpu.emit.views import matrix_view
+from bitnet_triton.triton_cpu.emit.views import listed_rows, matrix_view, untransposed
 from bitnet_triton.triton_cpu.ir import Op, Value
 
 LANES = 16
@@ -34,7 +34,7 @@ def keeps_lanes(emitter: Emitter, argument: Value, yielded: Value) -> bool:
         if use.name != "tt.dot" or use.operands[2] is not value or use.block is not yielded.block:
             return False
         product = vector_product(emitter, use)
-        if product is None or adds_up(product) or _may_be_written_out(use):
+        if product is None or product.is_listed or adds_up(product) or _may_be_written_out(use):
             return False
         value = use.results[0]
     return value is not argument and len(value.uses) == 1
@@ -101,12 +101,16 @@ def _emit_rows(emitter: Emitter, product: VectorProduct) -> None:
     name, c_sum = accumulator(emitter, product.op)
     with emitter.braces():
         vectors = matrix_view(emitter, product.vectors, unit=1 - product.along)
-        rows = matrix_view(emitter, product.matrix, unit=product.along)
-        views = ", ".join(
-            (vectors.base, vectors.steps[product.along], rows.base, rows.steps[1 - product.along])
-        )
+        step = vectors.steps[product.along]
         shape = f"{product.count}, {product.rows}, {product.depth}"
-        emitter.write(f"dot_rows<{shape}>({views}, {name});")
+        if product.is_listed:
+            root, order = untransposed(emitter, product.matrix)
+            listed = listed_rows(emitter, root, order[product.along])
+            emitter.write(f"dot_listed<{shape}>({vectors.base}, {step}, {listed}, {name});")
+        else:
+            rows = matrix_view(emitter, product.matrix, unit=product.along)
+            views = f"{vectors.base}, {step}, {rows.base}, {rows.steps[1 - product.along]}"
+            emitter.write(f"dot_rows<{shape}>({views}, {name});")
     finish(emitter, product.op, name, c_sum)
 
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from bitnet_triton.triton_cpu.emit.bytes import BYTES, in_bytes
 from bitnet_triton.triton_cpu.emit.emitter import Emitter
-from bitnet_triton.triton_cpu.emit.views import address_step, is_memory, untransposed
+from bitnet_triton.triton_cpu.emit.views import (
+    address_step,
+    is_listed,
+    is_memory,
+    untransposed,
+)
 from bitnet_triton.triton_cpu.ir import Op, Value
 
 # Bytes of a row from which on its sums are added up at once, and more than a few vectors pay
@@ -28,6 +34,7 @@ class VectorProduct:
         count: number of vectors.
         rows: number of rows, a multiple of 16.
         depth: length of the sums.
+        is_listed: the rows of ``matrix`` lie anywhere in memory.
     """
 
     op: Op
@@ -37,6 +44,7 @@ class VectorProduct:
     count: int
     rows: int
     depth: int
+    is_listed: bool = False
 
 
 def vector_product(emitter: Emitter, op: Op) -> VectorProduct | None:
@@ -57,8 +65,11 @@ def vector_product(emitter: Emitter, op: Op) -> VectorProduct | None:
     floats = a.type.elem in ("f32", "bf16", "f16") and result == "f32"
     if floats and fits and few.rows % _ROWS == 0:
         root, order = untransposed(emitter, few.matrix)
-        if is_memory(emitter, root) and address_step(emitter, root, order[few.along]) == 1:
+        unit = order[few.along]
+        if is_memory(emitter, root) and address_step(emitter, root, unit) == 1:
             return few
+        if is_listed(emitter, root, unit):
+            return dataclasses.replace(few, is_listed=True)
     return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from bitnet_triton.triton_cpu.analyse import splat_integer
+from bitnet_triton.triton_cpu.analyse import is_zero, splat_integer
 from bitnet_triton.triton_cpu.emit.ctypes import c_type
 from bitnet_triton.triton_cpu.emit.elements import element, element_now
 from bitnet_triton.triton_cpu.emit.emitter import Emitter
@@ -87,6 +87,38 @@ def address_step(emitter: Emitter, value: Value, dim: int) -> int | None:
     """Return the constant step of a load's addresses."""
     assert value.op is not None
     return stride(emitter, value.op.operands[0], dim)
+
+
+def is_listed(emitter: Emitter, value: Value, unit: int) -> bool:
+    """Tell whether ``value`` loads rows along ``unit`` from anywhere, each whole or not at all."""
+    op = value.op
+    if op is None or op.name != "tt.load" or value in emitter.held or value.type.elem == "i1":
+        return False
+    address, *masked = op.operands
+    if op.flag("isVolatile") or stride(emitter, address, unit) != 1:
+        return False
+    is_zero_beside = len(masked) < 2 or is_zero(masked[1])
+    return not masked or (is_zero_beside and stride(emitter, masked[0], unit) == 0)
+
+
+def listed_rows(emitter: Emitter, value: Value, unit: int) -> str:
+    """Return an array of where the rows of a load lie; those that are masked off are zeros."""
+    assert value.op is not None
+    address, *masked = value.op.operands
+    shape, c_elem = value.type.shape or (), c_type(value.type)
+    array = emitter.array(shape[1 - unit], f"const {c_elem}*", "rows")
+
+    def body(nest: Nest, index: Index) -> None:
+        (row,) = index
+        first = (row, "0") if unit else ("0", row)
+        at = f"(const {c_elem}*)({element(emitter, address, first, nest)})"
+        mask = element(emitter, masked[0], first, nest) if masked else "true"
+        zeros = f"zero_row<{c_elem}, {shape[unit]}>"
+        code = {"true": at, "false": zeros}.get(mask, f"{mask} ? {at} : {zeros}")
+        nest.statement(f"{array}[{row}] = {code};")
+
+    write_loops(emitter, (shape[1 - unit],), body)
+    return array
 
 
 def _copy(emitter: Emitter, value: Value, unit: int | None, c_elem: str | None) -> View:

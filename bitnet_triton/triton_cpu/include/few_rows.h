@@ -4,14 +4,17 @@
 
 namespace tcpu {
 
+// A row that is masked off, where rows are listed
+template <class T, int N> alignas(64) static const T zero_row[N] = {};
+
 template <class T> TCPU_INLINE vec<float> load_floats(const T* p) {
   if constexpr (is_same<T, float>::value) return load<vec<float>>(p);
   else return widen(load<vec<uint16_t, TCPU_VECTOR_BYTES / 2>>(p), T());
 }
 
-// c [M, V vectors] += a [M, K] b [K, V vectors]
-template <int M, int V, int K, class A, class B>
-TCPU_INLINE void multiply_few_rows(const A* a, int64_t lda, const B* b, int64_t ldb, float* c, int64_t ldc) {
+// c [M, V vectors] += a [M, K] b [K, V vectors]. row(k): where row k of b lies.
+template <int M, int V, int K, class A, class R>
+TCPU_INLINE void multiply_few_rows(const A* a, int64_t lda, R row, float* c, int64_t ldc) {
   constexpr int W = width<float>;
   vec<float> acc[M][V];
 #pragma GCC unroll 16
@@ -21,7 +24,7 @@ TCPU_INLINE void multiply_few_rows(const A* a, int64_t lda, const B* b, int64_t 
   for (int k = 0; k < K; ++k) {
     vec<float> columns[V];
 #pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) columns[v] = load_floats(b + k * ldb + v * W);
+    for (int v = 0; v < V; ++v) columns[v] = load_floats(row(k) + v * W);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
       vec<float> x = splat(float(a[m * lda + k]));
@@ -37,13 +40,22 @@ TCPU_INLINE void multiply_few_rows(const A* a, int64_t lda, const B* b, int64_t 
 
 // c [M, N] += a [M, K] b [K, N], each with neighbours in a row side by side; N is a multiple of 16. Some rows of b at a
 // time, so that they are read from memory once.
-template <int M, int N, int K, class A, class B>
-TCPU_INLINE void few_rows(const A* a, int64_t lda, const B* b, int64_t ldb, float* c) {
+template <int M, int N, int K, class A, class R> TCPU_INLINE void few_rows_at(const A* a, int64_t lda, R row, float* c) {
   constexpr int W = width<float>, vectors = N / W, some = min_of(K, 16);  // powers of two, all of them
   constexpr int together = min_of(vectors, TCPU_REGISTERS / 2 / M);
   for (int k = 0; k < K; k += some)
     for (int v = 0; v < vectors; v += together)
-      multiply_few_rows<M, together, some>(a + k, lda, b + k * ldb + v * W, ldb, c + v * W, N);
+      multiply_few_rows<M, together, some>(a + k, lda, [&](int i) TCPU_ALWAYS { return row(k + i) + v * W; }, c + v * W, N);
+}
+
+template <int M, int N, int K, class A, class B>
+TCPU_INLINE void few_rows(const A* a, int64_t lda, const B* b, int64_t ldb, float* c) {
+  few_rows_at<M, N, K>(a, lda, [&](int k) TCPU_ALWAYS { return b + k * ldb; }, c);
+}
+// The same of rows that lie anywhere
+template <int M, int N, int K, class A, class B>
+TCPU_INLINE void few_listed(const A* a, int64_t lda, const B* const* b, float* c) {
+  few_rows_at<M, N, K>(a, lda, [&](int k) TCPU_ALWAYS { return b[k]; }, c);
 }
 
 }  // namespace tcpu

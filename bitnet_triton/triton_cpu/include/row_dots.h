@@ -99,8 +99,9 @@ TCPU_INLINE void dot_lanes(const T* a, const T* b, int64_t ldb, L* lanes) {
 }
 
 // Of COUNT vectors [COUNT, K] with ROWS rows, a register's worth in all: lane v * ROWS + n has that of v and n.
-template <int COUNT, int ROWS, int K, class T>
-TCPU_INLINE vec<float> dots_of_rows(const T* a, int64_t lda, const T* b, int64_t ldb) {
+// row(n): where row n lies.
+template <int COUNT, int ROWS, int K, class T, class R>
+TCPU_INLINE vec<float> dots_of_rows(const T* a, int64_t lda, R row) {
   typedef LaneProduct<T> P;
   typedef typename P::Register Register;
   constexpr int step = P::elements, rest = K % step;
@@ -112,7 +113,7 @@ TCPU_INLINE vec<float> dots_of_rows(const T* a, int64_t lda, const T* b, int64_t
     for (int v = 0; v < COUNT; ++v) x[v] = P::template load<some>(a + v * lda + k);
 #pragma GCC unroll 16
     for (int n = 0; n < ROWS; ++n) {
-      Register w = P::template load<some>(b + n * ldb + k);
+      Register w = P::template load<some>(row(n) + k);
 #pragma GCC unroll 8
       for (int v = 0; v < COUNT; ++v) acc[v * ROWS + n] = P::mac(acc[v * ROWS + n], x[v], w);
     }
@@ -120,6 +121,16 @@ TCPU_INLINE vec<float> dots_of_rows(const T* a, int64_t lda, const T* b, int64_t
   for (int k = 0; k + step <= K; k += step) add(Int<step>(), k);
   if constexpr (rest > 0) add(Int<rest>(), K - rest);
   return sum_rows(acc);
+}
+
+// c [COUNT, N] += what dots_of_rows returned, for ROWS columns
+template <int COUNT, int N, int ROWS> TCPU_INLINE void add_dots(vec<float> dots, float* c) {
+  alignas(64) float sums[width<float>];
+  store(sums, dots);
+#pragma GCC unroll 8
+  for (int v = 0; v < COUNT; ++v)
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i) c[v * N + i] += sums[v * ROWS + i];
 }
 
 // c [COUNT, N] += a [COUNT, K] times the transpose of b [N, K]; rows lie lda and ldb elements apart. Some 4 KiB of b are
@@ -132,13 +143,17 @@ TCPU_INLINE void dot_rows(const T* a, int64_t lda, const T* b, int64_t ldb, floa
   for (int n = 0; n < N; n += rows) {
     for (int i = 0; i < rows; ++i)
       for (int k = 0; k < K; k += line) __builtin_prefetch(b + (n + ahead + i) * ldb + k);
-    alignas(64) float sums[width<float>];
-    store(sums, dots_of_rows<COUNT, rows, K>(a, lda, b + n * ldb, ldb));
-#pragma GCC unroll 8
-    for (int v = 0; v < COUNT; ++v)
-#pragma GCC unroll 16
-      for (int i = 0; i < rows; ++i) c[v * N + n + i] += sums[v * rows + i];
+    add_dots<COUNT, N, rows>(dots_of_rows<COUNT, rows, K>(a, lda, [&](int i) TCPU_ALWAYS { return b + (n + i) * ldb; }), c + n);
   }
+}
+
+// The same of rows that lie anywhere; whoever listed them has fetched them.
+template <int COUNT, int N, int K, class T>
+TCPU_INLINE void dot_listed(const T* a, int64_t lda, const T* const* b, float* c) {
+  constexpr int rows = min_of(N, width<float> / COUNT);
+  static_assert(COUNT <= width<float> && N % rows == 0, "dot_listed: powers of two");
+  for (int n = 0; n < N; n += rows)
+    add_dots<COUNT, N, rows>(dots_of_rows<COUNT, rows, K>(a, lda, [&](int i) TCPU_ALWAYS { return b[n + i]; }), c + n);
 }
 
 // c[n] += sum of lanes[n][0..15]
