@@ -167,12 +167,31 @@ def _some(names: Sequence[str]) -> str:
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
+def _how_to_add(model: PreTrainedModel, missing: Sequence[str]) -> str:
+    """Say how to come by parameters of attention modes, where nothing else is missing."""
+    brought = {
+        f"{name}.{mode}.": mode
+        for name, module in model.named_modules()
+        for mode in getattr(module, "brought", ())
+    }
+    if not all(name.startswith(tuple(brought)) for name in missing):
+        return ""
+    modes = {m for start, m in brought.items() if any(n.startswith(start) for n in missing)}
+    named = " and ".join(repr(mode) for mode in sorted(modes))
+    return (
+        f": attention {named} brings parameters of its own. Load the checkpoint without it; then "
+        "`bitnet_triton.set_attention(model, ...)` adds them at their start, for training to "
+        "follow, and `save_pretrained` saves them with the model"
+    )
+
+
 def _check_names(model: PreTrainedModel, entries: dict[str, Entry]) -> None:
     state = model.state_dict()
     tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
     missing = sorted(set(state) - set(entries) - tied)
     if missing:
-        raise CheckpointError(f"the checkpoint lacks {_some(missing)}")
+        how = _how_to_add(model, missing)
+        raise CheckpointError(f"the checkpoint lacks {_some(missing)}{how}")
     # a head that the base model has no use for may stand in the checkpoint
     bare = not hasattr(model, "lm_head")
     extra = sorted(

@@ -121,6 +121,19 @@ def test_a_missing_tensor(format, name, damaged):
     refused(damaged(lambda tensors: tensors.pop(name), format), f"the checkpoint lacks {name}")
 
 
+def test_parameters_of_a_mode_are_missing_with_the_way_to_them(tmp_path, damaged):
+    with pytest.raises(bt.CheckpointError, match=r"lacks .*'linear' brings .*set_attention"):
+        bt.BitNetForCausalLM.from_pretrained(bt.TINY_MODEL, attention="linear")
+    # with anything else missing it is no way
+    folder = damaged(lambda tensors: tensors.pop(NORM), "dense")
+    with pytest.raises(bt.CheckpointError) as error:
+        bt.BitNetForCausalLM.from_pretrained(folder, attention="linear")
+    assert "set_attention" not in str(error.value)
+    model = bt.BitNetForCausalLM.from_pretrained(bt.TINY_MODEL)
+    bt.set_attention(model, "linear").save_pretrained(tmp_path / "model")
+    bt.BitNetForCausalLM.from_pretrained(tmp_path / "model")
+
+
 def test_missing_scales_are_counted(damaged):
     def change(tensors):
         for name in [name for name in tensors if name.endswith("weight_scale")]:
