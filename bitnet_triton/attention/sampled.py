@@ -80,7 +80,7 @@ class SamplingMode(Mode):
         # queries of the prompt stand before all others: they see everything up to themselves
         outs = [attend_and_tell(q, k, v, CAUSAL, context)[:, :first]] if first else []
         for t in range(first, Tq):
-            used = torch.full((q.shape[0],), offset + t + 1, dtype=torch.int32, device=q.device)
+            used = torch.full((q.shape[0],), offset + t + 1, dtype=torch.int32, device=k.device)
             outs.append(attend(q[:, t : t + 1], used))
         return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from bitnet_triton.cache.growing import GrowingLayer
 from bitnet_triton.cache.key_values import SLOT
 from bitnet_triton.cache.memory import Call
+from bitnet_triton.cache.transfers import Transfers
 from bitnet_triton.kernels import HashTables
 
 
@@ -25,15 +26,18 @@ class TablesLayer(GrowingLayer):
         bits: of a code.
         tables: how many.
         seed: of the planes.
+        device: where keys, values and tables lie; None: where the model does.
 
     Attributes:
         hashed: the tables; None before the prompt is over.
+        transfers: between that device and the model's; None: there are none.
         leftpad: int32 [B], the first column that is no padding, or None; ``begin`` tells it.
     """
 
-    def __init__(self, bits: int, tables: int, seed: int) -> None:
+    def __init__(self, bits: int, tables: int, seed: int, device: str | None = None) -> None:
         super().__init__()
         self.bits, self.count, self.seed = bits, tables, seed
+        self.transfers = None if device is None else Transfers(device)
         self.hashed: HashTables | None = None
         self.leftpad: Tensor | None = None
         self._prompt: int | None = None  # tokens that belong to the prompt, as far as is known
@@ -49,7 +53,10 @@ class TablesLayer(GrowingLayer):
     def begin(self, call: Call) -> None:
         """Note the padding of a call, and the length of the prompt."""
         super().begin(call)
-        self.leftpad = call.leftpad
+        if self.transfers is None or call.leftpad is None:
+            self.leftpad = call.leftpad
+        elif self.hashed is None or self.leftpad is None:  # it stays as it is behind the prompt
+            (self.leftpad,) = self.transfers.send(call.leftpad)
         self._prompt = call.prompt_len if isinstance(call.prompt_len, int) else None
 
     def prompt_is_over(self) -> None:
@@ -61,7 +68,13 @@ class TablesLayer(GrowingLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append keys and values [B Hk T D], and take them into the tables."""
+        """Append keys and values [B Hk T D], and take them into the tables.
+
+        All that is held is returned where it lies; a prompt that is all of it, where it was made.
+        """
+        states = key_states, value_states
+        if self.transfers is not None:
+            key_states, value_states = self.transfers.send(*states)
         tables, is_known = self.hashed, self.keys is self._known
         self.hashed = None
         keys, values = super().update(key_states, value_states, *args, **kwargs)
@@ -70,7 +83,14 @@ class TablesLayer(GrowingLayer):
             self._build()
         elif tables is not None:
             tables.follow(keys.detach().transpose(1, 2))
-        return keys, values
+        is_all = self.hashed is None and keys.shape[2] == states[0].shape[2]
+        return states if self.transfers is not None and is_all else (keys, values)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> tuple[Tensor, Tensor]:
+        """Attend densely where the model does."""
+        if self.transfers is not None and k.device != q.device:
+            k, v = self.transfers.fetch(k, v, device=q.device)
+        return super().attend(q, k, v, **settings)
 
     def reserve(self, new: int) -> None:
         """Make room for ``new`` tokens, in the tables as well."""
@@ -141,7 +161,7 @@ class TablesLayer(GrowingLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Take the rows ``indices``."""
         is_known = self.keys is self._known
-        super().batch_select_indices(indices)
+        super().batch_select_indices(indices if self.keys is None else indices.to(self.keys.device))
         self._change_rows(lambda t: t[indices.to(t.device)], is_known)
 
     def saved(self) -> dict[str, Tensor]:
@@ -163,6 +183,8 @@ class TablesLayer(GrowingLayer):
         told = {n.removeprefix("tables."): t for n, t in saved.items() if n.startswith("tables.")}
         if not told:
             return
+        if self.transfers is not None:
+            told = dict(zip(told, self.transfers.send(*told.values())))
         assert self.keys is not None
         self._built = int(told["built"])
         self.hashed = HashTables.restore(

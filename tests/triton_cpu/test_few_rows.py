@@ -116,7 +116,8 @@ def test_rows_that_lie_anywhere(dtype, M, N, masked):
     for first in range(0, 64, N):
         part = slice(first, first + N)
         expected = expected * 0.5 + y[:, part] @ listed[part]
-    torch.testing.assert_close(z, expected, rtol=1e-6, atol=1e-3)
+    # sums of up to 2**17, some of which cancel
+    torch.testing.assert_close(z, expected, rtol=1e-6, atol=0.05)
 
 
 @triton.jit
