@@ -11,14 +11,13 @@ from bitnet_triton.cli import training as options
 
 
 def longrope(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="A folder or a name on the Hub; `tiny` and `recall` are embedded.",
-        ),
-    ],
     output: options.Output = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A folder or a name on the Hub; `recall` and `tiny` are embedded.  [recall]"
+        ),
+    ] = None,
     text: Annotated[
         list[str] | None,
         typer.Option(help="A file to search on; may be repeated. Keep others to judge by."),
@@ -66,9 +65,10 @@ def longrope(
 
     **Examples**
 
-    - `bitnet-triton longrope tiny --factor 8 --text notes.txt --text book.txt --output runs/longer`
+    - `bitnet-triton longrope --model tiny --factor 8 --text notes.txt --text book.txt --output
+      runs/longer`
 
-    - `bitnet-triton longrope recall --fitness needles --samples 3 --generations 10 --recover
+    - `bitnet-triton longrope --fitness needles --samples 3 --generations 10 --recover
       --output runs/needles`
     """
     import torch

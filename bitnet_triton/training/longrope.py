@@ -44,8 +44,8 @@ class LongRopeJob:
     """What is asked of ``search_longrope``.
 
     Attributes:
-        model: a folder or a name on the Hub.
         output: folder of the run; the same job there goes on with it.
+        model: a folder or a name on the Hub.
         texts: files to search on, UTF-8; keep those apart that the result is judged by.
         factor: how many times the trained length.
         length: tokens of a text while factors for long texts are searched; 0: all that the model
@@ -61,8 +61,8 @@ class LongRopeJob:
         seed: of all draws.
     """
 
-    model: str
     output: str
+    model: str = "recall"
     texts: Sequence[str] = ()
     factor: float = 8
     length: int = 0

@@ -17,7 +17,7 @@ COMMANDS = [
     ("adapt", "--model", "{name}", *OUTPUT),
     ("train", "--model", "{name}", *OUTPUT),
     ("calibrate", "--model", "{name}", *OUTPUT),
-    ("longrope", "{name}", "--text", TEXT, *OUTPUT),
+    ("longrope", "--model", "{name}", "--text", TEXT, *OUTPUT),
     ("distill", "--model", "{name}", "--data", TEXT, *OUTPUT),
 ]
 

@@ -182,7 +182,8 @@ def test_the_command_says_what_it_found(short_model, text_file, tmp_path):
     out = tmp_path / "run"
     options = ["--factor", "2", "--samples", "1", "--population", "4", "--generations", "1"]
     ran = CliRunner().invoke(
-        app, ["longrope", short_model, "--text", text_file, "--output", str(out), *options]
+        app,
+        ["longrope", "--model", short_model, "--text", text_file, "--output", str(out), *options],
     )
     assert ran.exit_code == 0, ran.output
     report = json.loads((out / "report.json").read_text())
