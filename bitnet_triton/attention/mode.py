@@ -153,6 +153,10 @@ class Mode:
         """Whether it is causal attention over all keys."""
         return False
 
+    def sees_all_of(self, length: int) -> bool:
+        """Tell whether its settings make it that in every text of up to so many tokens."""
+        return self.sees_everything
+
     @property
     def reads_any_rows(self) -> bool:
         """Whether it reads whatever keys a memory has left of a text, and tells it what they got.

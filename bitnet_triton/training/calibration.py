@@ -129,6 +129,11 @@ class _Target:
                 f"`full_layers`: expected {fixed} to {self.layers - 1} of {self.layers} layers, "
                 f"got {self.count}"
             )
+        if all(mode.sees_all_of(job.length) for mode in self._plan):
+            raise ValueError(
+                f"`attention`: as good as full attention on documents of up to {job.length} tokens "
+                "(`length`); lower its `window`, as in swaa-trained:window=256, or raise `length`"
+            )
 
     def config(self, full: Iterable[int]) -> dict[str, Any]:
         """Return ``config.attention`` with these layers full."""

@@ -129,6 +129,12 @@ def test_answers_cost_what_their_labels_say(monkeypatch):
         assert cost.missed == pytest.approx((1 - (-losses).exp()).mean().item(), rel=1e-3)
 
 
+def test_what_changes_nothing_is_told(packed_folder, tmp_path):
+    """Blocks that a mode's settings do not tell about: found out by trying it on the documents."""
+    with pytest.raises(ValueError, match="as good as full attention on documents of up to 128"):
+        calibrate(job(packed_folder, tmp_path, attention="local:block=256"))
+
+
 def test_a_killed_calibration_goes_on(packed_folder, tmp_path, monkeypatch):
     class KilledError(Exception):
         pass
@@ -192,7 +198,8 @@ def test_a_rule_that_harms_less_than_the_most_harmed_layers_is_chosen(packed_fol
         ({"attention": "slidin"}, ValueError, "did you mean 'sliding'"),
         ({"attention": "nowhere.json"}, ValueError, "`attention`: expected a file .*nowhere.json"),
         ({"attention": 3}, TypeError, "`attention`: expected a word"),
-        ({"attention": "sliding:window=500"}, ValueError, "as good as full attention on documents"),
+        ({"attention": "sliding:window=128"}, ValueError, "128 tokens .`length`.; lower its `win"),
+        ({"attention": "swaa-trained"}, ValueError, "as good as full .* raise `length`"),
         ({"full_layers": 3}, ValueError, "`full_layers`: expected up to 2, got 3"),
         ({"full_layers": 2}, ValueError, "`full_layers`: expected 0 to 1 of 2 layers, got 2"),
         ({"full_layers": 1.5}, ValueError, "`full_layers`: expected a share below 1 or a number"),
@@ -203,3 +210,4 @@ def test_a_rule_that_harms_less_than_the_most_harmed_layers_is_chosen(packed_fol
 def test_what_cannot_be_calibrated_is_named(changed, error, message, packed_folder, tmp_path):
     with pytest.raises(error, match=message):
         calibrate(job(packed_folder, tmp_path / "run", **changed))
+    assert not (tmp_path / "run").exists()  # nothing was computed

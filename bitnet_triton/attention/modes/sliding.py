@@ -31,6 +31,10 @@ class Sliding(MaskMode):
         """The window and the sinks."""
         return Mask(window=self.window, sinks=self.sinks)
 
+    def sees_all_of(self, length: int) -> bool:
+        """No text is longer than the window."""
+        return self.window >= length
+
     @property
     def kept(self) -> Kept:
         """The window of the next token without itself, and the sinks."""
