@@ -156,19 +156,19 @@ class Windows(Dataset):
     Each window is drawn out of one file, by its number alone.
     """
 
-    def __init__(self, files: list[Tensor], count: int) -> None:
-        self.files, self.count = files, count
+    def __init__(self, files: list[Tensor], count: int, length: int | None = None) -> None:
+        self.files, self.count, self.length = files, count, length or LONG_CONTEXT
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         rng = random.Random(index)
-        length = CONTEXT if index % 2 else LONG_CONTEXT
+        length = CONTEXT if index % 2 else self.length
         files = [f for f in self.files if len(f) >= length]
         weights = [len(f) - length + CONTEXT for f in files]
         rows = []
-        for tokens in rng.choices(files, weights, k=LONG_CONTEXT // length):
+        for tokens in rng.choices(files, weights, k=self.length // length):
             start = rng.randint(0, len(tokens) - length)
             rows.append(tokens[start : start + length].long())
         batch = torch.stack(rows)
@@ -364,6 +364,40 @@ def load_masters(source: Path) -> BitNetForCausalLM:
     return model
 
 
+def train_on_windows(
+    model: BitNetForCausalLM,
+    windows: Windows,
+    output: Path,
+    learning_rate: float,
+    *,
+    share: float = 1.0,
+    resume: bool = False,
+    compile: bool = False,
+) -> None:
+    """Train masters on windows, a long one and the short ones after it in a step, and save them."""
+    steps = len(windows) // 2
+    model.config._attn_implementation = "bitnet_triton"
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    trainer = TernaryTrainer(
+        model=model,
+        args=training_arguments(
+            output, steps, 1, learning_rate, compile, weight_decay=0.0,
+            gradient_accumulation_steps=2,  # a long window and short ones
+            warmup_steps=steps // 10 + 1, logging_steps=5, save_steps=min(10, steps),
+        ),
+        train_dataset=windows,
+        data_collator=lambda items: items[0],
+        callbacks=[Speed(2 * windows.length)],
+        one_stage=True,
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=resume or None)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(before[name].to(weight.device).lerp(weight, share))
+    model.config.use_cache = True  # Trainer turned it off; generation needs it
+    trainer.save_model()
+
+
 @app.command()
 def train(
     output: Annotated[Path, typer.Option(help="Folder for checkpoints and the result.")],
@@ -435,28 +469,11 @@ def extend(
         model, LONG_CONTEXT / CONTEXT, "longrope", original_max_position_embeddings=CONTEXT,
         long_factor=long_factors(model.config), attention_factor=TEMPERATURE,
     )  # fmt: skip
-    model.config._attn_implementation = "bitnet_triton"
-    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-    trainer = TernaryTrainer(
-        model=model,
-        args=training_arguments(
-            output, steps, 1, learning_rate, compile, weight_decay=0.0,
-            gradient_accumulation_steps=2,  # a long window and short ones
-            warmup_steps=steps // 10 + 1, logging_steps=5, save_steps=min(10, steps),
-        ),
-        train_dataset=Windows(
-            tokenize(tokenizer, read_texts(held_out=False, files=files)), 2 * steps
-        ),
-        data_collator=lambda items: items[0],
-        callbacks=[Speed(2 * LONG_CONTEXT)],
-        one_stage=True,
+    files_of_tokens = tokenize(tokenizer, read_texts(held_out=False, files=files))
+    train_on_windows(
+        model, Windows(files_of_tokens, 2 * steps), output, learning_rate, share=share,
+        resume=resume, compile=compile,
     )  # fmt: skip
-    trainer.train(resume_from_checkpoint=resume or None)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.copy_(before[name].to(weight.device).lerp(weight, share))
-    model.config.use_cache = True  # Trainer turned it off; generation needs it
-    trainer.save_model()
     tokenizer.save_pretrained(output)
     console.print(f"Saved master weights and tokenizer to {output}")
 
