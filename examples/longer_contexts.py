@@ -221,6 +221,8 @@ def as_markdown(result: dict[str, Any]) -> str:
             changes = ["{:+.1f} % ({:+.1f} to {:+.1f})".format(*r["change"]) for r in (row, short)]
             values = [when, method, str(window), f"{row['bits_per_byte']:.3f}", *changes]
             text += f"| {' | '.join(values)} |\n"
+    if not result["recall"]:
+        return text
     text += "\n| method | right | " + " | ".join(DEPTHS) + " |\n|" + " --- |" * 7 + "\n"
     for method, row in result["recall"].items():
         shares = [row["right"], *row["by_depth"]]
@@ -233,8 +235,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
     """Draw bits per byte by position, before and after, and recall by depth."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(14, 4))
-    axes = figure.subplots(1, 3)
+    panels = 3 if result["recall"] else 2
+    figure = Figure(figsize=(5 * panels, 4))
+    axes = figure.subplots(1, panels)
     same = result["as_trained_by_position"]
     middles = [STRETCH * (place + 0.5) for place in range(len(same))]
     for axis, when in zip(axes, ("before", "after")):
@@ -246,12 +249,13 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axis.set(xlabel="position", ylabel="bits per byte", ylim=(0.8, 2.3))
         axis.set_title(f"text, {when} training", fontsize=10)
         axis.legend(fontsize=7, ncol=2, loc="upper left")
-    for method, row in result["recall"].items():
-        shares = [math.nan if share is None else 100 * share for share in row["by_depth"]]
-        axes[2].plot(DEPTHS, shares, "o-", color=f"C{METHODS.index(method)}", label=method)
-    axes[2].set(xlabel="where the answer stands", ylabel="right answers in %", ylim=(-3, 103))
-    axes[2].set_title(f"recall at {TIMES * RECALL_CONTEXT} tokens", fontsize=10)
-    axes[2].legend(fontsize=7)
+    for axis in axes[2:]:
+        for method, row in result["recall"].items():
+            shares = [math.nan if share is None else 100 * share for share in row["by_depth"]]
+            axis.plot(DEPTHS, shares, "o-", color=f"C{METHODS.index(method)}", label=method)
+        axis.set(xlabel="where the answer stands", ylabel="right answers in %", ylim=(-3, 103))
+        axis.set_title(f"recall at {TIMES * RECALL_CONTEXT} tokens", fontsize=10)
+        axis.legend(fontsize=7)
     figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
@@ -260,7 +264,7 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder of the run and its results.")],
     tokens: Annotated[int, typer.Option(help="Of each training.")] = 163840,
     rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-4,
-    prompts: Annotated[int, typer.Option(help="Of 8 questions, for each method.")] = 3,
+    prompts: Annotated[int, typer.Option(help="Of 8 questions, for each method; 0: none.")] = 3,
 ) -> None:
     """Measure, train, measure; write ``longer-contexts.json``, ``.md`` and ``.png``."""
     kind = bt.BitNetConfig.from_pretrained(source).rope_parameters["rope_type"]
