@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bitnet_triton.triton_cpu.analyse import in_seven_bits, walk
+from bitnet_triton.triton_cpu.analyse import in_seven_bits, splat_integer, walk
 from bitnet_triton.triton_cpu.emit.accumulate import HALVES, accumulator, finish
 from bitnet_triton.triton_cpu.emit.arrays import store_into
 from bitnet_triton.triton_cpu.emit.bytes import fill_bytes
@@ -102,18 +102,13 @@ def _few_rows(emitter: Emitter, op: Op) -> None:
 def _matrix_product(emitter: Emitter, op: Op) -> None:
     a, b, _ = op.operands[:3]
     (m, k), n = a.type.shape or (0, 0), (b.type.shape or (0, 0))[1]
-    name, c_sum = accumulator(emitter, op)
     elem, sign = _operand_type(op), _sign(op)
     right = emitter.packed.get((b, sign))
     in_quads = quads(emitter, b) if right is None and m <= _FEW_BYTE_ROWS else None
     if in_quads is not None:
-        with emitter.braces():
-            left = _left(emitter, a, elem)
-            codes = codes_of(emitter, in_quads)
-            arguments = f"{left.base}, {left.steps[0]}, {codes}, {name}"
-            emitter.write(f"dot_quads<{m}, {n}, {k}, {sign}>({arguments});")
-        finish(emitter, op, name, c_sum)
+        _product_with_quads(emitter, op, in_quads)
         return
+    name, c_sum = accumulator(emitter, op)
     if right is None and sum(use.name == "tt.dot" for use in b.uses) > 1:
         right = emitter.packed[b, sign] = _pack(emitter, b, sign, elem)
     with emitter.braces():
@@ -123,6 +118,23 @@ def _matrix_product(emitter: Emitter, op: Op) -> None:
         rows = rows_in_use(emitter, a) if a.type.elem == "i8" else m
         arguments = f"{left.base}, {left.steps[0]}, {right}, {name}, {rows}"
         emitter.write(f"dot<{m}, {n}, {k}, {sign}>({arguments});")
+    finish(emitter, op, name, c_sum)
+
+
+def _product_with_quads(emitter: Emitter, op: Op, in_quads: Value) -> None:
+    a, b, start = op.operands[:3]
+    (m, k), n = a.type.shape or (0, 0), (b.type.shape or (0, 0))[1]
+    is_fresh = splat_integer(start) == 0
+    if is_fresh:
+        result = op.results[0]
+        name, c_sum = emitter.array(result.type.size, "int32_t", result.name or "sums"), "int32_t"
+    else:
+        name, c_sum = accumulator(emitter, op)
+    with emitter.braces():
+        left = _left(emitter, a, None)
+        arguments = f"{left.base}, {left.steps[0]}, {codes_of(emitter, in_quads)}, {name}"
+        sizes = f"{m}, {n}, {k}, {_sign(op)}, {str(is_fresh).lower()}"
+        emitter.write(f"dot_quads<{sizes}>({arguments});")
     finish(emitter, op, name, c_sum)
 
 

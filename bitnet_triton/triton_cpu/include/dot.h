@@ -38,8 +38,8 @@ template <class P, int V> struct PackedPanel {
   }
 };
 
-// c [R, V vectors] += a [R, K] times one panel. LAST: lanes used of the last vector.
-template <class P, int R, int V, int K, int LAST, class Panel, class C>
+// c [R, V vectors] += a [R, K] times one panel. LAST: lanes used of the last vector. FRESH: c is taken to be zero.
+template <class P, int R, int V, int K, int LAST, bool FRESH = false, class Panel, class C>
 TCPU_INLINE void multiply_tile(const typename P::Packed* a, int64_t lda, Panel b, C* c, int64_t ldc,
                                const int32_t* a_sums) {
   typedef vec<typename P::Acc> Acc;
@@ -50,9 +50,11 @@ TCPU_INLINE void multiply_tile(const typename P::Packed* a, int64_t lda, Panel b
   Acc acc[chains][R][V] = {};
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
+    if constexpr (!FRESH) {
 #pragma GCC unroll 4
-    for (int v = 0; v < V - 1; ++v) acc[0][r][v] = load<Acc>(c + r * ldc + v * W);
-    acc[0][r][V - 1] = load_part<last_bytes, Acc>(c + r * ldc + (V - 1) * W);
+      for (int v = 0; v < V - 1; ++v) acc[0][r][v] = load<Acc>(c + r * ldc + v * W);
+      acc[0][r][V - 1] = load_part<last_bytes, Acc>(c + r * ldc + (V - 1) * W);
+    }
     if constexpr (P::biased)
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) acc[0][r][v] -= splat(a_sums[r] * 128);
@@ -150,9 +152,10 @@ TCPU_INLINE void dot(const T* a, int64_t lda, const T* packed, C* c, int used = 
   }
 }
 
-// c [M, N] += a [M, K] b [K, N] with b as in pack_quads. With few rows its bytes are unpacked where they are multiplied,
-// once for each block of rows, which is cheaper than to write them down and read them again.
-template <int M, int N, int K, Sign S, class Codes>
+// c [M, N] += a [M, K] b [K, N] with b as in pack_quads; FRESH: c is taken to be zero. With few rows its bytes are
+// unpacked where they are multiplied, once for each block of rows, which is cheaper than to write them down and read them
+// again.
+template <int M, int N, int K, Sign S, bool FRESH, class Codes>
 TCPU_INLINE void dot_quads(const int8_t* a, int64_t lda, Codes codes, int32_t* c) {
   typedef Policy<int8_t, S> P;
   typedef Layout<P, K, N> L;
@@ -164,8 +167,8 @@ TCPU_INLINE void dot_quads(const int8_t* a, int64_t lda, Codes codes, int32_t* c
       typedef RowBlocks<P, M, V> Blocks;
       auto panel = [&](int g, int v) TCPU_ALWAYS { return bias<P>((vec<int32_t>)codes(g, 64 * (first + v))); };
       auto multiply_rows = [&](auto rows, int m) TCPU_ALWAYS {
-        multiply_tile<P, decltype(rows)::value, V, K, L::W>(a + m * lda, lda, panel, c + m * N + first * L::W, N,
-                                                            a_sums + (P::biased ? m : 0));
+        multiply_tile<P, decltype(rows)::value, V, K, L::W, FRESH>(a + m * lda, lda, panel, c + m * N + first * L::W,
+                                                                   N, a_sums + (P::biased ? m : 0));
       };
       for (int i = 0; i < Blocks::bigs; ++i) multiply_rows(Int<Blocks::big>(), i * Blocks::big);
       if constexpr (Blocks::smalls > 0)
@@ -175,6 +178,7 @@ TCPU_INLINE void dot_quads(const int8_t* a, int64_t lda, Codes codes, int32_t* c
   } else {
     alignas(64) int8_t packed[packed_elements<int8_t, K, N>()];
     pack_quads<K, N, S>(codes, packed);
+    if constexpr (FRESH) memset(c, 0, sizeof(int32_t) * M * N);
     dot<M, N, K, S>(a, lda, packed, c);
   }
 }

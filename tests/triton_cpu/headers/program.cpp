@@ -116,17 +116,19 @@ DOT(float, double, 2, 5, 7, both)
 #endif
 
 // B in fours: row q of [K / 4, 4 N] has elements 4 q to 4 q + 3 of each column
-template <int M, int N, int K, Sign S> void multiply_quads(Arguments x) {  // lda, whether B is packed first
+template <int M, int N, int K, Sign S> void multiply_quads(Arguments x) {  // lda, 1: B is packed first, 2: C is not read
   const int64_t lda = x[0];
   int8_t *a = read<int8_t>((M - 1) * lda + K), *b = read<int8_t>(K * N);
   int32_t* c = read<int32_t>(M * N);
   auto codes = [&](int q, int64_t column) { return load64(b + q * 4 * N + column); };
-  if (x[1]) {
+  if (x[1] == 1) {
     int8_t* packed = guarded<int8_t>(packed_elements<int8_t, K, N>());
     pack_quads<K, N, S>(codes, packed);
     dot<M, N, K, S>(a, lda, packed, c);
+  } else if (x[1] == 2) {
+    dot_quads<M, N, K, S, true>(a, lda, codes, c);
   } else {
-    dot_quads<M, N, K, S>(a, lda, codes, c);
+    dot_quads<M, N, K, S, false>(a, lda, codes, c);
   }
   write(c, M * N);
 }

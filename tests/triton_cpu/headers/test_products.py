@@ -105,17 +105,18 @@ def check_products(call, kinds, shape, sign, draw):
 
 
 def check_products_in_fours(call, shape, sign, draw):
-    """B lies in fours along its rows, packed first or unpacked in the product."""
+    """B lies in fours: unpacked in the product, packed first, and with C not read."""
     m, n, k = shape
     a, b = draw(m, n, k)
     c = np.random.default_rng(9).integers(-50, 50, (m, n))
     fours = b.reshape(k // 4, 4, n).swapaxes(1, 2)
-    for packed in (0, 1):
+    for way in (0, 1, 2):
         actual = call(
-            f"quads {m} {n} {k} {sign}", k + 3, packed, stored(apart(a, k + 3), "int8_t"),
+            f"quads {m} {n} {k} {sign}", k + 3, way, stored(apart(a, k + 3), "int8_t"),
             stored(fours.ravel(), "int8_t"), stored(c, "int32_t"), result=np.int32,
         )  # fmt: skip
-        np.testing.assert_array_equal(actual.reshape(m, n), c + a @ b, f"{sign}, {packed=}")
+        expected = a @ b if way == 2 else c + a @ b
+        np.testing.assert_array_equal(actual.reshape(m, n), expected, f"{sign}, {way=}")
 
 
 def quarters(m, n, k):
