@@ -91,12 +91,14 @@ class Memory(CacheLayerMixin):
             that masks tell from a slot which token it is.
         is_plain: whether it holds the rotated keys and values of all tokens and nothing else, so
             that another memory of these may take its place.
+        is_paged: whether it holds them in pages, which several texts may have in common.
     """
 
     is_savable: ClassVar[bool] = False
     wants_prompt_len: ClassVar[bool] = False
     keeps_places: ClassVar[bool] = True
     is_plain: ClassVar[bool] = False
+    is_paged: ClassVar[bool] = False
     tokens: int = 0
     rebases: bool = False
     shift: Tensor | None = None

@@ -291,8 +291,7 @@ def _check_plan(model: Any, kind: Pages) -> AttentionPlan:
     paged = AttentionPlan(plan.prefill, plan.decode, cache=kind)
     paged.check_layers(layers)
     for index in range(layers):
-        is_paged = isinstance(paged.memory(index), PagedLayer)
-        if not is_paged:
+        if not paged.memory(index).is_paged:
             name = plan.mode(index, "prefill").name
             raise ValueError(
                 f"`model`: layer {index} with attention {name!r} keeps a window: what it holds "

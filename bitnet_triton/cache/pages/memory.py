@@ -211,6 +211,7 @@ class PagedLayer(Memory):
     """
 
     is_croppable = True
+    is_paged: ClassVar[bool] = True
     keeps_places: ClassVar[bool] = False
 
     def __init__(self, batch: Batch, index: int) -> None:
