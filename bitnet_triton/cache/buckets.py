@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bitnet_triton.cache.growing import GrowingLayer
+from bitnet_triton.cache.following import FollowingLayer
 from bitnet_triton.cache.key_values import SLOT, may_write
 
 # Writes the numbers of one token a row, by launches alone: keys [B T Hk D], numbers [B Hk R T] and
@@ -16,7 +16,7 @@ from bitnet_triton.cache.key_values import SLOT, may_write
 HashStep = Callable[[Tensor, Tensor, Tensor], None]
 
 
-class BucketsLayer(GrowingLayer):
+class BucketsLayer(FollowingLayer):
     """Keys and values, with the number of the bucket of each key in each round.
 
     Whoever attends hashes the keys that have no numbers yet (``take_in``), which are those of the
@@ -39,14 +39,13 @@ class BucketsLayer(GrowingLayer):
         self.rounds, self.owner = rounds, owner
         self.number_store: Tensor | None = None
         self.numbered = 0
-        self._known: Tensor | None = None  # the keys after our own last change of them
         self._hash_step: HashStep | None = None
         self._phases = torch.empty(0), torch.empty(0)
 
     @property
     def is_numbered(self) -> bool:
         """Whether every token has its numbers."""
-        return self.keys is self._known and self.numbered == self.held
+        return self.is_known and self.numbered == self.held
 
     def take_in(self, numbers_of: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the numbers of all tokens, int32 [B Hk R T].
@@ -55,7 +54,7 @@ class BucketsLayer(GrowingLayer):
             numbers_of: maps those keys [B new Hk D] that have none to int32 [B new Hk R].
         """
         assert self.keys is not None
-        if self.keys is not self._known:
+        if not self.is_known:
             self.numbered = 0  # somebody has replaced them
         start, end = self.numbered, self.held
         store = self._with_room()
@@ -73,7 +72,7 @@ class BucketsLayer(GrowingLayer):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append keys and values [B Hk T D]; their numbers are taken in by whoever asks."""
-        is_known, numbered = self.keys is self._known, self.numbered
+        is_known, numbered = self.is_known, self.numbered
         result = super().update(key_states, value_states, *args, **kwargs)
         self.numbered = numbered
         self._keep(is_known)
@@ -81,7 +80,7 @@ class BucketsLayer(GrowingLayer):
 
     def reserve(self, new: int) -> None:
         """Make room for ``new`` tokens and their numbers."""
-        is_known = self.keys is self._known
+        is_known = self.is_known
         super().reserve(new)
         self._keep(is_known)
         self._with_room()
@@ -94,7 +93,7 @@ class BucketsLayer(GrowingLayer):
 
     def advance(self, new: int) -> None:
         """Count ``new`` tokens as held, whose numbers ``write`` has made."""
-        is_known, follows = self.keys is self._known, self._hash_step is not None
+        is_known, follows = self.is_known, self._hash_step is not None
         goes_on = follows and self.numbered == self.held
         super().advance(new)
         if goes_on:
@@ -111,7 +110,7 @@ class BucketsLayer(GrowingLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the latest tokens."""
-        is_known = self.keys is self._known
+        is_known = self.is_known
         super().crop(tokens_to_remove)
         self.numbered = min(self.numbered, self.held)
         self._keep(is_known)
@@ -119,36 +118,12 @@ class BucketsLayer(GrowingLayer):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.number_store = self._known = None
-        self.numbered = 0
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Take the rows ``beam_idx`` [B], for beam search."""
-        is_known = self.keys is self._known
-        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
-        self._change_rows(lambda t: t.index_select(0, beam_idx.to(t.device)), is_known)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row."""
-        is_known = self.keys is self._known
-        super().batch_repeat_interleave(repeats)
-        self._change_rows(lambda t: t.repeat_interleave(repeats, dim=0), is_known)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Take the rows ``indices``."""
-        is_known = self.keys is self._known
-        super().batch_select_indices(indices)
-        self._change_rows(lambda t: t[indices.to(t.device)], is_known)
+        self.number_store, self.numbered = None, 0
 
     def _change_rows(self, change: Callable[[Tensor], Tensor], is_known: bool) -> None:
         if self.number_store is not None:
             self.number_store = change(self.number_store)
-        self._keep(is_known)
-
-    def _keep(self, is_known: bool) -> None:
-        """Go on with the numbers, if the keys were known before we changed them."""
-        if is_known:
-            self._known = self.keys
+        super()._change_rows(change, is_known)
 
     def _with_room(self) -> Tensor:
         """Return the store, with room for as many tokens as those of the keys."""
@@ -203,7 +178,7 @@ class SignsLayer(BucketsLayer):
             pack: maps keys [B T Hk D] and that to int16 [B Hk W T].
         """
         assert self.keys is not None
-        if self.centre is None or self.keys is not self._known or self._centred != prompt:
+        if self.centre is None or not self.is_known or self._centred != prompt:
             self.centre = centre_of(self.keys[:, :, :prompt].transpose(1, 2))
             self._centred, self.numbered = prompt, 0
         centre = self.centre

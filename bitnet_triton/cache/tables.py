@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitnet_triton.cache.growing import GrowingLayer
+from bitnet_triton.cache.following import FollowingLayer
 from bitnet_triton.cache.key_values import SLOT
 from bitnet_triton.cache.memory import Call
 from bitnet_triton.cache.transfers import Transfers
 from bitnet_triton.kernels import HashTables
 
 
-class TablesLayer(GrowingLayer):
+class TablesLayer(FollowingLayer):
     """Keys and values, with ``HashTables`` of the keys from the end of the prompt on.
 
     They are built when the prompt is over, around the mean of its keys, and take in every token
@@ -41,7 +41,6 @@ class TablesLayer(GrowingLayer):
         self.hashed: HashTables | None = None
         self.leftpad: Tensor | None = None
         self._prompt: int | None = None  # tokens that belong to the prompt, as far as is known
-        self._known: Tensor | None = None  # the keys after our own last change of them
         self._built = 0  # tokens that the tables were built from
         self._phases = torch.empty(0), torch.empty(0)
 
@@ -62,7 +61,7 @@ class TablesLayer(GrowingLayer):
     def prompt_is_over(self) -> None:
         """Build the tables, unless there are some."""
         super().prompt_is_over()
-        if self.held and (self.hashed is None or self.keys is not self._known):
+        if self.held and (self.hashed is None or not self.is_known):
             self._build()
 
     def update(
@@ -75,7 +74,7 @@ class TablesLayer(GrowingLayer):
         states = key_states, value_states
         if self.transfers is not None:
             key_states, value_states = self.transfers.send(*states)
-        tables, is_known = self.hashed, self.keys is self._known
+        tables, is_known = self.hashed, self.is_known
         self.hashed = None
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         self.hashed, self._known = tables, keys
@@ -94,7 +93,7 @@ class TablesLayer(GrowingLayer):
 
     def reserve(self, new: int) -> None:
         """Make room for ``new`` tokens, in the tables as well."""
-        is_known = self.keys is self._known
+        is_known = self.is_known
         super().reserve(new)
         self._known = self.keys if is_known else None
         if self.hashed is not None and is_known:
@@ -107,15 +106,14 @@ class TablesLayer(GrowingLayer):
 
     def is_ready(self, B: int, dtype: torch.dtype, device: torch.device) -> bool:
         """Tell whether a step can be recorded: not where somebody has replaced keys."""
-        is_known = self.hashed is None or self.keys is self._known
+        is_known = self.hashed is None or self.is_known
         return is_known and super().is_ready(B, dtype, device)
 
     def advance(self, new: int) -> None:
         """Count ``new`` tokens as held, whose codes ``write`` has made."""
-        is_known = self.keys is self._known
+        is_known = self.is_known
         super().advance(new)
-        if is_known:
-            self._known = self.keys
+        self._keep(is_known)
         if new and self.hashed is not None:
             assert self.keys is not None
             self.hashed.count(self.keys.transpose(1, 2))
@@ -129,10 +127,9 @@ class TablesLayer(GrowingLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the latest tokens; tables go with the first token that they were built from."""
-        is_known = self.keys is self._known
+        is_known = self.is_known
         super().crop(tokens_to_remove)
-        if is_known:
-            self._known = self.keys
+        self._keep(is_known)
         if self.hashed is None:
             return
         if not is_known or self.held < self._built:
@@ -143,26 +140,8 @@ class TablesLayer(GrowingLayer):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.hashed = self._known = self.leftpad = None
+        self.hashed = self.leftpad = None
         self._is_told = False
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Take the rows ``beam_idx`` [B], for beam search."""
-        is_known = self.keys is self._known
-        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
-        self._change_rows(lambda t: t.index_select(0, beam_idx.to(t.device)), is_known)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row."""
-        is_known = self.keys is self._known
-        super().batch_repeat_interleave(repeats)
-        self._change_rows(lambda t: t.repeat_interleave(repeats, dim=0), is_known)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Take the rows ``indices``."""
-        is_known = self.keys is self._known
-        super().batch_select_indices(indices if self.keys is None else indices.to(self.keys.device))
-        self._change_rows(lambda t: t[indices.to(t.device)], is_known)
 
     def saved(self) -> dict[str, Tensor]:
         """Return what ``restore`` needs, the tables and their planes among it."""
@@ -208,8 +187,7 @@ class TablesLayer(GrowingLayer):
     def _change_rows(self, change: Callable[[Tensor], Tensor], is_known: bool) -> None:
         if self.leftpad is not None:
             self.leftpad = change(self.leftpad)
-        if is_known:
-            self._known = self.keys
+        super()._change_rows(change, is_known)
         if self.hashed is not None:
             self.hashed.change_rows(change)
             assert self.keys is not None

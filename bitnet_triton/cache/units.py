@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitnet_triton.cache.growing import GrowingLayer
+from bitnet_triton.cache.following import FollowingLayer
 from bitnet_triton.cache.key_values import LEFTPAD, USED, may_write
 from bitnet_triton.cache.memory import Call
 from bitnet_triton.kernels import Units, pool_keys, pool_last_keys
 
 
-class UnitsLayer(GrowingLayer):
+class UnitsLayer(FollowingLayer):
     """Keys and values, with the units of keys by which modes choose blocks.
 
     A unit is made when its last token arrives, so one that is not whole is never there, and what
@@ -37,7 +37,6 @@ class UnitsLayer(GrowingLayer):
         self.unit_stores: dict[Units, Tensor] = {}
         self.leftpad: Tensor | None = None
         self._summed = 0  # columns of which the units are made
-        self._known: Tensor | None = None  # the keys after our own last change of them
         self._padding: int | None = None  # of the row with the most of it
         self._sides = torch.empty(0), torch.empty(0)
 
@@ -55,7 +54,7 @@ class UnitsLayer(GrowingLayer):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append keys and values [B Hk T D], and make the units that they complete."""
-        if self.keys is not self._known:
+        if not self.is_known:
             self._summed = 0  # somebody has replaced them
         summed = self._summed
         keys, values = super().update(key_states, value_states, *args, **kwargs)
@@ -130,7 +129,7 @@ class UnitsLayer(GrowingLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the latest tokens; their units are made anew when others take their place."""
-        is_known = self.keys is self._known
+        is_known = self.is_known
         super().crop(tokens_to_remove)
         if is_known:
             self._known, self._summed = self.keys, min(self._summed, self.held)
@@ -139,32 +138,13 @@ class UnitsLayer(GrowingLayer):
         """Forget everything."""
         super().reset()
         self.unit_stores, self._summed = {}, 0
-        self._known = self._padding = self.leftpad = None
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Take the rows ``beam_idx`` [B], for beam search."""
-        is_known = self.keys is self._known
-        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
-        self._change_rows(lambda t: t.index_select(0, beam_idx.to(t.device)), is_known)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row."""
-        is_known = self.keys is self._known
-        super().batch_repeat_interleave(repeats)
-        self._change_rows(lambda t: t.repeat_interleave(repeats, dim=0), is_known)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Take the rows ``indices``."""
-        is_known = self.keys is self._known
-        super().batch_select_indices(indices)
-        self._change_rows(lambda t: t[indices.to(t.device)], is_known)
+        self._padding = self.leftpad = None
 
     def _change_rows(self, change: Callable[[Tensor], Tensor], is_known: bool) -> None:
         self.unit_stores = {units: change(store) for units, store in self.unit_stores.items()}
         if self.leftpad is not None:
             self.leftpad = change(self.leftpad)
-        if is_known:
-            self._known = self.keys
+        super()._change_rows(change, is_known)
 
     def _is_stored(self) -> bool:
         """Tell whether what is held lies in the stores."""
