@@ -88,6 +88,7 @@ TRANSFORMERS = Peer(
         "model": "bitlinear and autobitlinear",
         "generate": "autobitlinear with a static cache",
         "linear_attention": "torch_chunk_gated_delta_rule",
+        "many_requests": "continuous batching with sdpa",
     },
 )
 LLAMA_CPP = Peer(

@@ -12,6 +12,7 @@ from bench.cases import (
     generate,
     int8_linear,
     linear_attention,
+    many_requests,
     model,
     page_steps,
     sampling,
@@ -35,6 +36,7 @@ CASES: dict[str, ModuleType] = {
     "int8_linear": int8_linear,
     "model": model,
     "generate": generate,
+    "many_requests": many_requests,
     "triton_cpu": triton_cpu,
 }
 

@@ -3,6 +3,8 @@ import json
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from typer.testing import CliRunner
 
 from bench.__main__ import app
@@ -150,6 +152,15 @@ def test_steps_over_codes_agree_with_those_over_a_plain_cache(of):
     )
     errors = {row.provider: row.error for row in rows}
     assert errors["plain"] < errors["int8"] < errors["int4"]
+
+
+def test_engines_answer_as_requests_alone():
+    case = make_case("many_requests", shape="tiny")
+    point = {"requests": 5, "prompt": 70, "new": 6}
+    rows = measure_point(case, point, case.providers, SETTINGS)
+    states = {row.provider: row.status for row in rows}
+    engines = "timed" if Version(transformers.__version__) >= Version("5.23") else "missing"
+    assert states == {"bitnet_triton": engines, "transformers": engines, "alone": "timed"}
 
 
 @pytest.mark.parametrize("output", ["logits", "best"])
