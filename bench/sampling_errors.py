@@ -6,11 +6,13 @@ take to be the best rows and drop all others; sampling estimates. Every point is
 queries, and over seeds where a method draws.
 
 python -m bench.sampling_errors    # writes bench/results/sampling_errors.json, and a PNG beside it
+python -m bench.sampling_errors --spread    # sampling_spread.json: heads by how far they spread
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +48,8 @@ SHARES = (0.01, 0.02, 0.05, 0.1)
 # bits and tables
 HASHES = ((10, 100), (10, 150), (9, 120), (8, 75), (8, 120), (7, 75))
 EPSILONS = (0.8, 0.4, 0.2, 0.1)
+# of all rows, over how many the weights of a head are spread
+SPREADS = ((0.0, 0.01), (0.01, 0.1), (0.1, 0.3), (0.3, 1.0))
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,55 @@ METHODS: dict[str, tuple[Callable[..., Iterator[tuple[Tensor, float]]], tuple]] 
 }
 
 
+def spread(query: Query) -> Tensor:
+    """Return over what share of the rows each head spreads: by the entropy of its weights, [H]."""
+    group = query.q.shape[2] // query.k.shape[2]
+    k = query.k[0].float().repeat_interleave(group, 1)
+    scores = torch.einsum("hd,thd->ht", query.q[0, 0].float(), k) * query.scale
+    entropy = -(scores.softmax(-1) * scores.log_softmax(-1)).sum(-1)
+    return entropy.exp() / query.tokens
+
+
+def errors_of_heads(query: Query) -> Iterator[tuple[str, Any, Tensor, Tensor]]:
+    """Yield method, setting, and of each head its error and the rows it has read, as a share."""
+    dense = query.attend(torch.ones(query.q.shape[2], query.tokens).bool())
+
+    def error(out: Tensor) -> Tensor:
+        return (out.float() - dense).norm(dim=-1) / dense.norm(dim=-1)
+
+    for share in SHARES:
+        for out, read in by_top_k(query, share):
+            yield "exact top-k", share, error(out), torch.full(out.shape[:1], read / query.tokens)
+    for budget in HASHES[1:4]:  # one draw: heads are many
+        tables = HashTables.build(query.k, bits=budget[0], tables=budget[1])
+        out, _ = lsh_sampling_attention(
+            query.q, query.k, query.v, tables, sinks=SINKS, recent=RECENT, scale=query.scale
+        )
+        read = (tables.sampled(query.q)[0] | forced(query.tokens)).double().mean(-1)
+        yield "lsh_sampling own", budget, error(out[0, 0]), read
+
+
+def measure_spread(queries: list[Query]) -> list[dict[str, Any]]:
+    """Return a row for each share that heads spread over, method and setting."""
+    found: dict[tuple, list[tuple[float, float]]] = {}
+    for query in queries:
+        shares = spread(query).tolist()
+        for method, setting, errors, reads in errors_of_heads(query):
+            for share, error, read in zip(shares, errors.tolist(), reads.tolist()):
+                if math.isnan(error):
+                    continue  # a head whose values are all zero
+                kind = next(kind for kind in SPREADS if kind[0] <= share <= kind[1])
+                found.setdefault((kind, method, setting), []).append((error, read))
+    rows = []
+    for (kind, method, setting), values in sorted(found.items(), key=str):
+        error, read = (sum(column) / len(values) for column in zip(*values))
+        name = f"spread over {100 * kind[0]:.0f} to {100 * kind[1]:.0f} %"
+        told = {"keys": name, "method": method, "setting": setting, "heads": len(values)}
+        rows.append({**told, "rows_share": read, "error": error})
+        print(f"{name:22} {method:17} {setting!s:10} {100 * read:5.1f} % {error:.3f} {len(values)}")
+    return rows
+
+
 def synthetic(T: int) -> list[Query]:
     """Return queries of the case ``sampling``."""
     inputs = make_inputs(T, 20, 5, 128, Settings())
@@ -207,23 +260,31 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     """Measure, print, and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--output", type=Path, default=Path("bench/results/sampling_errors.json"))
+    parser.add_argument("--output", type=Path, help="JSON; in bench/results without it")
+    parser.add_argument("--spread", action="store_true", help="recorded heads by their entropy")
     parser.add_argument("--tokens", type=int, default=4096, help="of the real prompts")
     parser.add_argument("--synthetic", type=int, default=16384, help="keys of the synthetic ones")
     parser.add_argument("--prompts", type=int, default=3, help="of each task")
     given = parser.parse_args()
-    rows = measure(f"synthetic, {given.synthetic}", synthetic(given.synthetic))
-    for task in PROMPTS:
-        rows += measure(task, recorded(task, given.tokens, given.prompts))
+    name = "sampling_spread" if given.spread else "sampling_errors"
+    output = given.output or Path(f"bench/results/{name}.json")
+    if given.spread:
+        rows = measure_spread(
+            [q for task in PROMPTS for q in recorded(task, given.tokens, given.prompts)]
+        )
+    else:
+        rows = measure(f"synthetic, {given.synthetic}", synthetic(given.synthetic))
+        for task in PROMPTS:
+            rows += measure(task, recorded(task, given.tokens, given.prompts))
     device = torch.device("cpu")
     write_json(
         {
-            "case": "sampling_errors", "command": command_line(), "rows": rows,
+            "case": name, "command": command_line(), "rows": rows,
             "machine": describe_machine(device), "software": describe_software(device),
         },
-        given.output,
+        output,
     )  # fmt: skip
-    draw(rows, given.output.with_suffix(".png"))
+    draw(rows, output.with_suffix(".png"))
 
 
 if __name__ == "__main__":
