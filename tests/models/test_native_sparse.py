@@ -12,6 +12,7 @@ import bitnet_triton as bt
 from bitnet_triton.attention.modes.native_sparse import NativeSparse
 from bitnet_triton.cache import CompressedLayer
 from bitnet_triton.kernels import compress_blocks, flash_attention
+from bitnet_triton.kernels.native_sparse import launchers
 from bitnet_triton.kernels.native_sparse.reference import native_sparse_reference
 from bitnet_triton.models.fused.layer import FusedDecoderLayer
 from bitnet_triton.models.fused.recording import Recording
@@ -439,13 +440,42 @@ def test_everything_selected_is_dense_attention_in_the_op_of_the_mode():
     torch.testing.assert_close(seen["attn_sub_norm"][0], expected, atol=1e-5, rtol=1e-4)
 
 
+def lead_of_choices(call):
+    """Return by how much a block was chosen rather than another, at the least, in ``call``."""
+    leads, choose = [], launchers.select_reference
+
+    def look(scores, *, blocks, before):
+        chosen = choose(scores, blocks=blocks, before=before)
+        own = (torch.arange(scores.shape[2]) + before)[:, None] // blocks.selection
+        j = torch.arange(scores.shape[-1])
+        taken = (chosen.transpose(1, 2)[..., None] == j).any(-2)
+        free = (j >= blocks.initial) & (j <= own - blocks.local)  # to be chosen or not
+        least = scores.masked_fill(~(taken & free), torch.inf).amin(-1)
+        left = scores.masked_fill(taken | ~free, -torch.inf).amax(-1)
+        leads.append((least - left).min().item())
+        return chosen
+
+    with pytest.MonkeyPatch.context() as patch, bt.use_backend("reference"):
+        patch.setattr(launchers, "select_reference", look)
+        call()
+    return min(leads)
+
+
 @pytest.mark.parametrize("attention", JUMPS.values(), ids=JUMPS)
-def test_blocks_across_a_jump_of_positions_are_turned_back_by_their_own(attention):
+def test_blocks_across_a_jump_of_positions_are_turned_back_by_their_own(attention, draw_clear):
     """A later call begins elsewhere than the former ended, also within it, row by row."""
     model = changed(attention, quantization_config=None).eval()
-    ids, at = torch.randint(3, 96, (2, 30)), positions_with_jumps(2, 30)
+    at, told = positions_with_jumps(2, 30), {"prompt_len": 17} if "decode" in attention else {}
     with torch.no_grad():
-        told = {"prompt_len": 17} if "decode" in attention else {}
+        ids = draw_clear(
+            lambda: torch.randint(3, 96, (2, 30)),
+            lambda ids: (
+                30
+                * lead_of_choices(
+                    lambda: model(ids, torch.ones_like(ids), at, use_cache=False, **told)
+                )
+            ),
+        )
         whole = model(ids, torch.ones_like(ids), at, use_cache=False, **told).logits
         cache, parts = None, []
         for some in torch.arange(30).split([10, 7, 1, 1, 1, 10]):
