@@ -103,8 +103,8 @@ def search(
         Path(paths[-1]).write_text(tokenizer.decode(tokens), encoding="utf-8")
     jobs = {
         "text": LongRopeJob(
-            str(output / "search"), str(source), paths, TIMES, samples=SEARCHED_ON, population=12,
-            generations=6,
+            str(output / "search"), str(source.resolve()), paths, TIMES, samples=SEARCHED_ON,
+            population=12, generations=6,
         ),
         "recall": LongRopeJob(
             str(output / "search-recall"), str(bt.RECALL_MODEL), factor=TIMES,

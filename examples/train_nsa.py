@@ -300,7 +300,9 @@ def compare(
     found: dict[str, Any] = {}
     for folder in models:
         lost = held_out(bt.BitNetForCausalLM.from_pretrained(folder, fuse=False).eval(), rows)
-        report = bt.evaluate(str(folder), tasks, [length], samples=samples, seed=1, text=False)
+        report = bt.evaluate(
+            str(folder.resolve()), tasks, [length], samples=samples, seed=1, text=False
+        )
         (scores,) = report.scores.values()
         right = {task: scores[task][length] for task in tasks}
         found[folder.name] = {

@@ -164,13 +164,13 @@ def build_app(name: str, model: Any, tokenizer: Any, engine: Engine, key: str | 
 def _answer_errors(app: Any) -> None:
     """Let every error be answered as OpenAI's clients read it."""
 
-    def answer(status: int, message: str) -> JSONResponse:
-        return JSONResponse(error_body(status, message), status)
+    def answer(status: int, message: str, headers: Any = None) -> JSONResponse:
+        return JSONResponse(error_body(status, message), status, headers)
 
     # Starlette's own class: its routes raise it for unknown addresses and methods
     @app.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> JSONResponse:
-        return answer(error.status_code, str(error.detail))
+        return answer(error.status_code, str(error.detail), error.headers)
 
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:

@@ -70,7 +70,7 @@ def calibrate(job: Calibration, progress: Tell | None = None) -> dict[str, Any]:
         check_room(job, base)
         output = Path(job.output)
         known = {"model": digest(base), "attention": target.config(()), "data": data_of(job, lines)}
-        run = {**dataclasses.asdict(job), **known}  # no names of files
+        run = {**dataclasses.asdict(job), **known, "measure": "probability"}  # no names of files
         remember(output, run)
         drawn, _, answers = gather_documents(job, base, lines, output, tell)
         documents = [d for d in drawn if any(label != IGNORED for label in d["labels"][1:])]

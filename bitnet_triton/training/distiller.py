@@ -78,6 +78,8 @@ class Distiller(LossTrainer):
         **kwargs: as for ``Trainer``; the model has to take ``num_items_in_batch``.
     """
 
+    evaluates_by_loss = True
+
     def __init__(self, *args: Any, lesson: Lesson, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.lesson = lesson

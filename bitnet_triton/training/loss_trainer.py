@@ -17,7 +17,11 @@ class LossTrainer(Trainer):
     over a large vocabulary take more memory than all the rest of a step beside packed weights.
 
     A subclass that overrides ``compute_loss`` gets all logits where it calls the one of this class
-    with ``return_outputs=True``.
+    with ``return_outputs=True``, and in evaluation, unless it sets ``evaluates_by_loss``.
+
+    Attributes:
+        evaluates_by_loss: whether ``compute_loss`` of the class needs no logits in evaluation
+            without metrics; False for subclasses that override it and do not say.
 
     A model whose forward does not name ``skip_logits``, as that of ``BitNetForCausalLM`` does, is
     called as ever.
@@ -26,6 +30,13 @@ class LossTrainer(Trainer):
         *args: as for ``Trainer``; adapters of peft may be around the model.
         **kwargs: as for ``Trainer``.
     """
+
+    evaluates_by_loss = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "compute_loss" in vars(cls) and "evaluates_by_loss" not in vars(cls):
+            cls.evaluates_by_loss = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -53,7 +64,7 @@ class LossTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> Any:
         """Return loss, logits and labels of a batch; the loss alone without logits."""
-        if prediction_loss_only:
+        if prediction_loss_only and self.evaluates_by_loss:
             inputs = self._without_logits(inputs)
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 

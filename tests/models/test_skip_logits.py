@@ -157,6 +157,7 @@ def test_a_hook_on_the_head_sees_all_logits_and_is_told_of(checkpoint, caplog, e
     assert torch.equal(seen[0], expected.logits)
     assert torch.equal(outputs.loss, expected.loss)
     assert outputs.logits is None
+    assert "logits" not in [*outputs]
     assert "`skip_logits` saves no memory: hooks on the output head" in caplog.text
     handle.remove()
     assert error(model(TEXT, labels=LABELS, skip_logits=True).loss, expected.loss) < 1e-6

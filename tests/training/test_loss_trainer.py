@@ -96,6 +96,44 @@ def test_logits_are_there_for_losses_that_are_made_of_them(masters, documents, t
         assert all(calls)
 
 
+class OfLogits(LossTrainer):
+    """The most frequent subclass: labels taken out, a loss of its own made of logits."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**{name: x for name, x in inputs.items() if name != "labels"})
+        loss = outputs.logits.float().square().mean()
+        return (loss, outputs) if return_outputs else loss
+
+
+class OfOutputs(LossTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss = loss + outputs.logits.float().square().mean()
+        return (loss, outputs) if return_outputs else loss
+
+
+@pytest.mark.parametrize("kind", [OfLogits, OfOutputs])
+def test_subclasses_get_logits_in_steps_and_in_evaluation(
+    kind, masters, documents, tmp_path, calls
+):
+    trainer = trainer_of(kind, masters, documents, tmp_path)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] > 0
+    assert all(calls)
+
+
+def test_subclasses_that_say_so_evaluate_without(masters, documents, tmp_path, calls):
+    class Plain(LossTrainer):
+        evaluates_by_loss = True
+
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs)
+
+    trainer_of(Plain, masters, documents, tmp_path).evaluate()
+    assert calls
+    assert not any(calls)
+
+
 def test_a_model_that_does_not_skip_is_called_as_ever(documents, tmp_path, monkeypatch):
     seen, forward = [], LlamaForCausalLM.forward
 

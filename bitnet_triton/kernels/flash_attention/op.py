@@ -14,6 +14,7 @@ from bitnet_triton.kernels.common.checks import (
     check_shape,
     check_tensor,
 )
+from bitnet_triton.kernels.common.lengths import in_a_row
 from bitnet_triton.kernels.flash_attention.arguments import Call
 from bitnet_triton.kernels.flash_attention.checks import apart, checked_call
 from bitnet_triton.kernels.flash_attention.launchers import ATTENTION_BWD, ATTENTION_FWD
@@ -164,7 +165,10 @@ def flash_attention(  # noqa: PLR0913 - lengths have the names that flash-attn g
             above, or where a gradient is wanted.
         BackendUnavailableError: the forced backend cannot run.
     """
+    seqused_q, seqused_k, leftpad_k = map(in_a_row, (seqused_q, seqused_k, leftpad_k))
+    cu_seqlens_q, cu_seqlens_k = in_a_row(cu_seqlens_q), in_a_row(cu_seqlens_k)
     if block_table is not None:
+        block_table = in_a_row(block_table)
         if not (cu_seqlens_k is leftpad_k is seqused_q is None):
             refuse_lengths(cu_seqlens_k=cu_seqlens_k, leftpad_k=leftpad_k, seqused_q=seqused_q)
         pages = checked_paged_call(

@@ -31,7 +31,7 @@ def _launch_fwd(
     chunk: int,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    hidden, weight = hidden.contiguous(), weight.contiguous()
+    hidden, weight, labels = hidden.contiguous(), weight.contiguous(), labels.contiguous()
     return run_forward(hidden, weight, labels, ignore_index, chunk, with_gradient)
 
 
@@ -61,7 +61,8 @@ def _launch_bwd(
     chunk: int,
     with_dhidden: bool,
 ) -> tuple[Tensor, Tensor]:
-    hidden, weight, dlosses = hidden.contiguous(), weight.contiguous(), dlosses.contiguous()
+    hidden, weight, labels = hidden.contiguous(), weight.contiguous(), labels.contiguous()
+    dlosses = dlosses.contiguous()
     return run_backward(dlosses, hidden, weight, labels, stats, ignore_index, chunk, with_dhidden)
 
 

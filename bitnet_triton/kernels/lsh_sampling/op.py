@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bitnet_triton.kernels.common.checks import check_device, check_dtype, check_shape, check_tensor
+from bitnet_triton.kernels.common.lengths import in_a_row
 from bitnet_triton.kernels.lsh_sampling.launchers import SAMPLING, Sampling
 from bitnet_triton.kernels.lsh_sampling.tables import HashTables, check_query
 from bitnet_triton.runtime import register_op, select
@@ -80,7 +81,7 @@ def lsh_sampling_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     # what has no code yet is read as well
     recent = max(recent, k.shape[1] - tables.length)
-    call = tables.call(share, sinks=sinks, recent=recent, scale=scale, used=used)
+    call = tables.call(share, sinks=sinks, recent=recent, scale=scale, used=in_a_row(used))
     return _attend(q, k, v, call)
 
 

@@ -16,6 +16,7 @@ from bitnet_triton.kernels.common.checks import (
     check_shape,
     check_tensor,
 )
+from bitnet_triton.kernels.common.lengths import in_a_row
 from bitnet_triton.kernels.common.linear import FLOATS
 from bitnet_triton.kernels.lsh_sampling.launchers import (
     BUILD,
@@ -107,7 +108,7 @@ class HashTables:
             if value < least or (most is not None and value > most):
                 upto = "" if most is None else f" and at most {most}"
                 raise ValueError(f"`{name}`: expected at least {least}{upto}, got {value}")
-        keys = keys.detach()
+        keys, leftpad = keys.detach(), in_a_row(leftpad)
         (B, T, Hk, D), device = keys.shape, keys.device
         with torch.no_grad():
             made = cls(

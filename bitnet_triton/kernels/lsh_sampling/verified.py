@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bitnet_triton.kernels.common.checks import check_device, check_dtype, check_shape, check_tensor
+from bitnet_triton.kernels.common.lengths import in_a_row
 from bitnet_triton.kernels.common.linear import FLOATS
 from bitnet_triton.kernels.lsh_sampling.signs import SignCodes, check_signs, sign_pages
 from bitnet_triton.kernels.lsh_sampling.verified_reference import (
@@ -248,6 +249,7 @@ def verified_sampling_attention(  # noqa: PLR0913 - what is read in any case, an
         BackendUnavailableError: the forced backend cannot run.
     """
     _check_tensors(q, k, v, leftpad, used)
+    leftpad, used = in_a_row(leftpad), in_a_row(used)
     for name, share in (("epsilon", epsilon), ("delta", delta)):
         if not 0 < share < 1:
             raise ValueError(f"`{name}`: expected more than 0 and less than 1, got {share}")

@@ -14,6 +14,7 @@ from bitnet_triton.kernels.common.checks import (
     check_shape,
     check_tensor,
 )
+from bitnet_triton.kernels.common.lengths import in_a_row
 from bitnet_triton.kernels.flash_attention import Mask, flash_attention
 from bitnet_triton.kernels.native_sparse.arguments import SparseCall, block_tokens
 from bitnet_triton.kernels.native_sparse.attend import compressed_attention, gated_sum
@@ -71,6 +72,7 @@ def compress_blocks(
     """
     _check_sizes(block, stride)
     _check_tokens(x, cu_seqlens, leftpad)
+    cu_seqlens, leftpad = in_a_row(cu_seqlens), in_a_row(leftpad)
     given = [
         name
         for name, t in (("weights", weights), ("linear", linear), ("mlp", mlp))
@@ -165,6 +167,7 @@ def select_blocks(
     """
     _check_blocks(blocks)
     _check_tokens(q, cu_seqlens, leftpad, name="q")
+    cu_seqlens, leftpad = in_a_row(cu_seqlens), in_a_row(leftpad)
     tokens = q.shape[-3] if tokens is None else tokens
     if tokens < q.shape[-3]:
         raise ValueError(f"`tokens`: expected at least {q.shape[-3]}, those of `q`, got {tokens}")
@@ -233,6 +236,7 @@ def native_sparse_attention(  # noqa: PLR0913 - tensors of three branches
     """
     _check_blocks(blocks)
     _check_tokens(q, cu_seqlens, leftpad, name="q")
+    cu_seqlens, leftpad = in_a_row(cu_seqlens), in_a_row(leftpad)
     _check_keys(q, k, v, cu_seqlens)
     if (k_window is None) != (v_window is None):
         raise ValueError("`k_window`, `v_window`: expected both or neither")

@@ -73,10 +73,14 @@ class KeyValueCodes:
         """Return room for groups of tokens, zeros.
 
         Raises:
-            ValueError: D is no multiple of 8.
+            ValueError: D is no multiple of 16, or of 8 without a rotation.
         """
-        if D % 8:
-            raise ValueError(f"`cache`: codes are for heads of a multiple of 8 values, got {D}")
+        least = 16 if rotate else 8
+        if D % least:
+            raise ValueError(
+                f"`cache`: codes are for heads of a multiple of {least} values "
+                f"with rotate={rotate}, got {D}"
+            )
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros((B, Hk, *shape), dtype=dtype, device=device)

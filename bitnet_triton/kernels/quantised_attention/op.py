@@ -11,6 +11,7 @@ from bitnet_triton.kernels.common.checks import (
     check_shape,
     check_tensor,
 )
+from bitnet_triton.kernels.common.lengths import in_a_row
 from bitnet_triton.kernels.flash_attention.launchers import LARGEST_HEAD
 from bitnet_triton.kernels.flash_attention.merge import merge_attention
 from bitnet_triton.kernels.quantised_attention.codes import KeyValueCodes
@@ -142,5 +143,6 @@ def quantised_attention(
         check_shape("more[1]", lse, "B H Tq", B=q.shape[0], H=H, Tq=q.shape[1])
     return _quantised_attention(
         q, codes.keys, codes.values, codes.key_scale, codes.key_zero, codes.value_scale,
-        codes.is_rotated, used, q.shape[-1] ** -0.5 if scale is None else scale, softcap, out, lse,
+        codes.is_rotated, in_a_row(used), q.shape[-1] ** -0.5 if scale is None else scale, softcap,
+        out, lse,
     )  # fmt: skip

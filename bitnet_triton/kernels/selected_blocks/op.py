@@ -14,6 +14,7 @@ from bitnet_triton.kernels.common.checks import (
     check_shape,
     check_tensor,
 )
+from bitnet_triton.kernels.common.lengths import in_a_row
 from bitnet_triton.kernels.flash_attention.checks import check_heads
 from bitnet_triton.kernels.selected_blocks.arguments import SelectedCall
 from bitnet_triton.kernels.selected_blocks.launchers import SELECTED_BWD, SELECTED_FWD
@@ -144,7 +145,7 @@ def selected_block_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if torch.compiler.is_compiling() and v is k:
         v = v.view_as(v)  # no call of a registered op is traced that takes the same tensor twice
-    call = SelectedCall(indices, block, causal, scale, cu_seqlens, leftpad)
+    call = SelectedCall(indices, block, causal, scale, in_a_row(cu_seqlens), in_a_row(leftpad))
     wants_gradient = torch.is_grad_enabled() and (
         q.requires_grad or k.requires_grad or v.requires_grad
     )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bitnet_triton.kernels.common.checks import check_device, check_dtype, check_shape, check_tensor
+from bitnet_triton.kernels.common.lengths import in_a_row
 from bitnet_triton.kernels.top_blocks.reference import rounded_queries, top_blocks_reference
 from bitnet_triton.kernels.top_blocks.units import Units
 from bitnet_triton.runtime import Implementation, register_op, select
@@ -195,6 +196,7 @@ def top_blocks(  # noqa: PLR0913 - what the units are, which are chosen, and whe
             check_device(name, t, q.device)
             if name != "cu_seqlens":
                 check_shape(name, t, "B", B=B)
+    leftpad, seqused, cu_seqlens = map(in_a_row, (leftpad, seqused, cu_seqlens))
     choice = Choice(
         units, block, selected, initial, local, sets, tokens, scale, leftpad, seqused, cu_seqlens
     )

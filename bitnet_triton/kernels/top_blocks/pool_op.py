@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bitnet_triton.kernels.common.checks import check_dtype, check_shape
+from bitnet_triton.kernels.common.lengths import in_a_row
 from bitnet_triton.kernels.top_blocks.reference import pool_keys_reference
 from bitnet_triton.kernels.top_blocks.units import Kind, Units
 from bitnet_triton.runtime import Implementation, register_op, select
@@ -152,7 +153,9 @@ def pool_keys(
         check_dtype("leftpad", leftpad, torch.int32)
         check_shape("leftpad", leftpad, "B", B=k.shape[0])
     kind: Kind = units.kind
-    pooled = _pool_keys(k, kind, units.stride, units.window, leftpad, cu_seqlens)
+    pooled = _pool_keys(
+        k, kind, units.stride, units.window, in_a_row(leftpad), in_a_row(cu_seqlens)
+    )
     return pooled if cu_seqlens is None else pooled[0]
 
 
@@ -185,4 +188,6 @@ def pool_last_keys(
         raise ValueError(f"`out`: expected at least {units.rows(T)} rows, got {U}")
     if k.stride(-1) != 1 or out.stride(-1) != 1:
         raise ValueError("`k`, `out`: expected their last dimension contiguous")
-    _pool_last_keys(k.detach(), out, units.kind, units.stride, units.window, last, leftpad)
+    _pool_last_keys(
+        k.detach(), out, units.kind, units.stride, units.window, last, in_a_row(leftpad)
+    )

@@ -407,8 +407,12 @@ class BitNetForCausalLM(_TernaryModel, Generation, hf.BitNetForCausalLM):
         if reader is not None:
             tell_reader(reader)
             whole = super().forward(labels=labels, return_dict=True, **call)
-            whole.logits = None
-            return whole
+            return CausalLMOutputWithPast(
+                loss=whole.loss,
+                past_key_values=whole.past_key_values,
+                hidden_states=whole.hidden_states,
+                attentions=whole.attentions,
+            )
         outputs = self.model(**call)
         hidden, ids = outputs.last_hidden_state, call["input_ids"]
         tell_overflow(hidden, call["inputs_embeds"] if ids is None else ids)
