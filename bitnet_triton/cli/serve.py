@@ -210,6 +210,7 @@ def _run(
             server_header=False,
         )
     )
+    listener.listen()  # before it is told of: who comes early waits, and is not refused
     host, port = listener.getsockname()[:2]
     where = f"[{host}]" if ":" in host else host
     console.print(f"Serving [bold]{name}[/] at http://{where}:{port}/v1")
