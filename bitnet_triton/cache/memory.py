@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from bitnet_triton.cache.transfers import Transfers
 from bitnet_triton.kernels import Mask, flash_attention
 from bitnet_triton.kernels.flash_attention.operands import SinkQuery
 
@@ -92,6 +93,7 @@ class Memory(CacheLayerMixin):
         is_plain: whether it holds the rotated keys and values of all tokens and nothing else, so
             that another memory of these may take its place.
         is_paged: whether it holds them in pages, which several texts may have in common.
+        transfers: between its device and the model's, where what it keeps lies on another one.
     """
 
     is_savable: ClassVar[bool] = False
@@ -101,6 +103,7 @@ class Memory(CacheLayerMixin):
     is_paged: ClassVar[bool] = False
     tokens: int = 0
     rebases: bool = False
+    transfers: Transfers | None = None
     shift: Tensor | None = None
     _is_told: bool = False  # that the prompt is over
 

@@ -30,7 +30,6 @@ class TablesLayer(FollowingLayer):
 
     Attributes:
         hashed: the tables; None before the prompt is over.
-        transfers: between that device and the model's; None: there are none.
         leftpad: int32 [B], the first column that is no padding, or None; ``begin`` tells it.
     """
 

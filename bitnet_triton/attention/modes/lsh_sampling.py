@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -103,10 +102,11 @@ class LshSampling(SamplingMode):
     def _tables(self, k: Tensor, prompt: int, context: AttentionContext) -> HashTables:
         """Return the tables of the memory, or build some of k [B Tk Hk D]."""
         memory, left = context.memory, context.tokens.leftpad
-        if isinstance(memory, TablesLayer) and memory.hashed is not None:
-            return memory.hashed
-        if self._transfers(k, context) is not None:
-            left = cast("TablesLayer", memory).leftpad
+        if isinstance(memory, TablesLayer):
+            if memory.hashed is not None:
+                return memory.hashed
+            if self._transfers(k, context) is not None:
+                left = memory.leftpad  # where the keys are
         tables = HashTables.build(
             k[:, :prompt], bits=self.bits, tables=self.tables, seed=self.seed,
             leftpad=None if left is None else left.int(),
@@ -116,8 +116,7 @@ class LshSampling(SamplingMode):
 
     def _transfers(self, k: Tensor, context: AttentionContext) -> Transfers | None:
         """Return what moves queries to keys of the memory; None: they lie on one device."""
-        memory = context.memory
-        transfers = memory.transfers if isinstance(memory, TablesLayer) else None
+        transfers = None if context.memory is None else context.memory.transfers
         return None if transfers is None or k.device != transfers.device else transfers
 
     def step(self, memory: Memory, layer: StepLayer) -> Step | str:

@@ -88,6 +88,7 @@ def run_forward(
     ``chunk`` tokens at a time. dhidden [N D] is the gradient of each token's loss; without
     ``with_gradient`` it is [0 D].
     """
+    hidden, weight, labels = hidden.contiguous(), weight.contiguous(), labels.contiguous()
     N, device = hidden.shape[0], hidden.device
     losses = torch.zeros(N, dtype=torch.float32, device=device)
     stats = torch.zeros((N, 2), dtype=torch.float32, device=device)
@@ -120,7 +121,8 @@ def run_backward(
     A block of words at a time, of as many logits as ``chunk`` tokens have: each row of dweight is
     then one product over all tokens. dhidden is [0 D] where it is not wanted.
     """
-    V = weight.shape[0]
+    hidden, weight, labels = hidden.contiguous(), weight.contiguous(), labels.contiguous()
+    dlosses, V = dlosses.contiguous(), weight.shape[0]
     kept = tokens_with_label(labels, ignore_index, V)
     if kept is not None:
         hidden_kept, labels, stats, dlosses = (t[kept] for t in (hidden, labels, stats, dlosses))

@@ -23,18 +23,6 @@ _LOGITS_AT_ONCE = 1 << 25
 _FEWEST_TOKENS = 16
 
 
-def _launch_fwd(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    ignore_index: int,
-    chunk: int,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    hidden, weight, labels = hidden.contiguous(), weight.contiguous(), labels.contiguous()
-    return run_forward(hidden, weight, labels, ignore_index, chunk, with_gradient)
-
-
 def _fake_fwd(
     hidden: Tensor,
     weight: Tensor,
@@ -49,21 +37,6 @@ def _fake_fwd(
         hidden.new_empty((N, 2), dtype=torch.float32),
         hidden.new_empty((N if with_gradient else 0, D)),
     )
-
-
-def _launch_bwd(
-    dlosses: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    stats: Tensor,
-    ignore_index: int,
-    chunk: int,
-    with_dhidden: bool,
-) -> tuple[Tensor, Tensor]:
-    hidden, weight, labels = hidden.contiguous(), weight.contiguous(), labels.contiguous()
-    dlosses = dlosses.contiguous()
-    return run_backward(dlosses, hidden, weight, labels, stats, ignore_index, chunk, with_dhidden)
 
 
 def _fake_bwd(
@@ -118,8 +91,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (dhidden if needs_dhidden else None, dweight, *(None,) * 4)
 
 
-_bwd = register_op("linear_cross_entropy_bwd", _launch_bwd, _fake_bwd)
-_fwd = register_op("linear_cross_entropy_fwd", _launch_fwd, _fake_fwd, function=_LinearCrossEntropy)
+_bwd = register_op("linear_cross_entropy_bwd", run_backward, _fake_bwd)
+_fwd = register_op("linear_cross_entropy_fwd", run_forward, _fake_fwd, function=_LinearCrossEntropy)
 
 
 def tokens_at_once(V: int) -> int:
