@@ -11,6 +11,7 @@ import logging
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -28,6 +29,8 @@ logger = logging.getLogger("bitnet_triton")
 
 NAME = "bitnet_triton"
 _FULL = Full()
+# where the function comes from that torch puts in the place of its own for context parallelism
+_SHARDED = "torch.distributed.tensor.experimental"
 _OF_PLANS = ("prompt_len", "global_tokens", "frequencies", "rotary_scale")
 
 
@@ -54,8 +57,10 @@ def attend(
 
     Raises:
         ValueError: a model with a plan has learnable sinks (``s_aux``), or asks for what the mode
-            of the layer cannot do.
+            of the layer cannot do; or the texts are sharded by ``context_parallel``.
     """
+    if not torch.compiler.is_compiling():  # Dynamo does not look at whose a function is
+        _refuse_shards()
     if kwargs.get("output_attentions") and not torch.compiler.is_compiling():
         _tell_no_weights()  # as "sdpa" of transformers does
     if kwargs.get("cache") is not None:
@@ -73,6 +78,17 @@ def attend(
     if plan is None:
         return _FULL(q, k, v, context), None
     return run_plan(plan, module, q, k, v, context), None
+
+
+def _refuse_shards() -> None:
+    """Refuse to attend within the shard of a process as if it were the text."""
+    if getattr(F.scaled_dot_product_attention, "__module__", "").startswith(_SHARDED):
+        raise ValueError(
+            f"attention {NAME!r} sees the shard of one process alone under context parallelism, "
+            "which replaces PyTorch's attention and no other; train with "
+            'attn_implementation="sdpa" and no attention plan there, or without context_parallel '
+            "(`cp_size` of accelerate)"
+        )
 
 
 def count(
