@@ -9,6 +9,8 @@ from torch import Tensor
 
 from bitnet_triton.kernels.native_sparse.blocks import SparseBlocks, count_blocks
 
+Results = tuple[Tensor, Tensor, Tensor]
+
 
 @dataclass(frozen=True)
 class SparseCall:
@@ -102,3 +104,12 @@ def block_tokens(
         start = leftpad[:, None] + i * stride
         return torch.where(start + block <= tokens, start, -1).int()
     return None
+
+
+def empty_results(q: Tensor, k: Tensor, v: Tensor, call: SparseCall) -> Results:
+    """Return memory for out, lse and indices, of no size where they are not asked for."""
+    *lead, T, H, _ = q.shape
+    out = q.new_empty([*lead, T, H, v.shape[-1]] if call.attend else [0])
+    lse = q.new_empty([*lead, H, T] if call.keeps_lse else [0], dtype=torch.float32)
+    chosen = [*lead, T, k.shape[-2], call.blocks.selected] if call.select else [0]
+    return out, lse, q.new_empty(chosen, dtype=torch.int32)

@@ -9,12 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bitnet_triton.kernels.native_sparse.arguments import SparseCall
-from bitnet_triton.kernels.native_sparse.launchers import (
-    COMPRESSED_BWD,
-    COMPRESSED_FWD,
-    empty_results,
-)
+from bitnet_triton.kernels.native_sparse.arguments import SparseCall, empty_results
+from bitnet_triton.kernels.native_sparse.launchers import COMPRESSED_BWD, COMPRESSED_FWD
 from bitnet_triton.runtime import (
     Implementation,
     register_op,

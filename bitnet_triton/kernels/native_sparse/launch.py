@@ -12,13 +12,12 @@ from torch import Tensor
 
 from bitnet_triton.kernels.flash_attention.launch import launch_delta
 from bitnet_triton.kernels.flash_attention.operands import strides
-from bitnet_triton.kernels.native_sparse.arguments import SparseCall
+from bitnet_triton.kernels.native_sparse.arguments import Results, SparseCall, empty_results
 from bitnet_triton.kernels.native_sparse.backward import (
     _compressed_attention_bwd_dkdv_kernel,
     _compressed_attention_bwd_dq_kernel,
 )
 from bitnet_triton.kernels.native_sparse.forward import _compressed_attention_fwd_kernel
-from bitnet_triton.kernels.native_sparse.launchers import Results, empty_results
 from bitnet_triton.runtime import cdiv, launch
 from bitnet_triton.runtime.autotune import Tiles, head_size, tiles
 from bitnet_triton.runtime.device import smallest_dot

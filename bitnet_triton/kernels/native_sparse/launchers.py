@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bitnet_triton.kernels.flash_attention.launchers import LARGEST_HEAD, inner_contiguous
-from bitnet_triton.kernels.native_sparse.arguments import SparseCall
+from bitnet_triton.kernels.native_sparse.arguments import Results, SparseCall, empty_results
 from bitnet_triton.kernels.native_sparse.reference import (
     block_scores_reference,
     compressed_attention_reference,
@@ -20,8 +20,6 @@ from bitnet_triton.runtime.device import smallest_dot
 
 # selection scores of a tile are summed in registers
 _LARGEST_RATIO = 32
-
-Results = tuple[Tensor, Tensor, Tensor]
 
 
 def triton_objection(q: Tensor, v: Tensor, call: SparseCall) -> str | None:
@@ -34,15 +32,6 @@ def triton_objection(q: Tensor, v: Tensor, call: SparseCall) -> str | None:
     if call.blocks.ratio > _LARGEST_RATIO:
         return f"selection blocks have at most {_LARGEST_RATIO} strides"
     return None
-
-
-def empty_results(q: Tensor, k: Tensor, v: Tensor, call: SparseCall) -> Results:
-    """Return memory for out, lse and indices, of no size where they are not asked for."""
-    *lead, T, H, _ = q.shape
-    out = q.new_empty([*lead, T, H, v.shape[-1]] if call.attend else [0])
-    lse = q.new_empty([*lead, H, T] if call.keeps_lse else [0], dtype=torch.float32)
-    chosen = [*lead, T, k.shape[-2], call.blocks.selected] if call.select else [0]
-    return out, lse, q.new_empty(chosen, dtype=torch.int32)
 
 
 def _triton_fwd(q: Tensor, k: Tensor, v: Tensor, call: SparseCall) -> Results:
