@@ -34,9 +34,14 @@ def use_ternary_kernels(model: Model, *, fuse: bool = True) -> Model:
         The same model.
 
     Raises:
-        ValueError: the model has no such layer, or a layer holds no valid codes or scale; then
-            nothing was changed.
+        ValueError: the model has no such layer, a layer holds no valid codes or scale, or
+            transformers has divided the model among processes; then nothing was changed.
     """
+    if (getattr(model, "_tp_size", None) or 1) > 1 and getattr(model, "processes", None) is None:
+        raise ValueError(
+            "`model`: expected a whole one: transformers' styles of tensor parallelism do not "
+            "divide packed weights; `BitNetForCausalLM.from_pretrained` divides its own"
+        )
     found = {n: m for n, m in model.named_modules() if isinstance(m, (HfBitLinear, AutoBitLinear))}
     if not found:
         has_ours = any(isinstance(m, (BitLinear, PackedBitLinear)) for m in model.modules())

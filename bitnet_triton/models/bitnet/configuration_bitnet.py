@@ -12,6 +12,7 @@ from bitnet_triton.cache import parse_memory
 from bitnet_triton.models.onebit import config_objection
 from bitnet_triton.models.quantizer import in_memory, on_disk
 from bitnet_triton.models.rotary import DYNAMIC_YARN
+from bitnet_triton.models.tensor_parallel import DECODER_PLAN
 
 PLAIN_MODEL_TYPE = "bitnet"
 OWN_MODEL_TYPE = "bitnet_triton"
@@ -54,6 +55,7 @@ class BitNetConfig(HfBitNetConfig):
     """
 
     model_type = OWN_MODEL_TYPE
+    base_model_tp_plan = DECODER_PLAN
 
     attention: str | dict | None = None
     cache: str | dict | None = None

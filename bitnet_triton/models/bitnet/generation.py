@@ -13,6 +13,7 @@ from bitnet_triton.models.batching import pages_manager
 from bitnet_triton.models.bitnet.greedy import decode_greedily, greedy_objection, tell_once
 from bitnet_triton.models.bitnet.planned import named_cache, replace_dynamic_cache
 from bitnet_triton.models.rotary import depends_on_length, plan_length
+from bitnet_triton.nn.divided import Processes, share_random_state
 
 # What a step of ``generate`` calls: greedy decoding does without, unless somebody has replaced one
 _STEPS: dict[str, Callable[..., Any]] = {}
@@ -32,6 +33,8 @@ class Generation:
     attention_plan: AttentionPlan | None
     base_model: Any
     config: Any
+    device: Any
+    processes: Processes | None
 
     def generate(self, *args: Any, cache_implementation: Any = None, **kwargs: Any) -> Any:
         """Write tokens behind a prompt, as transformers' ``generate`` does.
@@ -53,6 +56,8 @@ class Generation:
             kwargs["past_key_values"] = named_cache(self, cache_implementation)
         elif cache_implementation is not None:
             kwargs["cache_implementation"] = cache_implementation
+        if self.processes is not None:
+            share_random_state(self.processes, self.device)
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def init_continuous_batching(
@@ -65,7 +70,14 @@ class Generation:
         """Return a manager of transformers' continuous batching; ``generate_batch`` calls it.
 
         With ``attn_implementation="bitnet_triton"`` the pages of its cache are read in place.
+
+        Raises:
+            ValueError: the model is divided among processes.
         """
+        if self.processes is not None:
+            raise ValueError(
+                "continuous batching: expected a whole model, got one divided among processes"
+            )
         is_kept = getattr(self, "_cached_continuous_batching_manager", None) is not None
         if self.config._attn_implementation == hub.NAME and not is_kept:
             return pages_manager(

@@ -17,13 +17,14 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from bitnet_triton.models.bitnet.ahead import StepAhead, Told, can_run_ahead, longest
 from bitnet_triton.models.fused.fusion import has_global_hooks
+from bitnet_triton.nn.divided import HeadPart
 from bitnet_triton.nn.head import Int8Head, OutputHead
 from bitnet_triton.runtime.device import autocast_dtype
 
 logger = logging.getLogger("bitnet_triton")
 
 # head -> its forward, which computes what ``topk`` compares
-_FORWARDS: dict[type, Any] = {kind: kind.forward for kind in (OutputHead, Int8Head)}
+_FORWARDS: dict[type, Any] = {kind: kind.forward for kind in (OutputHead, Int8Head, HeadPart)}
 _OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
 

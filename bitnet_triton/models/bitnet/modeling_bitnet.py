@@ -17,6 +17,7 @@ from transformers.utils.generic import can_return_tuple
 from bitnet_triton.attention import AttentionPlan, hub
 from bitnet_triton.errors import CheckpointError
 from bitnet_triton.models.bitnet.configuration_bitnet import BitNetConfig
+from bitnet_triton.models.bitnet.division import Division
 from bitnet_triton.models.bitnet.generation import Generation, keep_steps
 from bitnet_triton.models.bitnet.planned import (
     check_attention_implementation,
@@ -46,6 +47,7 @@ from bitnet_triton.models.rotary import (
     check_context_length,
     chosen_frequencies,
 )
+from bitnet_triton.models.tensor_parallel import HEAD_PLAN, count_beyond, divide
 from bitnet_triton.nn import RMSNorm, count_packed, resized_head, use_output_head
 
 
@@ -68,7 +70,7 @@ def _make_ours(decoder: Any) -> None:
         decoder.__class__ = BitNetModel
 
 
-class _TernaryModel(hf.BitNetPreTrainedModel):
+class _TernaryModel(Division, hf.BitNetPreTrainedModel):
     """What both classes share: our config, our linears, our checks while loading."""
 
     config_class = BitNetConfig
@@ -97,6 +99,8 @@ class _TernaryModel(hf.BitNetPreTrainedModel):
         """Follow ``plan`` from now on, with the parameters that its modes bring."""
         decoder = cast("Any", self.base_model)
         config = self.config
+        if self.processes is not None:
+            raise ValueError("`attention`: a model that is divided among processes has no plan")
         config.check_reversible(plan)
         give_plan(decoder, plan)  # refuses before anything has changed
         config.attention, config._attn_implementation = plan.to_config(), hub.NAME
@@ -128,14 +132,16 @@ class _TernaryModel(hf.BitNetPreTrainedModel):
             config: replaces the checkpoint's own.
             fuse: run inference with packed weights in few kernels, as ``bitnet_triton.fuse`` does;
                 a model that cannot be fused says why in the log and runs module by module.
-            **kwargs: as for any model of transformers.
+            **kwargs: as for any model of transformers; with ``tp_plan="auto"``, or
+                ``distributed_config=DistributedConfig(tp_size=...)``, the model is divided among
+                the processes of torchrun (docs/tensor-parallel.md).
 
         Raises:
             CheckpointError: tensors are missing, superfluous, of a wrong shape or dtype, hold an
                 invalid code or scale, a file is damaged or absent, or the weights are pickled;
                 nothing is returned then.
             ValueError: the checkpoint belongs to another model type; the attention mode is
-                unknown.
+                unknown; the model cannot be divided as ``tp_plan`` wants it.
         """
         path = pretrained_model_name_or_path
         if isinstance(config, PreTrainedConfig):
@@ -169,9 +175,15 @@ class _TernaryModel(hf.BitNetPreTrainedModel):
             # transformers fills what a checkpoint lacks with random numbers; a quantiser has
             # checked its checkpoint already
             check_checkpoint(model, checkpoint_files)
-        return hf.BitNetPreTrainedModel._load_pretrained_model(
+        is_divided = model.processes is not None and not is_adapter
+        if is_divided:
+            state_dict = divide(model, model.processes, checkpoint_files or [])
+        loaded = hf.BitNetPreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, expected_keys
         )
+        if is_divided:
+            model.requires_grad_(False)
+        return loaded
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         """Change who computes attention.
@@ -192,9 +204,11 @@ class _TernaryModel(hf.BitNetPreTrainedModel):
         super()._set_gradient_checkpointing(enable, *args, **kwargs)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Count parameters, and the weights that are packed, each of them."""
+        """Count parameters, and the weights that are packed, each of them, in all processes."""
         counted = super().num_parameters(only_trainable, exclude_embeddings)
-        return counted if only_trainable else counted + count_packed(self)
+        if only_trainable:
+            return counted
+        return counted + count_packed(self) + count_beyond(self)
 
     def _get_resized_lm_head(self, old_lm_head: nn.Linear, *args: Any, **kwargs: Any) -> nn.Linear:
         new = super()._get_resized_lm_head(old_lm_head, *args, **kwargs)
@@ -320,6 +334,7 @@ class BitNetForCausalLM(_TernaryModel, Generation, hf.BitNetForCausalLM):
     """
 
     mode_loss: Tensor | None = None
+    _tp_plan = HEAD_PLAN  # type: ignore[assignment]  # transformers has none for BitNet
 
     def forward(
         self,

@@ -31,6 +31,7 @@ from bitnet_triton.kernels.ternary_linear.quantized import ternary_linear_quanti
 from bitnet_triton.models.fused.changes import Changes
 from bitnet_triton.models.planned_attention import PlannedAttention
 from bitnet_triton.nn import MergedLinears, PackedBitLinear, RMSNorm
+from bitnet_triton.nn.divided import Part
 from bitnet_triton.runtime import backend_objection, forced_backend, select
 from bitnet_triton.runtime.autotune import largest_size
 from bitnet_triton.runtime.device import autocast_dtype, smallest_dot
@@ -111,6 +112,8 @@ def layer_objection(layer: Any, architecture: Architecture) -> str | None:
     """Say why a layer cannot be fused; None when it can."""
     if any(hasattr(module, "_hf_hook") for module in layer.modules()):
         return "accelerate moves its weights or inputs; load the model onto one device"
+    if any(isinstance(module, Part) for module in layer.modules()):
+        return "it is divided among processes, which tell each other values inside of it"
     for name, module in layer.named_modules():
         if module is not layer and "forward" in module.__dict__:
             return f"{name}: it has a forward of its own"
