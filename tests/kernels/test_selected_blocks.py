@@ -154,6 +154,35 @@ def test_programs_of_one_query_match_the_dense_formula(case, device, backend, mo
     check(indices, block, inputs, device, dtype=dtype, causal=causal)
 
 
+@pytest.fixture
+def by_mask(monkeypatch):
+    """Compute every forward on a CPU by dense tiles and a mask."""
+    from bitnet_triton.kernels.selected_blocks import launch
+
+    monkeypatch.setattr(launch, "prefers_mask", lambda k, call: True)
+
+
+@pytest.mark.backends("triton")
+@pytest.mark.parametrize("case", [0, 1, 2, 8, 11])
+def test_dense_tiles_and_a_mask_match_the_dense_formula(case, device, backend, by_mask):
+    test_results_and_gradients_match_the_dense_formula(case, device, backend)
+
+
+@pytest.mark.backends("triton")
+@pytest.mark.parametrize("listed", [20, 3])
+def test_many_small_blocks_are_computed_by_a_mask(listed, device, backend, monkeypatch):
+    from bitnet_triton.kernels.selected_blocks import launch, masked
+
+    masks, launch_masked = [], launch.launch_masked
+    monkeypatch.setattr(masked, "_MEMORY", 1)  # a group of tokens at a time
+    monkeypatch.setattr(
+        launch, "launch_masked", lambda *args: masks.append(1) or launch_masked(*args)
+    )
+    indices = random_choice(2, 200, 2, listed, 67)
+    check(indices, 3, draw(2, 200, 200, 4, 2, 32, 32), device)
+    assert bool(masks) == (device == "cpu" and listed == 20)
+
+
 @pytest.mark.backends("triton")
 def test_long_lists_are_divided_and_summed(device, backend, monkeypatch):
     from bitnet_triton.kernels.selected_blocks import launch
@@ -200,6 +229,12 @@ def test_what_broke_others_is_right(trap, device, backend):
     T, S, block = 150, 5, 16
     indices = TRAPS[trap](T, S, -(-T // block)).to(torch.int32).contiguous()
     check(indices, block, draw(1, T, T, 8, 2, 32, 16), device)
+
+
+@pytest.mark.backends("triton")
+@pytest.mark.parametrize("trap", TRAPS)
+def test_what_broke_others_is_right_by_a_mask(trap, device, backend, by_mask):
+    test_what_broke_others_is_right(trap, device, backend)
 
 
 def test_blocks_longer_than_the_text_are_the_text(device, backend):
@@ -284,6 +319,14 @@ def test_packed_sequences_stay_apart(device, backend):
         for parts in apart
     )
     compare(ours, exact, eager, torch.float32)
+
+
+@pytest.mark.backends("triton")
+def test_a_mask_goes_by_the_bounds_of_rows(device, backend, by_mask):
+    """What padding holds, and what nobody chose, may be no number."""
+    test_padding_on_the_left_counts_for_nothing(60, device, backend)
+    test_packed_sequences_stay_apart(device, backend)
+    test_keys_that_are_not_selected_change_nothing(device, backend)
 
 
 @pytest.mark.backends("reference")

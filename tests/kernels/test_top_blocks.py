@@ -82,6 +82,43 @@ def test_the_blocks_of_the_best_units_are_chosen(case, device, backend):
     assert torch.equal(found, expected)
 
 
+# likewise: a row of which everything is chosen, several launches, and blocks of no power of two
+LONG = [
+    (300, 300, 4, 1, 4, 16, TOKENS, 2, 60, 1, 1, F32),
+    (70, 300, 6, 2, 2, 24, TOKENS, 6, 50, 0, 2, BF16),
+    (90, 140, 6, 1, 3, 16, MEANS, 8, 12, 1, 2, F32),
+    (33, 140, 4, 2, 2, 16, WINDOWS, 16, 3, 2, 1, F32),
+    (33, 140, 4, 2, 2, 16, PAGES, 4, 30, 1, 1, F32),
+]
+
+
+@pytest.mark.backends("triton")
+@pytest.mark.parametrize("case", LONG, ids=str)
+def test_long_lists_are_taken_by_numbers(case, device, backend, monkeypatch):
+    from bitnet_triton.kernels.top_blocks import long_lists
+
+    taken = []
+    launch_take = long_lists.launch_take
+    monkeypatch.setattr(long_lists, "_LONG", 0)
+    monkeypatch.setattr(long_lists, "_MEMORY", 1)  # a tile of queries at a time
+    monkeypatch.setattr(
+        long_lists, "launch_take", lambda *args, **kw: taken.append(launch_take(*args, **kw))
+    )
+    test_the_blocks_of_the_best_units_are_chosen(case, device, backend)
+    if device == "cpu":
+        Tq, Hu, sets = case[0], *case[3:5]
+        of_tile = -(-64 // (sets // Hu))
+        assert len(taken) == -(-Tq // of_tile)
+
+
+@pytest.mark.backends("triton")
+def test_long_lists_of_codes_are_those_of_their_values(device, backend, monkeypatch):
+    from bitnet_triton.kernels.top_blocks import long_lists
+
+    monkeypatch.setattr(long_lists, "_LONG", 0)
+    test_codes_choose_what_their_values_choose(device, backend)
+
+
 @pytest.mark.parametrize("units", [MEANS, WINDOWS, PAGES], ids=str)
 def test_units_are_means_and_bounds_of_their_windows(units, device, backend):
     k = torch.randn(2, 61, 3, 24).transpose(2, 3).contiguous().transpose(2, 3)

@@ -1,4 +1,4 @@
-"""Start the kernels over chosen blocks: by queries, or by groups of tokens and key blocks."""
+"""Start the kernels over chosen blocks: by queries, by groups of tokens, or by a mask."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from bitnet_triton.kernels.selected_blocks.lists import (
     token_bounds,
     turn_lists,
 )
+from bitnet_triton.kernels.selected_blocks.masked import launch_masked, prefers_mask
 from bitnet_triton.runtime import cdiv, launch
 from bitnet_triton.runtime.autotune import head_size, tiles
 from bitnet_triton.runtime.device import smallest_dot
@@ -56,6 +57,9 @@ def launch_forward(q: Tensor, k: Tensor, v: Tensor, call: SelectedCall) -> tuple
             block=call.block, scale=call.scale, causal=call.causal,
             packed=call.cu_seqlens is not None,
         )  # fmt: skip
+    if prefers_mask(k, call):
+        lists = replace(call, indices=inner_contiguous_lists(call.indices))
+        return launch_masked(q, k, v, lists, _row_spans(call, k.shape[1]))
     return _launch_groups(q, k, v, call)
 
 

@@ -109,7 +109,8 @@ def selected_block_attention(
     arXiv:2502.11089, section 3.3.2), in float32. Block n holds the keys n * block up to
     (n + 1) * block - 1; query head h reads the blocks of key head h // (H / Hk). The last query
     stands at the last key. A query that sees no key gives zeros. The result and the gradients are
-    deterministic; the choice has no gradient.
+    deterministic; the choice has no gradient. On a CPU lists of many small blocks go over all keys
+    with a mask: a key that is not finite may reach queries beside those that chose it there.
 
     Args:
         q: [B Tq H D] float16, bfloat16 or float32; [sum T, H, D] for packed sequences.

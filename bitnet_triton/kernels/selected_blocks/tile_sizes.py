@@ -15,6 +15,10 @@ CPU: Table = {
     "selected_blocks_fwd": {
         ANY: {"BLOCK_M": 16, "BLOCK_N": 64},
     },
+    # dense tiles with a mask: for CPUs alone
+    "selected_blocks_fwd_masked": {
+        ANY: {"BLOCK_M": 64, "BLOCK_N": 64},
+    },
     "selected_blocks_bwd_dq": {
         ANY: {"BLOCK_M": 16, "BLOCK_N": 64},
     },

@@ -106,7 +106,7 @@ def _best_codes(value, q, k, scale, is_unit, unit, whole, MASKED: tl.constexpr) 
 
 
 @triton.jit
-def _store_keys(
+def store_keys(
     keys_ptr, value, row, j, end, own, initial, local, N, Hu, key_head, Tq, SETS: tl.constexpr
 ) -> None:
     """Store numbers that order like scores [M, NB]: what is always chosen above, no block below."""
@@ -215,11 +215,9 @@ def _top_blocks_score_kernel(
                         value1, q1, least1, k, k_least, is_unit, unit, whole1, is_edge, BOUNDS
                     )
             j = j0 + tl.arange(0, NB)
-            _store_keys(
-                keys_ptr, value0, m, j, end, own0, initial, local, N, Hu, key_head, Tq, SETS
-            )
+            store_keys(keys_ptr, value0, m, j, end, own0, initial, local, N, Hu, key_head, Tq, SETS)
             if MORE > 0:
-                _store_keys(
+                store_keys(
                     keys_ptr, value1, more, j, end, own1, initial, local, N, Hu, key_head, Tq,
                     SETS,
                 )  # fmt: skip
@@ -238,12 +236,12 @@ def _count(keys_ptr, blocks, least, BLOCK_J: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def _top_blocks_take_kernel(
-    # tensors: keys int32 [B Tq R N], out int32 [B Tq R SELECTED], of R sets
+    # tensors: keys int32 [B queries R N], of R sets; out int32 [B Tq R SELECTED]
     keys_ptr, out_ptr,
     # int32 [B] or None: the first valid column, one past the last one
     leftpad_ptr, used_ptr,
-    # sizes
-    Tq, Tk, N, R, block,
+    # sizes; the launch takes the queries from t0 on
+    Tq, Tk, t0, N, R, block,
     # compile-time
     DEPENDENT: tl.constexpr, SELECTED: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
@@ -251,12 +249,12 @@ def _top_blocks_take_kernel(
     wait_for_inputs(DEPENDENT)
     BEST: tl.constexpr = triton.next_power_of_2(SELECTED)
     b = tl.program_id(1)
-    row = b.to(tl.int64) * Tq * R + tl.program_id(0)
+    batch = b.to(tl.int64)
     _, n, _, _ = sequence_range(leftpad_ptr, used_ptr, None, b, Tq, Tk)
-    p = tl.program_id(0) // R + n - Tq
+    p = t0 + tl.program_id(0) // R + n - Tq
     blocks = tl.where(p >= 0, p // block + 1, 0)
-    keys_ptr += row * N
-    out_ptr += row * SELECTED
+    keys_ptr += (batch * tl.num_programs(0) + tl.program_id(0)) * N
+    out_ptr += ((batch * Tq + t0) * R + tl.program_id(0)) * SELECTED
 
     # as many as are wanted are not below `low`, or that is lowest; fewer are not below `high`
     low = tl.full((), _NONE, tl.int64)
@@ -311,11 +309,23 @@ def launch_top_blocks_decode(
         ROWS=together, MORE=triton.next_power_of_2(rows - together) if rows > together else 0,
         **config, **dependent(q.device),
     )  # fmt: skip
-    launch(_top_blocks_take_kernel, (Tq * sets, B))(
-        found, out, leftpad, used, Tq, tokens, N, sets, block, SELECTED=selected,
-        **tiles("top_blocks_take", N, q.device), **dependent(q.device),
-    )  # fmt: skip
+    launch_take(found, out, leftpad, used, tokens=tokens, block=block)
     return out
+
+
+def launch_take(
+    keys: Tensor, out: Tensor, leftpad: Tensor | None, used: Tensor | None, *, tokens: int,
+    block: int, first: int = 0,
+) -> None:  # fmt: skip
+    """Write to ``out`` [B Tq R S] the blocks with the highest ``keys`` [B T R N].
+
+    They are those of T queries, from number ``first`` on.
+    """
+    (B, T, R, N), (Tq, selected) = keys.shape, (out.shape[1], out.shape[3])
+    launch(_top_blocks_take_kernel, (T * R, B))(
+        keys, out, leftpad, used, Tq, tokens, first, N, R, block, SELECTED=selected,
+        **tiles("top_blocks_take", N, keys.device), **dependent(keys.device),
+    )  # fmt: skip
 
 
 def decode_objection(rows: int, units: Units, block: int) -> str | None:

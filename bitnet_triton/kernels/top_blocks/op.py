@@ -12,7 +12,7 @@ from bitnet_triton.kernels.common.checks import check_device, check_dtype, check
 from bitnet_triton.kernels.common.lengths import in_a_row
 from bitnet_triton.kernels.top_blocks.reference import rounded_queries, top_blocks_reference
 from bitnet_triton.kernels.top_blocks.units import Units
-from bitnet_triton.runtime import Implementation, register_op, select
+from bitnet_triton.runtime import Implementation, cdiv, register_op, select
 from bitnet_triton.runtime.device import smallest_dot
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -62,9 +62,17 @@ class Choice:
 def _triton_top(q: Tensor, keys: Tensor, choice: Choice) -> Tensor:
     # Triton is imported on first use: that takes longer than this package
     from bitnet_triton.kernels.top_blocks.forward import launch_top_blocks
+    from bitnet_triton.kernels.top_blocks.long_lists import launch_top_blocks_long, prefers_numbers
 
     q, keys = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, keys))
-    return launch_top_blocks(q, keys, **vars(choice))
+    settings = dict(vars(choice))
+    if smallest_dot(q.device) == 1 and settings["starts"] is None:
+        rows = q.shape[1] * (choice.sets // keys.shape[2])
+        blocks = cdiv(choice.tokens, choice.block)
+        if prefers_numbers(rows, choice.selected, blocks):
+            del settings["starts"]
+            return launch_top_blocks_long(q, keys, **settings)
+    return launch_top_blocks(q, keys, **settings)
 
 
 def choice_objection(q: Tensor, keys: Tensor) -> str | None:
@@ -144,7 +152,8 @@ def top_blocks(  # noqa: PLR0913 - what the units are, which are chosen, and whe
     A set of heads is scored as their sum. The first and the last blocks are chosen always, the
     token's own one among the latter; future ones never; of equal ones the earlier. Of units of
     bounds the score is the sum over channels of max(q max, q min), an upper bound of the product
-    with any key between (Quest, arXiv:2406.10774). The matrix of scores is never written.
+    with any key between (Quest, arXiv:2406.10774). The matrix of scores is never written; for long
+    lists on a CPU that of some queries at a time is.
 
     Args:
         q: [B Tq H D] float16, bfloat16 or float32, the last Tq tokens; packed: [sum T, H, D].

@@ -15,6 +15,9 @@ CPU: Table = {
     "top_blocks_score": {  # the size of a head
         ANY: {"BLOCK_N": 64},
     },
+    "top_blocks_score_rows": {  # the size of a head
+        ANY: {"BLOCK_M": 64, "BLOCK_N": 128},
+    },
     "top_blocks_take": {  # blocks
         ANY: {"BLOCK_J": 512},
     },
