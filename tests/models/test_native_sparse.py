@@ -33,6 +33,15 @@ YARN = {
         "original_max_position_embeddings": 32,
     }
 }  # fmt: skip
+# by its length: a text of more than 16 tokens is turned by the long factors, and scaled
+LONGROPE = {
+    "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 1e4, "factor": 8.0, "short_factor": [1.0] * 8,
+        "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0], "attention_factor": 1.2,
+        "original_max_position_embeddings": 16,
+    }
+}  # fmt: skip
+DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}
 JUMPS = {"shared": SPARSE, "own keys": OWN, "decode": {"prefill": "full", "decode": SPARSE}}
 PADDED = torch.tensor([[0, 0, 0, 1, 9, 30, 7], [1, 5, 23, 71, 8, 40, 6]])
 MASK = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1] * 7])
@@ -119,8 +128,17 @@ def rotate(x, positions, model):
         (OWN, {}, torch.arange(23)),
         (SPARSE, {}, positions_with_jumps(1, 23)[0]),
         (OWN, YARN, positions_with_jumps(1, 23)[0]),
+        (SPARSE, LONGROPE, torch.arange(23)),
+        (OWN, LONGROPE, torch.arange(23)),
     ],
-    ids=["shared, yarn", "own keys", "shared, jumps", "own keys, yarn, jumps"],
+    ids=[
+        "shared, yarn",
+        "own keys",
+        "shared, jumps",
+        "own keys, yarn, jumps",
+        "shared, longrope",
+        "own keys, longrope",
+    ],
 )
 def test_it_computes_what_the_paper_says(attention, sizes, at):
     """By the formula: keys compressed before they are rotated, to the first token of a block."""
@@ -389,15 +407,31 @@ def test_a_cache_with_blocks_of_other_sizes_is_refused(folder):
             model(PADDED[1:, :1], past_key_values=cache)
 
 
-@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
-def test_rotations_that_change_are_refused(rope):
-    """A key could not be turned back: its rotation was another one when it was cached."""
-    rope_parameters = {
-        "rope_type": rope, "rope_theta": 1e4, "factor": 2.0, "short_factor": [1.0] * 8,
-        "long_factor": [2.0] * 8, "original_max_position_embeddings": 32,
-    }  # fmt: skip
-    with pytest.raises(ValueError, match=f"'native_sparse' goes without rotary embedding '{rope}'"):
-        changed(SPARSE, rope_parameters=rope_parameters)
+@pytest.mark.parametrize("attention", [SPARSE, OWN], ids=["shared", "own keys"])
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_frequencies_by_length_are_those_of_the_whole_text(kind, attention, folder, replays):
+    """Chosen before the first token: blocks that are whole within the trained length too."""
+    sizes = LONGROPE if kind == "longrope" else {**DYNAMIC, "max_position_embeddings": 16}
+    model, ids = load(folder(attention, **sizes)), torch.randint(3, 96, (2, 40))
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+        cache = model(ids[:, :8], use_cache=True, context_length=40).past_key_values
+        logits = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(8, 40)]
+        assert close(torch.cat(logits, 1), whole[:, 8:])
+        short = model(ids[:, :12], use_cache=True)
+        within = model(ids[:, :12], use_cache=False, context_length=12).logits
+    assert bool(replays) == (attention is SPARSE)
+    assert close(short.logits, within)
+    assert not close(whole[:, :12], within)
+    with pytest.raises(ValueError, match="`past_key_values`: its keys are rotated for texts of"):
+        model(ids[:, 12:], past_key_values=short.past_key_values)
+
+
+def test_rows_that_turn_by_different_angles_are_refused():
+    model, ids = changed(SPARSE, **LONGROPE).eval(), torch.randint(3, 96, (2, 23))
+    mask = torch.stack([torch.arange(23) >= 11, torch.arange(23) >= 0]).long()
+    with torch.no_grad(), pytest.raises(ValueError, match="all within the trained length or all"):
+        model(ids, attention_mask=mask)
 
 
 def test_steps_that_are_not_recorded_say_why(folder, replays, caplog):

@@ -2,7 +2,8 @@
 
 Keys are compressed as they are before their rotary embedding, and the compressed key is rotated to
 the position of the first token of its block. Where a layer has one set of keys, they arrive rotated
-and are turned back first: that is exact to rounding, so a cache keeps no others.
+and are turned back first: that is exact to rounding, so a cache keeps no others. Frequencies that
+go by the length of a text are chosen once for a cache: keys are turned back by what turned them.
 """
 
 from __future__ import annotations
@@ -32,7 +33,6 @@ from bitnet_triton.kernels import (
 from bitnet_triton.kernels.native_sparse.arguments import block_tokens
 
 KEYS, VALUES = "compressed_keys", "compressed_values"
-_CHANGING_ROPE = frozenset({"dynamic", "longrope"})
 
 
 @dataclass(frozen=True)
@@ -92,18 +92,7 @@ class NativeSparse(Mode):
         return True
 
     def module(self, config: Any) -> nn.Module:
-        """Return gates, compressors, and projections where branches have their own.
-
-        Raises:
-            ValueError: rotations of the model change with the length of the text, so that keys
-                could not be turned back.
-        """
-        rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-        if rope in _CHANGING_ROPE:
-            raise ValueError(
-                f"`attention`: {self.name!r} goes without rotary embedding {rope!r}, which turns a "
-                "position by another angle when the text has grown"
-            )
+        """Return gates, compressors, and projections where branches have their own."""
         return SparseParts(config, self.block, self.compression, self.shared_kv)
 
     def memory(self, other: Mode) -> Memory:
@@ -175,6 +164,12 @@ class NativeSparse(Mode):
         check_served(self, context)
         if context.softcap is not None or context.s_aux is not None:
             raise ValueError(f"`attention`: {self.name!r} has no bounded scores and no sinks")
+        if context.frequencies is None and context.rotary_scale is not None:
+            raise ValueError(
+                f"`attention`: {self.name!r} turns compressed keys of all rows alike, and here "
+                "texts of different lengths turn by different angles; give it batches of texts "
+                "that are all within the trained length or all beyond it"
+            )
         if context.module is None or context.frequencies is None or context.positions is None:
             raise ValueError(f"`attention`: {self.name!r} needs a layer that tells of its rotation")
         is_own = isinstance(context.memory, CompressedLayer)
