@@ -18,6 +18,7 @@ from bench.cases import (
     sampling,
     small_batches,
     sparse_attention,
+    state_steps,
     ternary_linear,
     triton_cpu,
 )
@@ -33,6 +34,7 @@ CASES: dict[str, ModuleType] = {
     "page_steps": page_steps,
     "code_steps": code_steps,
     "linear_attention": linear_attention,
+    "state_steps": state_steps,
     "int8_linear": int8_linear,
     "model": model,
     "generate": generate,

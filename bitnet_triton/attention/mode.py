@@ -72,7 +72,8 @@ class StepTensors(NamedTuple):
 
     Attributes:
         heads: [B 1 H + 2 Hk D], the projections of queries, keys and values, not rotated.
-        cos: [P D], the rotary embedding of all positions.
+        cos: [P D], the rotary embedding of all positions; of one where no mode of the model
+            ``takes_rotated``.
         sin: likewise.
         places: int32 [k B], what the memory of the layer has told by ``places``.
         hidden_states: [B 1 K], the normed input of the layer for a mode that

@@ -18,6 +18,7 @@ from bench.cases import (
     make_case,
     model,
     sparse_attention,
+    state_steps,
     ternary_linear,
 )
 from bench.decoding import STEPS
@@ -152,6 +153,22 @@ def test_steps_over_codes_agree_with_those_over_a_plain_cache(of):
     )
     errors = {row.provider: row.error for row in rows}
     assert errors["plain"] < errors["int8"] < errors["int4"]
+
+
+def test_steps_over_states_agree_with_a_call_of_all_their_tokens(monkeypatch):
+    case, bytes_of = make_case("state_steps"), {}
+    for T in (300, 2000):
+        rows = measure_point(case, {"model": "tiny", "T": T}, case.providers, SETTINGS)
+        assert {row.status for row in rows} == {"timed"}, rows
+        bytes_of[T] = {row.provider: row.details["cache_bytes"] for row in rows}
+    # of heads of 16 values a state in float32, and three inputs of the convolution in bfloat16
+    assert (
+        bytes_of[2000]["linear"] == bytes_of[300]["linear"] == 4 * (2 * 16 * 16 * 4 + 3 * 128 * 2)
+    )
+    assert bytes_of[2000]["full"] - bytes_of[300]["full"] == 1700 * 4 * 2 * 2 * 16 * 2
+    monkeypatch.setattr(state_steps, "LARGEST_CACHE", 4 * 2 * 2 * 16 * 2 * 300 - 1)
+    rows = measure_point(case, {"model": "tiny", "T": 300}, case.providers, SETTINGS)
+    assert [row.status for row in rows] == ["timed", "timed", "missing"]
 
 
 def test_engines_answer_as_requests_alone():

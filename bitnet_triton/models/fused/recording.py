@@ -7,6 +7,7 @@ layers drop what has left a window.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -105,10 +106,11 @@ class Recording:
         norm = model.norm.weight
         self._places = step.places.to(norm.device, copy=True)
         self._hidden = norm.new_zeros((step.places.shape[-1], norm.shape[0]))
-        self._positions = max(
-            2 * step.last_position, min(model.config.max_position_embeddings, _POSITIONS)
-        )
-        every = torch.arange(self._positions, device=norm.device)[None]
+        turns = any(mode.takes_rotated for mode in step.modes)
+        wanted = max(2 * step.last_position, min(model.config.max_position_embeddings, _POSITIONS))
+        # where nothing is turned, a table would be all that grows with the text
+        self._positions = wanted if turns else sys.maxsize
+        every = torch.arange(wanted if turns else 1, device=norm.device)[None]
         with nullcontext() if step.frequencies is None else step.frequencies.in_use():
             cos, sin = model.rotary_emb(norm, every)
         self._angles = cos[0], sin[0]
