@@ -203,6 +203,14 @@ class PlainParts(nn.Module):
             return self.keys(q, queries=True), self.keys(k)
         return self.queries(q), self.keys(k)
 
+    def matrices(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return those of queries and of keys, where they lie; both None: the map has none."""
+        if isinstance(self.keys, Performer):
+            return None, self.keys.rows
+        found = [getattr(part, "weight", None) for part in (self.queries, self.keys)]
+        queries, keys = (None if t is None else t.detach() for t in found)
+        return queries, keys
+
 
 def constant_log_decay(heads: int, device: torch.device) -> Tensor:
     """Return float32 [heads], ln(1 - 2^(-5 - h)) of RetNet (arXiv:2307.08621, eq. 8)."""

@@ -13,6 +13,8 @@ from bitnet_triton.cache.key_values import may_write
 from bitnet_triton.cache.memory import Call, Memory
 from bitnet_triton.kernels import linear_attention
 
+# rows of what a state layer tells a step
+TURN, IS_TOKEN, POSITION = range(3)
 # tokens of a call, up to which it can be taken back: as many as an assistant proposes
 _MOST_TAKEN_BACK = 64
 
@@ -153,12 +155,13 @@ class StateLayer(Memory):
         return self._turn
 
     def places(self, call: Call) -> Tensor:
-        """Return int32 [2 B]: which of the two is read, and whether the token is no padding."""
+        """Return int32 [3 B]: which is read, whether the token is no padding, its position."""
         assert self.state is not None
-        places = torch.ones(2, self.state.shape[0], dtype=torch.int32)
-        places[0] = self._turn
+        places = torch.ones(3, self.state.shape[0], dtype=torch.int32)
+        places[TURN] = self._turn
         if call.leftpad is not None:
-            places[1] = (call.columns >= call.leftpad).int()
+            places[IS_TOKEN] = (call.columns >= call.leftpad).int()
+        places[POSITION] = call.position
         return places
 
     def advance(self, new: int) -> None:

@@ -62,7 +62,7 @@ class Performer(nn.Module):
                 of any length stay finite. Keys have no such factor: it would not be causal.
         """
         wide = x.float() * self.D**-0.25
-        logits = wide @ self.rows.t() - wide.square().sum(-1, keepdim=True) / 2
+        logits = wide @ self.rows.float().t() - wide.square().sum(-1, keepdim=True) / 2
         if queries:
             logits = logits - logits.amax(-1, keepdim=True).detach()
         return (logits.exp() * self.features**-0.5).to(x.dtype)

@@ -37,6 +37,7 @@ from bitnet_triton.kernels.int8_linear.forward import (
 from bitnet_triton.kernels.kv_pages.forward import launch_copy_pages, launch_write_pages
 from bitnet_triton.kernels.linear_attention import launch as linear_launch
 from bitnet_triton.kernels.linear_attention.decode import launch_decode as launch_linear_decode
+from bitnet_triton.kernels.linear_attention.plain_step import PlainStep, launch_plain_step
 from bitnet_triton.kernels.linear_attention.step import GatedStep, launch_gated_step
 from bitnet_triton.kernels.linear_cross_entropy.backward import launch_cross_entropy_bwd
 from bitnet_triton.kernels.linear_cross_entropy.forward import launch_cross_entropy
@@ -373,6 +374,23 @@ def launch_linear_attention(D, dtype, of_channels):
         scale=0.1, states=meta(2, 1, 4, D, D), tails=meta(2, 1, 3, 16 * D, dtype=dtype),
         turn=meta(1, dtype=torch.int32), is_token=meta(1, dtype=torch.int32),
     )  # fmt: skip
+    if not of_channels:
+        launch_plain(D, dtype)
+
+
+def launch_plain(D, dtype):
+    """Start the kernels of a decode step of the plain forms."""
+    one, angles = meta(1, dtype=torch.int32), meta(4096, D, dtype=dtype)
+    matrices = {
+        "elu": (), "relu": (), "performer": (None, meta(640, D)),
+        "hedgehog": (meta(8, D, D, dtype=dtype), meta(4, D, D, dtype=dtype)),
+    }  # fmt: skip
+    for feature_map, given in matrices.items():
+        parts = PlainStep(feature_map, *given)._replace(log_decay=meta(4))
+        launch_plain_step(
+            meta(1, 1, 16, D, dtype=dtype), parts, kv_heads=4, cos=angles, sin=angles,
+            states=meta(2, 1, 4, parts.features(D), D + 1), turn=one, is_token=one, positions=one,
+        )  # fmt: skip
 
 
 def launch_entropy(M, V, first, dtype):

@@ -61,7 +61,7 @@ OVERLAPPED = (
     "sign_scores", "verified_draw", "lsh_attention_hash", "lsh_attention_list",
     "lsh_attention_decode", "selected_blocks_fwd_rows", "linear_attention_decode",
     "compressed_attention_decode", "compressed_attention_take", "compress_step", "sparse_gates",
-    "hadamard_fwd",
+    "hadamard_fwd", "plain_features", "normalise",
     "quantised_attention_fwd", "quantised_attention_merge",
 )  # fmt: skip
 MANY_TOKENS = ("ternary_linear_fwd", "bit_linear_fwd", "bit_linear_fwd_from_codes")

@@ -9,7 +9,9 @@ from accelerate import cpu_offload
 from transformers.cache_utils import DynamicCache
 
 import bitnet_triton as bt
+from bitnet_triton.attention import Mode
 from bitnet_triton.attention.linear_parts import FEATURE_MAPS
+from bitnet_triton.attention.modes.linear import Linear
 from bitnet_triton.cache import GrowingLayer, StateLayer
 from bitnet_triton.kernels.linear_attention.reference import recurrent_reference
 from bitnet_triton.models.fused.layer import FusedDecoderLayer
@@ -238,9 +240,7 @@ def test_packed_texts_are_read_alone(attention):
     torch.testing.assert_close(packed, torch.cat(alone, 1), atol=2e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize(
-    "attention", [GATED, KDA, BARE, HYBRID], ids=["gated", "kda", "bare", "hybrid"]
-)
+@every
 def test_steps_are_recorded_and_are_one_forward(attention, folder, replays):
     model, ids = load(folder(attention)), draw(2, 40)
     assert all(isinstance(layer, FusedDecoderLayer) for layer in model.model.layers)
@@ -252,10 +252,34 @@ def test_steps_are_recorded_and_are_one_forward(attention, folder, replays):
 
 
 @every
+def test_recorded_steps_are_those_that_are_launched(attention, folder, replays, monkeypatch):
+    """The same states behind every step, from the same state on."""
+    model, ids = load(folder(attention)), draw(2, 20)
+    _, cache = in_parts(model, ids, (8,))
+    former = copy.deepcopy(cache)
+
+    def steps(cache):
+        return [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(8, 20)]
+
+    with torch.no_grad():
+        recorded = steps(cache)
+        assert len(replays) >= 10
+        monkeypatch.setattr(Linear, "step", Mode.step)
+        model.model.decode_steps.recording = None
+        replays.clear()
+        launched = steps(former)
+        assert not replays
+    assert close(torch.cat(recorded, 1), torch.cat(launched, 1))
+    for some, other in zip(cache.layers, former.layers):
+        if isinstance(some, StateLayer):
+            assert close(some.state, other.state)
+
+
+@every
 def test_generation_beside_padding_is_one_forward(attention, folder, replays):
     path = folder(attention)
     out = generate(load(path), return_dict_in_generate=True, output_logits=True)
-    assert bool(replays) == (attention in (GATED, KDA, BARE, HYBRID))
+    assert replays
     mask = torch.cat([MASK, torch.ones(2, 24, dtype=torch.long)], 1)
     places = (mask.cumsum(-1) - 1).clamp_min(0)
     with torch.no_grad():
@@ -348,7 +372,7 @@ def test_its_parameters_are_trained_and_saved(attention, tmp_path):
         torch.testing.assert_close(load(tmp_path)(ids).logits, expected)
 
 
-@pytest.mark.parametrize("attention", [GATED, KDA], ids=["gated", "kda"])
+@pytest.mark.parametrize("attention", [GATED, KDA, HEDGEHOG], ids=["gated", "kda", "hedgehog"])
 def test_padding_that_comes_token_by_token_is_none(attention, folder, replays):
     """Rows of a batch that start later than others, in steps that are recorded."""
     model, ids = load(folder(attention)), draw(2, 30)

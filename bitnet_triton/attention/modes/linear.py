@@ -20,6 +20,7 @@ from bitnet_triton.attention.linear_parts import (
 from bitnet_triton.attention.masked import check_served
 from bitnet_triton.attention.mode import Mode, Reads, Step, StepLayer, StepTensors
 from bitnet_triton.cache import LastCall, Memory, StateLayer, latest
+from bitnet_triton.cache.states import IS_TOKEN, POSITION, TURN
 from bitnet_triton.kernels import linear_attention
 
 GATED = ("gated_delta", "kda")
@@ -139,10 +140,12 @@ class Linear(Mode):
 
     def step(self, memory: Memory, layer: StepLayer) -> Step | str:
         """Take the new token into the state, by launches that a recording replays."""
-        if not self.is_gated:
-            return f"features {self.feature_map!r} have no kernel for one token"
         if not isinstance(memory, StateLayer) or memory.state is None:
             return "its cache has no state"
+        make = self._gated_step if self.is_gated else self._plain_step
+        return make(memory, layer)
+
+    def _gated_step(self, memory: StateLayer, layer: StepLayer) -> Step:
         # Triton is imported on first use
         from bitnet_triton.kernels.linear_attention.step import GatedStep, launch_gated_step
 
@@ -165,7 +168,26 @@ class Linear(Mode):
             return launch_gated_step(
                 step.heads, step.hidden_states, parts, kv_heads=layer.kv_heads,
                 scale=layer.scale, states=memory.states, tails=memory.tails,
-                turn=step.places[0], is_token=step.places[1],
+                turn=step.places[TURN], is_token=step.places[IS_TOKEN],
+            )  # fmt: skip
+
+        return run
+
+    def _plain_step(self, memory: StateLayer, layer: StepLayer) -> Step:
+        from bitnet_triton.kernels.linear_attention.plain_step import PlainStep, launch_plain_step
+
+        module, rates = cast("PlainParts", layer.module), None
+        assert memory.state is not None
+        if self.decay == "retnet":
+            rates = constant_log_decay(layer.kv_heads, memory.state.device)
+        parts = PlainStep(self.feature_map, *module.matrices(), rates)
+
+        def run(step: StepTensors) -> Tensor:
+            assert memory.states is not None
+            return launch_plain_step(
+                step.heads, parts, kv_heads=layer.kv_heads, cos=step.cos, sin=step.sin,
+                states=memory.states, turn=step.places[TURN], is_token=step.places[IS_TOKEN],
+                positions=step.places[POSITION],
             )  # fmt: skip
 
         return run

@@ -37,6 +37,8 @@ CPU: Table = {
     "gating": {ANY: {}},
     "short_convolution": {ANY: {}},
     "gated_norm": {ANY: {}},
+    "plain_features": {ANY: {"BLOCK_F": 16}},
+    "normalise": {ANY: {}},
 }
 
 _WIDE = {"BLOCK_T": 32, "num_warps": 4, "num_stages": 1}
@@ -71,13 +73,16 @@ GPU: Table = {
         128: {**_WIDE, "BLOCK_D": 16, "BLOCK_V": 32},
         ANY: {**_NARROW, "num_warps": 8, "BLOCK_D": 32, "BLOCK_V": 32},
     },
-    "linear_attention_decode": {
-        ANY: {"BLOCK_V": 16, "num_warps": 4, "num_stages": 1},
+    "linear_attention_decode": {  # features of a key
+        256: {"BLOCK_V": 16, "num_warps": 4, "num_stages": 1},
+        ANY: {"BLOCK_V": 8, "num_warps": 8, "num_stages": 1},
     },
     "project_row": {ANY: {"BLOCK_N": 8, "BLOCK_K": 256, "num_warps": 4}},
     "gating": {ANY: {"num_warps": 4}},
     "short_convolution": {ANY: {"num_warps": 4}},
     "gated_norm": {ANY: {"num_warps": 4}},
+    "plain_features": {ANY: {"BLOCK_F": 16, "num_warps": 4}},
+    "normalise": {ANY: {"num_warps": 4}},
 }
 
 register_tiles(cpu=CPU, gpu=GPU)
