@@ -165,7 +165,7 @@ def read_lines(path: str | Path) -> list[Line]:
     if path.suffix not in (".jsonl", ".json"):
         found = [Line(content)] if content.strip() else []
     else:
-        numbered = enumerate(content.splitlines(), 1)
+        numbered = enumerate(content.split("\n"), 1)  # strings may hold other ends of lines
         found = [_parse(f"`data`: {path}, line {n}", line) for n, line in numbered if line.strip()]
     if not found:
         raise ValueError(f"{wanted}, got {path}, which has no text")

@@ -28,7 +28,7 @@ class PackingCollator(DataCollatorWithFlattening):
     as trl packs them. ``Trainer`` removes columns that the forward of a model does not name, before
     they come here: ``completion_mask`` always, ``prompt_len`` beside models of transformers' own
     classes. Set ``remove_unused_columns=False`` for these; ``answers_only`` tells. Attention modes
-    that cannot keep documents apart refuse the batch.
+    that cannot keep documents apart refuse the batch. A document without tokens is left out.
 
     Args:
         tell_prompts: hand ``prompt_len`` on, an integer for each document, for models whose
@@ -55,12 +55,17 @@ class PackingCollator(DataCollatorWithFlattening):
         Raises:
             KeyError: ``tell_prompts``, and a document has none.
             ValueError: labels or a mask are not as long as their document, a prompt is longer, a
-                document has padding, or, with ``answers_only``, does not tell its answers.
+                document has padding, or, with ``answers_only``, does not tell its answers; a
+                feature has ``seq_lengths`` and ``prompt_len``; no document has tokens.
         """
         documents = [document for feature in features for document in _documents(feature)]
         for document in documents:
             self._check(document)
         parts = [{"input_ids": _ids(d), "labels": answer_labels(d)} for d in documents]
+        documents = [d for d, part in zip(documents, parts) if part["input_ids"]]
+        parts = [part for part in parts if part["input_ids"]]
+        if not parts:
+            raise ValueError("`features`: expected a document with tokens, got none")
         batch = super().__call__(parts, return_tensors, separator_id)
         if self.tell_prompts:
             lengths = [int(document["prompt_len"]) for document in documents]
@@ -133,6 +138,8 @@ def _documents(feature: Any) -> Iterator[Mapping[str, Any]]:
         if lengths is None:
             yield row
             continue
+        if row.get("prompt_len") is not None:
+            raise ValueError("`prompt_len`: expected labels or a mask beside `seq_lengths`")
         columns = {name: _plain(row[name]) for name in ("input_ids", *_TELLING[:-1]) if name in row}
         if sum(_plain(lengths)) != len(columns["input_ids"]):
             total = len(columns["input_ids"])

@@ -177,3 +177,10 @@ def test_nothing_to_draw_is_said_instead_of_sought_for_ever(tokens, monkeypatch)
     with pytest.raises(ValueError, match=r"`length`: expected room for a task, .*, got 100"):
         next(draw_documents(tokens, teacher=lambda *prompt: asked.append(prompt), **given))
     assert len(asked) == 100
+
+
+def test_strings_of_json_lines_hold_other_ends_of_lines(tmp_path):
+    said = "one\u2028two\x85three"
+    path = tmp_path / "said.jsonl"
+    path.write_text(json.dumps({"text": said}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert [line.prompt for line in read_lines(path)] == [said]

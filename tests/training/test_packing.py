@@ -183,3 +183,23 @@ def test_padding_and_answers_that_nobody_tells_are_refused():
     with pytest.raises(ValueError, match=r"`answers_only`.*remove_unused_columns"):
         PackingCollator(answers_only=True)([{"input_ids": [5, 6]}])
     PackingCollator(answers_only=True)([{"input_ids": [5, 6], "prompt_len": 1}])
+
+
+def test_documents_without_tokens_are_left_out():
+    full = [{"input_ids": [5, 6, 7], "prompt_len": 1}, {"input_ids": [8, 9], "prompt_len": 0}]
+    empty = {"input_ids": [], "prompt_len": 0}
+    collate = PackingCollator(tell_prompts=True)
+    wanted = collate(full)
+    found = collate([empty, full[0], empty, full[1], empty])
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert torch.equal(torch.as_tensor(found[name]), torch.as_tensor(value)), name
+    for nothing in ([], [empty]):
+        with pytest.raises(ValueError, match="`features`: expected a document with tokens"):
+            collate(nothing)
+
+
+def test_prompts_of_rows_that_are_packed_already_are_not_passed_over():
+    row = {"input_ids": [5, 6, 7], "seq_lengths": [1, 2], "prompt_len": 1}
+    with pytest.raises(ValueError, match="`prompt_len`: expected labels or a mask"):
+        PackingCollator()([row])
