@@ -104,7 +104,7 @@ def _probability(cosine, tables, BITS: tl.constexpr) -> tl.tensor:
     small = 1.0 + 0 * x
     for i in tl.static_range(9):
         # terms j = 11 .. 3 of the binomial sum, each by the one before
-        small = 1 + small * ratio * (tl.maximum(tables - 10 + i, 0.0) / (11 - i))
+        small = 1 + small * (ratio * (tl.maximum(tables - 10 + i, 0.0) / (11 - i)))
     small *= tables * (tables - 1) / 2 * x * x * tl.exp((tables - 2) * log_none)
     large = 1 - tl.exp((tables - 1) * log_none) * (1 + (tables - 1) * x)
     return tl.where(tables * x < 1, small, large)
@@ -112,16 +112,19 @@ def _probability(cosine, tables, BITS: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def _log_weight(
-    dots, q, centre, norms, is_head, direction_norm, dots_direction,
-    tables, KIND: tl.constexpr, BITS: tl.constexpr,
+    dots, q, centre, norms, is_head, direction_norm, direction_shift,
+    tables, KIND: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """Return in base 2 what divides rows by how probable they were, [ROWS or 1, BLOCK_N]."""
+    q = q.to(tl.float32)
+    length = tl.sqrt(tl.sum(q * q, axis=1))
     if KIND == PROPOSAL:
-        cosine = dots_direction / (direction_norm * norms)[None, :]
-        u = _probability(cosine, tables, BITS)
+        # the mean of normalised queries meets a key where they do
+        part = tl.where(is_head, 1 / (tl.maximum(length, 1e-30) * GROUP), 0.0)
+        towards = tl.sum(dots * part[:, None], axis=0)
+        cosine = (towards - direction_shift) / (direction_norm * norms)
+        u = _probability(cosine[None, :], tables, BITS)
     else:
-        q = q.to(tl.float32)
-        length = tl.sqrt(tl.sum(q * q, axis=1))
         shift = tl.sum(q * centre[None, :], axis=1)
         cosine = (dots - shift[:, None]) / tl.maximum(length[:, None] * norms[None, :], 1e-30)
         u = _probability(cosine, tables, BITS)
@@ -140,6 +143,19 @@ def _listed_rows(rows_ptr, lanes, count, start, first, PAGE: tl.constexpr) -> tu
     else:
         page = tl.load(rows_ptr + lanes // PAGE, mask=exists, other=-1)
         return first + tl.maximum(page, 0) * PAGE + lanes % PAGE, page >= 0
+
+
+@triton.jit
+def _rows_to_read(
+    rows_ptr, lanes, count, start, first, early, late, is_exact, PAGE: tl.constexpr
+) -> tuple:
+    """Return the rows number ``lanes``, of a list or of those in any case, and which there are."""
+    is_row = lanes < count
+    listed, exists = _listed_rows(rows_ptr, lanes, count, start, first, PAGE)
+    always = tl.where(lanes < early - first, first + lanes, late + lanes - (early - first))
+    row = tl.where(is_exact, always, listed)
+    # rows behind the last one may hold anything, and NaN times a weight of 0 is NaN
+    return row, is_row & (is_exact | (exists & (row >= early) & (row < late)))
 
 
 @triton.jit
@@ -241,6 +257,9 @@ def _lsh_gather_kernel(
     total = tl.zeros((ROWS,), tl.float32)
     for i in range(begin, count, BLOCK_N):
         lanes = i + tl.arange(0, BLOCK_N)
+        row, is_row = _rows_to_read(
+            rows_ptr, lanes, count, start, first, early, late, is_exact, PAGE
+        )
         if AHEAD:
             ahead = tl.where(is_exact, 0, tl.minimum(lanes + AHEAD, count - 1))
             following, _ = _listed_rows(rows_ptr, ahead, count, start, first, PAGE)
@@ -248,18 +267,8 @@ def _lsh_gather_kernel(
             _fetch(following, k_ptr, k_stride_t, D)
             if KIND != LISTED:
                 tl.load(norms_ptr + following, volatile=True)
-        is_row = lanes < count
-        listed, exists = _listed_rows(rows_ptr, lanes, count, start, first, PAGE)
-        always = tl.where(lanes < early - first, first + lanes, late + lanes - (early - first))
-        row = tl.where(is_exact, always, listed)
-        # rows behind the last one may hold anything, and NaN times a weight of 0 is NaN
-        is_row = is_row & (is_exact | (exists & (row >= early) & (row < late)))
         k = load_rows(k_ptr, row, k_stride_t, is_row, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-        v = load_rows(v_ptr, row, v_stride_t, is_row, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
         dots = tl.dot(q, tl.trans(k), input_precision="ieee")  # [ROWS, BLOCK_N]
-        towards = tl.zeros((BLOCK_N,), tl.float32)
-        if KIND == PROPOSAL:
-            towards = tl.sum(k.to(tl.float32) * direction[None, :], axis=1)
         scores = dots * scale_log2
         if KIND == LISTED:
             scores += weight
@@ -267,12 +276,13 @@ def _lsh_gather_kernel(
             norms = tl.load(norms_ptr + row, mask=is_row, other=1.0)  # [BLOCK_N]
             more = _log_weight(
                 dots, q, centre, tl.maximum(norms, 1e-30), is_head, direction_norm,
-                (towards - direction_shift)[None, :], tables, KIND, BITS,
+                direction_shift, tables, KIND, GROUP, BITS,
             )  # fmt: skip
             scores += tl.where(is_exact, 0.0, more)
         scores = tl.where(is_row[None, :], scores, float("-inf"))
         weights, shrink, top, total = softmax_step(top, total, scores, 1.0)
         acc *= shrink[:, None]
+        v = load_rows(v_ptr, row, v_stride_t, is_row, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
         if AHEAD:
             _fetch(following, v_ptr, v_stride_t, DV)
         if ROWS <= 4:
