@@ -31,7 +31,22 @@ _TOPIC = 64  # neighbouring tokens
 _TOLERANCE = 8e-3
 _SINKS, _RECENT = 4, 64
 # bits and tables: 2 to 5 % of the rows by the paper
-BUDGETS = {"10x150": (10, 150), "9x120": (9, 120), "8x75": (8, 75)}
+BUDGETS = {
+    "10x150": (10, 150),
+    "10x170": (10, 170),
+    "9x90": (9, 90),
+    "8x45": (8, 45),
+    "9x120": (9, 120),
+    "8x75": (8, 75),
+}
+# epsilon, delta, tails
+BOUNDS = {
+    "0.2_normal": (0.2, 0.05, "normal"),
+    "0.1_normal": (0.1, 0.05, "normal"),
+    "0.1_sampled": (0.1, 0.05, "sampled"),
+    "0.05_normal": (0.05, 0.05, "normal"),
+    "0.1_normal_delta_0.1": (0.1, 0.1, "normal"),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +160,7 @@ def _lsh(inputs: Inputs, bits: int, tables: int, share: str) -> Work:
     return _report(inputs, _recorded(inputs, run, Work(lambda: None)), rows, lists, more)
 
 
-def _verified(inputs: Inputs, epsilon: float, tails: str) -> Work:
+def _verified(inputs: Inputs, epsilon: float, delta: float, tails: str) -> Work:
     from bitnet_triton.kernels.lsh_sampling.verified import Verified, triton_verified, units_of
 
     page, selected, base = 32, 32, 256
@@ -153,7 +168,7 @@ def _verified(inputs: Inputs, epsilon: float, tails: str) -> Work:
 
     def run(q: Tensor) -> tuple[Tensor, ...]:
         call = Verified(
-            bounds, None, None, page, selected, 1, 3, base, 1, tails, epsilon, 0.05, inputs.scale
+            bounds, None, None, page, selected, 1, 3, base, 1, tails, epsilon, delta, inputs.scale
         )
         return triton_verified(q, inputs.k, inputs.v, call)
 
@@ -194,10 +209,10 @@ def case() -> Case:
                 functools.partial(_lsh, bits=bits, tables=tables, share=share),
                 None, note=note, default=share != "union",
             )  # fmt: skip
-    for epsilon, tails in ((0.2, "normal"), (0.1, "normal"), (0.1, "sampled"), (0.05, "normal")):
-        providers[f"verified_{epsilon}_{tails}"] = Provider(
-            f"verified_sampling, epsilon {epsilon}, delta 0.05, {tails} tails",
-            functools.partial(_verified, epsilon=epsilon, tails=tails), None,
+    for bound, (epsilon, delta, tails) in BOUNDS.items():
+        providers[f"verified_{bound}"] = Provider(
+            f"verified_sampling, epsilon {epsilon}, delta {delta}, {tails} tails",
+            functools.partial(_verified, epsilon=epsilon, delta=delta, tails=tails), None,
             note="1024 rows of pages, and a sample as large as the error asks for",
         )  # fmt: skip
     return Case(
