@@ -7,6 +7,7 @@ from bitnet_triton.cache.expected_attention import ExpectedAttention
 from bitnet_triton.cache.growing import GrowingLayer, grow_in_place
 from bitnet_triton.cache.h2o import H2O
 from bitnet_triton.cache.index_keys import IndexLayer
+from bitnet_triton.cache.kvzip import KVzip
 from bitnet_triton.cache.latest import Latest
 from bitnet_triton.cache.memory import Attended, Call, Memory, begin_call
 from bitnet_triton.cache.named import MEMORIES, MemoryKind, parse_memory, register_memory
@@ -23,6 +24,7 @@ for _name, _kind in {
     "h2o": H2O,
     "snapkv": SnapKV,
     "expected_attention": ExpectedAttention,
+    "kvzip": KVzip,
     "latest": Latest,
     "pages": Pages,
     "quantised": Quantised,
@@ -41,6 +43,7 @@ __all__ = [
     "ExpectedAttention",
     "GrowingLayer",
     "IndexLayer",
+    "KVzip",
     "LastCall",
     "Latest",
     "Memory",

@@ -168,6 +168,27 @@ class Memory(CacheLayerMixin):
     def prompt_is_over(self) -> None:
         """Take note that the tokens to come are generated: build tables, compress, quantise."""
 
+    # --- a second reading of a prompt, for a memory that ``wants_again``
+
+    @property
+    def wants_again(self) -> bool:
+        """Whether the tokens of the call that has run have to be read again, behind themselves.
+
+        The model then calls ``begin_again``, reads what ``read_again`` of its first such layer
+        yields, which leaves no trace in the memory, and calls ``end_again``.
+        """
+        return False
+
+    def read_again(self, tokens: Tensor) -> Iterator[Tensor]:
+        """Yield what to read, in parts, of the tokens [B T] of the call that has run."""
+        raise NotImplementedError
+
+    def begin_again(self) -> None:
+        """Take note that the second reading begins."""
+
+    def end_again(self) -> None:
+        """Take note that the second reading is over."""
+
     # --- what it holds
 
     def tensors(self) -> Iterator[Tensor]:

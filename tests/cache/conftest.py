@@ -181,6 +181,22 @@ class H2O(Latest):
         return self.best(columns, scores, keep, -(-limit // 2))
 
 
+class H2OAverage(H2O):
+    """What has received most from each query since it came."""
+
+    def cut(self, b, h, columns, keep, limit):
+        scores = {c: self.received[b, h, c] / (self.seen - c) for c in columns}
+        return self.best(columns, scores, keep, -(-limit // 2))
+
+    def before(self, b, h, kept, new, text):
+        self.seen = text.columns
+        return super().before(b, h, kept, new, text)
+
+    def after(self, b, h, columns, new, probabilities, text, is_prompt):
+        self.seen = new[-1] + 1
+        return super().after(b, h, columns, new, probabilities, text, is_prompt)
+
+
 class SnapKV(Policy):
     """What the last 16 queries of a prompt look at, each with two neighbours on both sides."""
 
@@ -230,6 +246,7 @@ class ExpectedAttention(Policy):
 
 POLICIES = {
     "h2o": (H2O, {}),
+    "h2o_average": (H2OAverage, {"name": "h2o", "average": True}),
     "snapkv": (SnapKV, {"window": 16}),
     "expected_attention": (ExpectedAttention, {"least": 16}),
     "latest": (Latest, {}),

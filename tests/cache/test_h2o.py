@@ -59,3 +59,5 @@ def test_settings_are_checked():
         parse_memory({"name": "h2o", "recent": 2})
     with pytest.raises(TypeError, match="'recent': expected a number, got str"):
         parse_memory({"name": "h2o", "recent": "half"})
+    with pytest.raises(TypeError, match="'average': expected true or false, got str"):
+        parse_memory({"name": "h2o", "average": "yes"})

@@ -12,7 +12,13 @@ from bitnet_triton.cache import parse_memory
 
 NAMES = ["h2o", "snapkv", "expected_attention", "latest"]
 each = pytest.mark.parametrize("name", NAMES)
-SETTINGS = {"snapkv": {"window": 16}, "expected_attention": {"least": 16}}
+each_of_prompts = pytest.mark.parametrize("name", [*NAMES, "kvzip"])
+each_text = pytest.mark.parametrize("name", [*NAMES, "h2o_average"])
+SETTINGS = {
+    "snapkv": {"window": 16},
+    "expected_attention": {"least": 16},
+    "kvzip": {"least": 16},
+}
 QUIET = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
 
 
@@ -25,7 +31,7 @@ def bytes_of(memory):
     return sum(t.untyped_storage().nbytes() for t in stores.values())
 
 
-@each
+@each_text
 @pytest.mark.parametrize(
     ("budget", "lefts", "prompt"),
     [(33, (0, 0), None), (0.4, (0, 7), 90), (24, (50, 3), 90), (0.3, (0, 0), 90)],
@@ -42,7 +48,7 @@ def test_outputs_are_those_of_attention_over_what_should_be_kept(
         text.read(size)
 
 
-@each
+@each_text
 def test_a_prompt_in_chunks_takes_no_more_than_the_budget_and_a_chunk(name, text_of):
     text = text_of(name, 20, T=200)
     for _ in range(5):
@@ -52,7 +58,7 @@ def test_a_prompt_in_chunks_takes_no_more_than_the_budget_and_a_chunk(name, text
     assert bytes_of(text.memory) == 2 * 2 * 2 * 20 * 16 * 4
 
 
-@pytest.mark.parametrize("name", ["h2o", "latest"])
+@pytest.mark.parametrize("name", ["h2o", "h2o_average", "latest"])
 def test_steps_never_hold_more_than_the_budget(name, text_of):
     text = text_of(name, 40, T=150)
     text.read(60)
@@ -62,7 +68,7 @@ def test_steps_never_hold_more_than_the_budget(name, text_of):
     assert text.widest <= 60
 
 
-@each
+@each_text
 def test_rows_can_change_places(name, text_of):
     text = text_of(name, 25, T=100, lefts=(0, 9), prompt=60)
     text.read(60)
@@ -137,7 +143,7 @@ def test_recorded_steps_do_what_others_do(name, full_model):
     assert torch.equal(torch.stack(alone), found[0].sequences[:, -40:])
 
 
-@each
+@each_of_prompts
 def test_beams_and_chunks_go_with_it(name, full_model):
     ids = torch.randint(10, 1000, (1, 100))
     settings = {**QUIET, "max_new_tokens": 12, "return_dict_in_generate": True}
@@ -150,7 +156,7 @@ def test_beams_and_chunks_go_with_it(name, full_model):
     assert held == ({30} if name in ("h2o", "latest") else {41})
 
 
-@each
+@each_of_prompts
 def test_a_conversation_goes_on(name, full_model):
     ids = torch.randint(10, 1000, (1, 90))
     settings = {**QUIET, "max_new_tokens": 5, "return_dict_in_generate": True}
@@ -203,7 +209,7 @@ def test_assisted_decoding_goes_with_what_compresses_prompts_only(full_model):
         assert logits[new[same]] - logits[other[same]] < 2 * logits.std()
 
 
-@each
+@each_of_prompts
 def test_a_file_has_no_word_for_it(name, full_model, tmp_path):
     output = full_model.generate(
         torch.randint(10, 1000, (1, 50)), **QUIET, return_dict_in_generate=True,
@@ -228,7 +234,7 @@ def test_padding_elsewhere_is_refused(name, full_model):
         full_model.generate(ids, attention_mask=mask, **QUIET, cache_implementation=named(name, 30))
 
 
-@each
+@each_text
 def test_nothing_is_left_after_a_reset(name, text_of):
     text = text_of(name, 30, T=90, lefts=(0, 4))
     text.read(60)

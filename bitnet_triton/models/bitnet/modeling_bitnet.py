@@ -25,6 +25,7 @@ from bitnet_triton.models.bitnet.planned import (
     check_no_plan_arguments,
     describe_call,
     prepared_cache,
+    read_again,
     span_of,
 )
 from bitnet_triton.models.bitnet.reversible import make_reversible, run_decoder
@@ -304,7 +305,9 @@ class BitNetModel(_TernaryModel, hf.BitNetModel):
         with nullcontext() if frequencies is None else frequencies.in_use(rotary):
             if self.config.reversible:
                 return run_decoder(self, **call)
-            return super().forward(past_key_values=past_key_values, use_cache=use_cache, **call)
+            outputs = super().forward(past_key_values=past_key_values, use_cache=use_cache, **call)
+        read_again(self, past_key_values, input_ids)
+        return outputs
 
 
 class FusedPlannedModel(FusedModel, BitNetModel):  # type: ignore[misc]  # one more argument

@@ -81,6 +81,35 @@ def describe_call(
     return mask, position_ids.clamp_min(0), more
 
 
+def read_again(model: Any, cache: Cache | None, input_ids: Tensor | None) -> None:
+    """Read the tokens [B T] of a call that has run once more, where memories ask for it.
+
+    Args:
+        model: the decoder, whose forward is called.
+        cache: the cache of the call, or None.
+        input_ids: as the model got them.
+
+    Raises:
+        ValueError: the call had embeddings instead of ids, which cannot be asked to be repeated.
+    """
+    layers: list[Any] = [] if cache is None else cache.layers
+    asking = [layer for layer in layers if isinstance(layer, Memory) and layer.wants_again]
+    if not asking:
+        return
+    if input_ids is None:
+        raise ValueError(
+            f"`inputs_embeds`: {type(asking[0]).__name__} has a prompt read again, which needs "
+            "`input_ids`"
+        )
+    for memory in asking:
+        memory.begin_again()
+    with torch.no_grad():
+        for part in asking[0].read_again(input_ids):
+            model.forward(input_ids=part, past_key_values=cache, use_cache=True)
+    for memory in asking:
+        memory.end_again()
+
+
 def prepared_cache(model: Any, cache: Cache | None, use_cache: bool | None) -> Cache | None:
     """Return the cache of a call: the one that is given, or a fresh one if one is wanted.
 
