@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from bench.cases import CASES, attention_modes, make_case
+from bench.eviction_command import eviction_command
 from bench.footprint_command import footprint_command
 from bench.grid import steps
 from bench.options import (
@@ -211,6 +212,7 @@ app.command("tune")(tune_command)
 
 
 app.command("footprint")(footprint_command)
+app.command("eviction")(eviction_command)
 app.command("training_memory")(training_memory_command)
 app.command("reversible")(reversible_command)
 

@@ -110,12 +110,20 @@ PEFT = Peer(
     {"training_memory": "LoRA beside our packed linears and beside autobitlinear"},
     install="pip install peft",
 )
+KVPRESS = Peer(
+    "kvpress",
+    ("kvpress",),
+    {"eviction": "what presses keep beside memories that drop tokens"},
+    install="pip install --no-deps kvpress, with requests, cachetools, fire, pandas and datasets: "
+    "its own range of transformers ends before ours begins",
+)
 PEERS = (
     TORCH,
     TRANSFORMERS,
     LLAMA_CPP,
     TORCHAO,
     PEFT,
+    KVPRESS,
     Peer("bitblas", ("bitblas",), reason="no case runs it (int8 x int2 on NVIDIA GPUs)"),
     Peer("gemlite", ("gemlite",), reason="no case runs it (2-bit weights, float activations)"),
     Peer("bitnet.cpp", reason="a C++ program without a Python module; has its own benchmark"),

@@ -108,7 +108,7 @@ def _plain_layers(inputs: page_steps.Inputs) -> Work:
 def _coded_layers(bits: int) -> Callable[[page_steps.Inputs], Work]:
     def build(inputs: page_steps.Inputs) -> Work:
         kind = Quantised(bits=bits)
-        cache = Cache([kind.memory() for _ in inputs.held])
+        cache = page_steps.filled(Cache([kind.memory() for _ in inputs.held]), inputs)
         steps = page_steps.Steps(inputs, cache)
         held = [t for layer in cache.layers for t in layer.codes.tensors().values()]  # type: ignore[attr-defined]
         read = sum(t.nbytes for t in held) + page_steps.layer_bytes(inputs)

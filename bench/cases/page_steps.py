@@ -52,7 +52,7 @@ class Inputs:
 
 
 class Steps:
-    """Recorded steps over a cache, again and again over the same tokens.
+    """Recorded steps over a filled cache, again and again over the same tokens.
 
     Attributes:
         first: hidden states [1 steps D] of the first steps, of which the last ones were recorded.
@@ -63,8 +63,6 @@ class Steps:
         self._token, self._made = inputs.tokens[:, -1:], 0
         self._steps = DecodeSteps()  # with a recording of its own
         with torch.no_grad():
-            for layer, (k, v) in zip(cache.layers, inputs.held):
-                layer.update(k, v)
             hidden = [self._step(token) for token in inputs.tokens.split(1, dim=1)]
         if self._steps.recording is None:
             raise AssertionError("no decode step was recorded")
@@ -79,17 +77,27 @@ class Steps:
     def __call__(self) -> None:
         """Make one step."""
         if self._made == _MOST:
-            self._cache.crop(-self._made)
+            # one that takes nothing back does not grow either: it drops others
+            if all(layer.can_take_back(self._made) for layer in self._cache.layers):
+                self._cache.crop(-self._made)
             self._made = 0
         self._step(self._token)
         self._made += 1
 
 
+def filled(cache: Cache, inputs: Inputs) -> Cache:
+    """Let an empty cache read what is held."""
+    with torch.no_grad():
+        for layer, (k, v) in zip(cache.layers, inputs.held):
+            layer.update(k, v)
+    return cache
+
+
 def plain_cache(inputs: Inputs) -> Cache:
-    """Return an empty cache as recorded steps make it."""
+    """Return a cache of all that is held, as recorded steps make it."""
     cache = DynamicCache(config=inputs.decoder.config)
     grow_in_place(cache)
-    return cache
+    return filled(cache, inputs)
 
 
 def _paged(page_size: int, in_a_row: bool) -> Callable[[Inputs], Cache]:
@@ -99,7 +107,7 @@ def _paged(page_size: int, in_a_row: bool) -> Callable[[Inputs], Cache]:
         pool = PagePool(page_size, pages if in_a_row else 2 * pages)
         if not in_a_row:
             pool.release(pool.allocate(2 * pages)[::2])
-        return Cache(paged_layers(Batch(pool), len(inputs.held)))
+        return filled(Cache(paged_layers(Batch(pool), len(inputs.held))), inputs)
 
     return make
 

@@ -171,6 +171,18 @@ def test_steps_over_states_agree_with_a_call_of_all_their_tokens(monkeypatch):
     assert [row.status for row in rows] == ["timed", "timed", "missing"]
 
 
+@pytest.mark.parametrize("of", ["attention", "tiny", "recall"])
+def test_steps_over_what_policies_keep_agree_with_attention_to_those_rows(of):
+    case = make_case("policy_steps")
+    rows = measure_point(case, {"of": of, "T": 320}, case.providers, SETTINGS)
+    assert {row.provider: row.status for row in rows} == dict.fromkeys(case.providers, "timed"), (
+        rows
+    )
+    read = {row.provider: row.read_bytes for row in rows}
+    most = read["plain"] / 4 if of == "attention" else read["plain"]  # layers have weights, too
+    assert max(read["snapkv"], read["h2o"]) < most
+
+
 def test_engines_answer_as_requests_alone():
     case = make_case("many_requests", shape="tiny")
     point = {"requests": 5, "prompt": 70, "new": 6}
@@ -286,10 +298,11 @@ def test_peers_are_found_or_skipped_by_name():
 
 def test_every_case_has_a_peer_and_every_peer_a_case_or_a_reason():
     compared = {case for peer in PEERS for case in peer.compared_in}
-    # sampling and pages stand beside our own dense attention, and steps inside of buckets beside
-    # what they were: nobody else decodes so on a CPU; training_memory is a command of its own
-    alone = {"sampling", "bucket_steps", "page_steps", "code_steps"}
-    assert compared == {*CASES, "training_memory"} - alone
+    # sampling, policies, codes and pages stand beside our own dense attention, steps inside of
+    # buckets beside what they were: nobody else decodes so on a CPU; training_memory and eviction
+    # are commands of their own
+    alone = {"sampling", "bucket_steps", "page_steps", "code_steps", "policy_steps"}
+    assert compared == {*CASES, "training_memory", "eviction"} - alone
     assert all(bool(peer.compared_in) != bool(peer.reason) for peer in PEERS)
 
 
