@@ -298,10 +298,9 @@ def test_peers_are_found_or_skipped_by_name():
 
 def test_every_case_has_a_peer_and_every_peer_a_case_or_a_reason():
     compared = {case for peer in PEERS for case in peer.compared_in}
-    # sampling, policies, codes and pages stand beside our own dense attention, steps inside of
-    # buckets beside what they were: nobody else decodes so on a CPU; training_memory and eviction
-    # are commands of their own
-    alone = {"sampling", "bucket_steps", "page_steps", "code_steps", "policy_steps"}
+    # these stand beside our own dense attention or what they were: nobody else decodes so on a CPU;
+    # training_memory and eviction are commands of their own
+    alone = {"sampling", *(name for name in CASES if name.endswith("_steps"))}
     assert compared == {*CASES, "training_memory", "eviction"} - alone
     assert all(bool(peer.compared_in) != bool(peer.reason) for peer in PEERS)
 
