@@ -167,7 +167,7 @@ def case() -> Case:
     lengths = (2**10, 2**14, 2**16, 2**18, 2**20)
     return Case(
         name="state_steps",
-        title="Decode steps of four layers behind T tokens",
+        title="Decode steps behind T tokens",
         grid=[{"model": "2b4t", "T": T} for T in lengths],
         inputs=_inputs,
         reference=lambda inputs: inputs.state,  # each is compared with a call of its own
