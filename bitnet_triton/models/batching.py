@@ -10,6 +10,7 @@ from transformers.generation.continuous_batching import ContinuousBatchingManage
 
 from bitnet_triton.attention import hub
 from bitnet_triton.models.choosing import Choices
+from bitnet_triton.models.waiting import let_wait
 
 # What the engine has no place for, and what is nothing of it
 _REFUSED: dict[str, tuple[Any, ...]] = {
@@ -51,6 +52,11 @@ class PagesManager(ContinuousBatchingManager):
         """Leave a model as it is whose attention reads pages."""
         if model.config._attn_implementation != hub.NAME:
             super().switch_to_cb_friendly_attn(model, *args, **kwargs)
+
+    def _create_batch_processor(self) -> Any:
+        processor = super()._create_batch_processor()
+        let_wait(processor.scheduler)
+        return processor
 
 
 def pages_manager(

@@ -90,6 +90,61 @@ def test_mixed_requests_get_the_tokens_of_generate(model, monkeypatch):
     assert calls.count(True) > 10  # read in pages
 
 
+def clear_text(model, start, *length, new=3):
+    """Draw a prompt behind ``start`` whose text is chosen clear of ties; return both.
+
+    Prompts are cut otherwise than in ``generate``, and codes of activations may be others.
+    """
+    settings = greedy(max_new_tokens=new, output_logits=True, return_dict_in_generate=True)
+    for _ in range(100):
+        prompt = start + prompts(*length)[0]
+        made = model.generate(torch.tensor([prompt]), generation_config=settings)
+        best = torch.stack(made.logits).topk(2).values
+        if (best[..., 0] - best[..., 1]).min() > 0.02:
+            return prompt, made.sequences[0, len(prompt) :].tolist()
+    raise AssertionError("no text clear of ties")
+
+
+@pytest.mark.parametrize("scheduler", ["fifo", "prefill_first"])
+def test_requests_that_come_together_compute_their_prefix_once(model, scheduler):
+    """Two have twice the prefix, one has no part in it, and pages are few."""
+    prefix = prompts(64)[0]
+    tails = range(1, 9)
+    drawn = [clear_text(model, prefix, tail) for tail in tails]
+    drawn += [clear_text(model, prefix + prefix, tail) for tail in (5, 9)]
+    drawn.append(clear_text(model, [], 40))
+    computed = []
+    hook = model.model.embed_tokens.register_forward_hook(
+        lambda module, args, output: computed.append(args[0].numel())
+    )
+    try:
+        done = model.generate_batch(
+            [prompt for prompt, _ in drawn], generation_config=greedy(max_new_tokens=3),
+            continuous_batching_config=settings(scheduler_type=scheduler, num_blocks=60),
+        )  # fmt: skip
+    finally:
+        hook.remove()
+    assert [one.generated_tokens for one in done.values()] == [text for _, text in drawn]
+    decoded = 2 * len(drawn)  # the first token of a text comes of its prompt
+    assert sum(computed) - decoded == 2 * len(prefix) + sum(tails) + 5 + 9 + 40
+
+
+def test_who_waits_for_a_prefix_begins_when_the_other_is_gone(model):
+    prefix = prompts(100)[0]
+    drawn = [clear_text(model, prefix, tail) for tail in (4, 5, 6)]
+    with model.continuous_batching_context_manager(
+        greedy(max_new_tokens=3), continuous_batching_config=settings(max_batch_tokens=16)
+    ) as manager:
+        names = [manager.add_request(prompt) for prompt, _ in drawn]
+        manager.cancel_request(names[0])  # at once, or while its prompt is computed
+        done = {}
+        while not {*names[1:]} <= done.keys():
+            one = manager.get_result(timeout=60)
+            assert one is not None
+            done[one.request_id] = one.generated_tokens
+    assert [done[name] for name in names[1:]] == [text for _, text in drawn[1:]]
+
+
 def test_a_model_with_a_plan_is_refused_by_name(folder):
     model = BitNetForCausalLM.from_pretrained(folder, attention={"mode": "sliding", "window": 8})
     assert model.config._attn_implementation == "bitnet_triton"

@@ -1,0 +1,104 @@
+"""Requests of continuous batching that wait for the pages which another is just filling.
+
+transformers' engine shares whole pages of prompts, once they are full. Requests with a common
+prefix that come together find none full, and each of them computes the prefix. Here the first of
+them does, and the others are left in the queue until its pages are there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.generation.continuous_batching.scheduler import (
+    FIFOScheduler,
+    PrefillFirstScheduler,
+)
+
+
+class WaitingFIFO(FIFOScheduler):
+    """transformers' scheduler of requests as they come."""
+
+    page_names: PageNames
+
+    def _get_waiting_candidates(self) -> list[Any]:
+        return who_begins(self, super()._get_waiting_candidates(), self.page_names)
+
+
+class WaitingPrefillFirst(PrefillFirstScheduler):
+    """transformers' scheduler that ends prompts first."""
+
+    page_names: PageNames
+
+    def _get_waiting_candidates(self) -> list[Any]:
+        return who_begins(self, super()._get_waiting_candidates(), self.page_names)
+
+
+_KINDS: dict[type, Any] = {
+    FIFOScheduler: WaitingFIFO,
+    PrefillFirstScheduler: WaitingPrefillFirst,
+}
+
+
+def let_wait(scheduler: Any) -> None:
+    """Let requests wait for the pages that another fills; a scheduler of another kind stays."""
+    kind = _KINDS.get(type(scheduler))
+    if kind is not None:
+        scheduler.page_names = PageNames()
+        scheduler.__class__ = kind  # the engine holds it in several places
+
+
+def who_begins(scheduler: Any, waiting: list[Any], page_names: PageNames) -> list[Any]:
+    """Return which of the waiting requests may begin in this step, in their order.
+
+    The first one always may, unless a request that is active fills its next page.
+    """
+    allocators = list(scheduler.cache.cache_allocators.values())
+    if not scheduler.cache.use_prefix_sharing or len(allocators) != 1:
+        return waiting
+    active = scheduler.active_requests
+    page_names.keep(active.keys() | {state.request_id for state in waiting})
+    coming: set[int] = set()
+    for state in active.values():
+        if state.generated_len() == 0:  # its prompt is being computed
+            coming.update(page_names.missing(state, allocators[0]))
+    begin = []
+    for state in waiting:
+        if not state.is_cpu_offloaded:  # those come back with their pages
+            missing = page_names.missing(state, allocators[0])
+            if missing and missing[0] in coming:
+                continue
+            coming.update(missing)
+        begin.append(state)
+    return begin
+
+
+class PageNames:
+    """What the engine calls the whole pages of prompts, which may be shared."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, tuple[int, list[int]]] = {}
+
+    def keep(self, requests: set[str]) -> None:
+        """Forget all other requests."""
+        self._names = {name: value for name, value in self._names.items() if name in requests}
+
+    def missing(self, state: Any, allocator: Any) -> list[int]:
+        """Return the names of a prompt's pages from the first one on that nobody has filled."""
+        names = self._of(state, allocator.tokens_per_page)
+        there = allocator.ledger.hash_to_block
+        return next((names[at:] for at, name in enumerate(names) if name not in there), [])
+
+    def _of(self, state: Any, page_size: int) -> list[int]:
+        from transformers.generation.continuous_batching.cache_allocators.cache_allocator import (
+            compute_block_hash,
+        )
+
+        prompt = state.initial_tokens
+        length, names = self._names.get(state.request_id, (-1, []))
+        if length != len(prompt):  # a request that is put off comes again with what it has written
+            names, name = [], None
+            for end in range(page_size, len(prompt), page_size):  # one token is left to compute
+                name = compute_block_hash(name, prompt[end - page_size : end])
+                names.append(name)
+            self._names[state.request_id] = len(prompt), names
+        return names
