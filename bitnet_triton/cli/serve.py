@@ -24,7 +24,7 @@ from bitnet_triton.cli.arguments import (
 )
 from bitnet_triton.cli.checkpoint import DEFAULT, find_checkpoint, one_line, read_config
 
-PAGE = 64  # tokens; the engine shares prefixes by whole pages
+PAGE = 16  # tokens; the engine shares prefixes by whole pages
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 
 console = Console(stderr=True, highlight=False)

@@ -53,6 +53,11 @@ class PagesManager(ContinuousBatchingManager):
         if model.config._attn_implementation != hub.NAME:
             super().switch_to_cb_friendly_attn(model, *args, **kwargs)
 
+    def join(self, *args: Any, **kwargs: Any) -> None:
+        """Wait for the thread to end, which has been told to, and looks at once."""
+        self._wake_up_loop.set()
+        super().join(*args, **kwargs)
+
     def _create_batch_processor(self) -> Any:
         processor = super()._create_batch_processor()
         let_wait(processor.scheduler)

@@ -76,18 +76,25 @@ def batched(model, many, **more):
 def test_mixed_requests_get_the_tokens_of_generate(model, monkeypatch):
     """Prompts of several steps beside decode steps, with a prefix that two of them share."""
     calls, attend = [], pages.flash_attention
+    tables, block_table_of = [], pages.block_table_of
 
     def count(*args, **kwargs):
         calls.append("block_table" in kwargs)
         return attend(*args, **kwargs)
 
+    def count_tables(*args):
+        tables.append(args)
+        return block_table_of(*args)
+
     monkeypatch.setattr(pages, "flash_attention", count)
+    monkeypatch.setattr(pages, "block_table_of", count_tables)
     many = prompts(3, 60, 17, 100, 1)
     many.append(many[3][:64] + many[0])
     expected = written(model, many)
     assert not calls
     assert batched(model, many) == expected
     assert calls.count(True) > 10  # read in pages
+    assert calls.count(True) == len(tables) * SIZES["num_hidden_layers"]  # once a step
 
 
 def clear_text(model, start, *length, new=3):

@@ -67,8 +67,8 @@ def attend_in_engine(
         k_pages, v_pages = allocator.get_cache_for_block_table(layer)
         rows = write.shape[0]
         write_pages(k_pages, v_pages, k[:rows], v[:rows], write)
-        table = block_table_of(read, lengths, k_pages.shape[1])
-        settings |= {"seqused_k": lengths.diff(), "block_table": table}
+        table, used = _step_of(read, lengths, k_pages.shape[1])
+        settings |= {"seqused_k": used, "block_table": table}
         if kwargs.get("max_length_q") == 1 and q.shape[0] == table.shape[0]:
             # a token of each request: a batch, which needs one launch less
             settings["cu_seqlens_q"] = None
@@ -81,6 +81,19 @@ def attend_in_engine(
     mask = Mask(window=window)
     out = flash_attention(q, k, v, mask=mask, cu_seqlens_k=lengths, **settings)
     return cast("Tensor", out)[None]
+
+
+def _step_of(read: Tensor, starts: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
+    """Return the block table [B N] of a step, and the keys int32 [B] of each sequence.
+
+    All layers are handed the same ``read``, a view that the engine makes for each step: what the
+    first layer finds stays with it. It waits for the longest length, which a GPU has to tell.
+    """
+    known: tuple[Tensor, Tensor] | None = getattr(read, "_block_table", None)
+    if known is None:
+        known = block_table_of(read, starts, page_size), starts.diff()
+        cast("Any", read)._block_table = known
+    return known
 
 
 def block_table_of(read: Tensor, starts: Tensor, page_size: int) -> Tensor:
