@@ -157,7 +157,7 @@ def read_lines(path: str | Path) -> list[Line]:
     wanted = "`data`: expected `tasks`, a text file or JSON lines"
     path = Path(path)
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ValueError(f"{wanted}, got {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -205,8 +205,8 @@ def line_documents(
         lines: what was read.
         length: most tokens of a document.
         generate: maps the tokens of a prompt to those of the model's own answer. Default: answers
-            are those of the file. Where the file has an answer too, the model's is kept only if it
-            contains that, or is contained in it.
+            are those of the file, each with the end of text behind it. Where the file has an answer
+            too, the model's is kept only if it contains that, or is contained in it.
 
     Raises:
         ValueError: a prompt with its answer is longer than ``length``, or has no answer.
@@ -219,7 +219,9 @@ def line_documents(
             continue
         if generate is not None:
             answer = generate(ids)
-            if line.answer and not _agree(tokenizer.decode(answer), line.answer):
+            if line.answer and not _agree(
+                tokenizer.decode(answer, skip_special_tokens=True), line.answer
+            ):
                 continue
         elif not line.answer:
             raise ValueError(
@@ -228,6 +230,9 @@ def line_documents(
             )
         else:
             answer = tokenizer(line.answer, add_special_tokens=False)["input_ids"]
+            end = tokenizer.eos_token_id
+            if end is not None and answer[-1:] != [end]:
+                answer = [*answer, end]  # or a model never learns to stop
         if not answer:
             continue
         if len(ids) + len(answer) > length:

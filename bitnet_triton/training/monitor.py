@@ -21,7 +21,8 @@ class TernaryMonitor(TrainerCallback):
     """Adds to each line of the log of ``Trainer``, and of ``state.log_history``.
 
     ``share_minus``, ``share_zero``, ``share_plus``: of all ternary codes. ``flips``: share of codes
-    that the step before the line has changed. ``quantization_error``: norm of what rounding takes
+    that the step before the line has changed, where ``logging_steps`` say that a line follows (not
+    by ``logging_strategy="epoch"``). ``quantization_error``: norm of what rounding takes
     from the weights over the norm of the weights. ``tokens_per_second`` since the line before, if
     ``TrainingArguments.include_num_input_tokens_seen`` counts them. ``memory_gb``: the peak, of the
     accelerator where there is one, of the process otherwise.
@@ -64,7 +65,10 @@ class TernaryMonitor(TrainerCallback):
         logs: dict[str, float] = kwargs["logs"]
         if "loss" not in logs:
             return
-        more = {**self._found, **self._speed(state), "memory_gb": _peak_memory() / 1e9}
+        found = self._found
+        if not found and _trained_layers(kwargs["model"]):
+            found = _describe(kwargs["model"])
+        more = {**found, **self._speed(state), "memory_gb": _peak_memory() / 1e9}
         logs.update(more)
         if state.log_history:
             state.log_history[-1].update(more)
@@ -98,18 +102,20 @@ def _whole(layer: BitLinear) -> Tensor:
     return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
-def _describe(model: nn.Module, before: dict[str, Tensor]) -> dict[str, float]:
+def _describe(model: nn.Module, before: dict[str, Tensor] | None = None) -> dict[str, float]:
+    """Look at all codes, and at how many are others than before."""
     counts = torch.zeros(4, dtype=torch.float64)  # of -1, 0, 1, and of flips
     lost, norm = 0.0, 0.0
     for name, layer in _trained_layers(model):
         weight = _whole(layer).float()
         codes, scale = quantize_weight(weight)
-        found = [(codes == code).sum() for code in (-1, 0, 1)] + [(codes != before[name]).sum()]
+        old = codes if before is None else before[name]
+        found = [(codes == code).sum() for code in (-1, 0, 1)] + [(codes != old).sum()]
         counts += torch.stack(found).cpu()
         lost += (weight - codes * scale).square().sum().item()
         norm += weight.square().sum().item()
     shares = (counts / counts[:3].sum()).tolist()
-    names = ("share_minus", "share_zero", "share_plus", "flips")
+    names = ("share_minus", "share_zero", "share_plus", "flips")[: 4 if before else 3]
     return {**dict(zip(names, shares)), "quantization_error": (lost / norm) ** 0.5}
 
 

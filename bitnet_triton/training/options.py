@@ -101,10 +101,12 @@ def check_number(
 def remember(folder: Path, run: Mapping[str, Any]) -> None:
     """Write what a run is to its folder, or check that the folder holds the same run.
 
+    ``output`` is how the folder was spelled, and no part of it.
+
     Raises:
         ValueError: the folder holds another run, or other files.
     """
-    plain = json.loads(json.dumps(run))
+    plain = json.loads(json.dumps({k: v for k, v in run.items() if k != "output"}))
     path = folder / "run.json"
     if path.exists():
         known = json.loads(path.read_text(encoding="utf-8"))

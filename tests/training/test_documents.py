@@ -112,7 +112,9 @@ def test_files_become_documents(tmp_path):
     assert asked["input_ids"] == tokenizer("one two")["input_ids"] + asked["labels"][
         asked["prompt_len"] :
     ]  # fmt: skip
-    assert tokenizer.decode(asked["labels"][asked["prompt_len"] :]) == " three"
+    *said, end = asked["labels"][asked["prompt_len"] :]
+    assert tokenizer.decode(said) == " three"
+    assert end == tokenizer.eos_token_id  # or a model would never learn to stop
     assert [len(piece["input_ids"]) for piece in pieces[:-1]] == [64] * (len(pieces) - 1)
     whole = [token for piece in pieces for token in piece["labels"]]
     assert whole == tokenizer("a b c " * 40)["input_ids"]
@@ -122,11 +124,15 @@ def test_files_become_documents(tmp_path):
         tokenizer, read_lines(path)[:1], length=64, generate=lambda ids: own
     )
     assert kept["labels"][kept["prompt_len"] :] == own
+    # shorter than the file's answer, and ended
+    longer = [documents.Line("one two", " Three, four")]
+    (kept,) = line_documents(tokenizer, longer, length=64, generate=lambda ids: [*own[:1], end])
+    assert kept["labels"][kept["prompt_len"] :] == [*own[:1], end]
     other = tokenizer(" four", add_special_tokens=False)["input_ids"]
     assert not list(
         line_documents(tokenizer, read_lines(path)[:1], length=64, generate=lambda ids: other)
     )
-    path.with_suffix(".txt").write_text("a b c")
+    path.with_suffix(".txt").write_text("a b c", encoding="utf-8-sig")  # with a mark in front
     assert read_lines(path.with_suffix(".txt")) == [documents.Line("a b c")]
 
 

@@ -90,3 +90,22 @@ def test_attached_it_speaks_before_those_that_report(masters, documents, tmp_pat
     first, second = (line for line in Reporter.seen if "loss" in line)
     assert {"share_zero", "flips", "quantization_error", "memory_gb"} <= first.keys()
     assert first["share_zero"] != second["share_zero"]
+
+
+def test_lines_that_no_step_announces_have_all_but_flips(masters, documents, tmp_path):
+    weights = Weights(masters)
+    arguments = TrainingArguments(
+        output_dir=tmp_path, num_train_epochs=2, per_device_train_batch_size=4, use_cpu=True,
+        logging_strategy="epoch", report_to=[], disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    trainer = Trainer(
+        masters, arguments, PackingCollator(), documents, callbacks=[weights, TernaryMonitor()]
+    )
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert len(lines) == 2
+    for line in lines:
+        found, _, _ = codes(weights.copies[line["step"]])
+        assert line["share_zero"] == pytest.approx((found == 0).double().mean().item())
+        assert "quantization_error" in line
+        assert "flips" not in line

@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from bitnet_triton.training.options import remember
 from bitnet_triton.training.plots import labels, ranges
 from bitnet_triton.training.results import Store, summarise, wilson
 
@@ -80,3 +81,10 @@ def test_labels_that_would_lie_upon_each_other_are_one():
 
 def test_numbers_that_follow_one_another_are_a_range():
     assert ranges([1, 2, 4, 5, 6, 9]) == "1 2 4–6 9"
+
+
+def test_how_a_folder_is_spelled_is_no_part_of_a_run(tmp_path):
+    remember(tmp_path / "run", {"output": "run", "seed": 0})
+    remember(tmp_path / "run", {"output": "./run", "seed": 0})
+    with pytest.raises(ValueError, match="holds a run with other seed"):
+        remember(tmp_path / "run", {"output": "run", "seed": 1})
