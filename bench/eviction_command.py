@@ -216,21 +216,22 @@ def draw(data: dict[str, Any], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("matplotlib is missing: install bitnet-triton[bench]") from error
-    figure = Figure(figsize=(13, 4))
-    axes = figure.subplots(1, 3)
     unseen, seen = (data["table"].get(question, {}) for question in QUESTIONS)
     recall = {task: cell for task, cell in unseen.items() if task != "text"}
-    panels = (
+    panels: tuple[tuple[str, dict[str, Any]], ...] = (
         ("questions unseen, mean of tasks in %", recall),
         ("first question seen, mean of tasks in %", seen),
         ("text, bits per byte", {task: cell for task, cell in unseen.items() if task == "text"}),
     )
+    panels = tuple(panel for panel in panels if panel[1])
+    figure = Figure(figsize=(2 + 4.2 * len(panels), 4), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (title, cells_) in zip(axes, panels):
         _draw_panel(axis, cells_)
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("MB of keys and values", fontsize=8)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", fontsize=7)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    figure.savefig(path, dpi=110)
 
 
 def _draw_panel(axis: Any, tasks: dict[str, Any]) -> None:
@@ -247,9 +248,9 @@ def _draw_panel(axis: Any, tasks: dict[str, Any]) -> None:
                 points.append((means[0] / 1e6, means[1]))
         is_ours = name in beside
         colour = colours.get(beside.get(name, name), "black")
+        marker = "x" if not is_ours else "s" if ":" in name else "o"  # two of ours beside one press
         axis.plot(
             *zip(*sorted(points)) if points else ((), ()),
-            marker="o" if is_ours else "x", linestyle="-" if is_ours else "--", color=colour,
-            label=name, alpha=0.8,
+            marker=marker, linestyle="-" if is_ours else "--", color=colour, label=name, alpha=0.8,
         )  # fmt: skip
     axis.grid(alpha=0.3)
