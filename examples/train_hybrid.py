@@ -1,7 +1,8 @@
 """Train hybrids of linear and full attention from scratch, beside twins with full attention.
 
-Model, texts, steps and comparison are those of ``train_nsa.py`` beside this file. ``hybrid`` has
-full attention in the middle one of its three layers, ``linear`` in none.
+Texts, steps and comparison are those of ``train_nsa.py`` beside this file, models have a layer
+more. ``hybrid`` has full attention in one layer of four, the second, which the head start gives
+the heads that look for earlier occurrences; ``linear`` has it in none.
 
     python examples/train_hybrid.py train --output runs/hybrid --attention hybrid
     python examples/train_hybrid.py train --output runs/linear --attention linear
@@ -12,6 +13,7 @@ full attention in the middle one of its three layers, ``linear`` in none.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import train_nsa as twins
 
 LINEAR = {"mode": "linear"}
-_HYBRID = [LINEAR, {"mode": "full"}, LINEAR]
+_HYBRID = [LINEAR, {"mode": "full"}, LINEAR, LINEAR]
 
 
 @torch.no_grad()
@@ -42,6 +44,7 @@ def begin(model: bt.BitNetForCausalLM) -> None:
         values[:, -2:] = torch.tensor([1.0, 0.0])
 
 
+twins.SIZES = replace(twins.SIZES, layers=len(_HYBRID))
 twins.ATTENTION |= {
     "hybrid": {"prefill": _HYBRID, "decode": _HYBRID},
     "linear": LINEAR,

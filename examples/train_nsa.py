@@ -58,6 +58,9 @@ ATTENTION: dict[str, dict[str, Any]] = {
 # the same texts
 LENGTHS = ((0.0, 512), (0.15, 1024), (0.35, 2048))
 
+# of all twins
+SIZES = recall.PRESETS["cpu"]
+
 # what of the head start a twin needs in another form
 STARTS: dict[str, Callable[[bt.BitNetForCausalLM], None]] = {}
 
@@ -205,9 +208,9 @@ def train(
     torch.manual_seed(seed)
     AutoTokenizer.from_pretrained(bt.RECALL_MODEL).save_pretrained(output)
     tokenizer = AutoTokenizer.from_pretrained(output)
-    tokens, sizes = TextTokens(tokenizer, held_out=False), recall.PRESETS["cpu"]
-    model = new_model(sizes, attention).to("cuda" if torch.cuda.is_available() else "cpu")
-    training = recall.Training(model, sizes.rate, sizes.start)
+    tokens = TextTokens(tokenizer, held_out=False)
+    model = new_model(SIZES, attention).to("cuda" if torch.cuda.is_available() else "cpu")
+    training = recall.Training(model, SIZES.rate, SIZES.start)
     if resume:
         training.load(output)
     log = recall.Log(output / "log.jsonl")
@@ -215,7 +218,7 @@ def train(
         training.set_rate(steps, decay)
         training.longest = max(most for at, most in LENGTHS if training.step >= at * steps)
         rng = random.Random(f"{seed}:{training.step}")
-        row = recall.make_row(rng, tokens, training.longest, max(training.longest, sizes.row))
+        row = recall.make_row(rng, tokens, training.longest, max(training.longest, SIZES.row))
         log.add(len(row.ids), *training.learn(row, TEXT_WEIGHT))
         if training.step % LOG_EVERY == 0 or training.step == steps:
             training.seconds += log.seconds

@@ -24,9 +24,7 @@ def script(monkeypatch):
     spec = importlib.util.spec_from_file_location("train_hybrid", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    recall = module.twins.recall
-    small = replace(recall.PRESETS["cpu"], row=192, start=128)
-    monkeypatch.setitem(recall.PRESETS, "cpu", small)
+    module.twins.SIZES = replace(module.twins.SIZES, row=192, start=128)
     return module
 
 
@@ -39,15 +37,15 @@ def test_trains_and_saves_what_is_loaded(attention, script, tmp_path):
     (line,) = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert line["step"] == 2
     model = bt.BitNetForCausalLM.from_pretrained(tmp_path)
-    names = [model.attention_plan.mode(index, "decode").name for index in range(3)]
-    assert names == ["linear", "full" if attention == "hybrid" else "linear", "linear"]
+    names = [model.attention_plan.mode(index, "decode").name for index in range(4)]
+    assert names == ["linear", "full" if attention == "hybrid" else "linear", "linear", "linear"]
 
 
 @torch.no_grad()
 def test_the_first_layer_starts_with_the_token_before(script):
     """Only the first two heads, and of them only values that stand one token back."""
     torch.manual_seed(0)
-    model = script.twins.new_model(script.twins.recall.PRESETS["cpu"], "hybrid").eval()
+    model = script.twins.new_model(script.twins.SIZES, "hybrid").eval()
     entered = []
     norm = model.model.layers[0].self_attn.attn_sub_norm
     norm.register_forward_pre_hook(lambda module, args: entered.append(args[0]))

@@ -27,8 +27,7 @@ def script(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
-    small = replace(module.recall.PRESETS["cpu"], layers=2, row=192, start=128)
-    monkeypatch.setitem(module.recall.PRESETS, "cpu", small)
+    module.SIZES = replace(module.SIZES, layers=2, row=192, start=128)
     return module
 
 
@@ -48,7 +47,7 @@ def test_trains_and_tells_where_it_looks(script, tmp_path):
 
 def test_it_tells_the_blocks_that_the_mode_reads(script, monkeypatch):
     torch.manual_seed(0)
-    model = script.new_model(script.recall.PRESETS["cpu"], "native_sparse").eval()
+    model = script.new_model(script.SIZES, "native_sparse").eval()
     tokens = TextTokens(AutoTokenizer.from_pretrained(bt.RECALL_MODEL))
     ids, read = script.ask(script.random.Random(0), tokens, 400).context, []
     attend = native_sparse.native_sparse_attention
