@@ -1,8 +1,9 @@
 """What the dense recall model keeps that reads an eighth of a text, unevenly by layer.
 
-Every task, prompt by prompt beside dense attention: ``pooled_blocks`` as it is, ``indexed_blocks``
-with the index of ``convert_sparse.py``, which is trained where the folder has none. A run that was
-killed goes on with the same command, and its parts may be measured one by one before it:
+Every task, prompt by prompt beside dense attention: ``pooled_blocks`` and ``quest`` as they are,
+``indexed_blocks`` with the index of ``convert_sparse.py``, which is trained where the folder has
+none. A run that was killed goes on with the same command, and its parts may be measured one by one
+before it:
 
     python examples/converted_table.py --output runs/converted
     python examples/converted_table.py --output runs/converted --only dense --task copy
@@ -28,17 +29,20 @@ from bitnet_triton.training.tasks import TASKS
 # tokens of 64 that layers 0, 1 and 2 read: 8 on average. Layer 1 looks for every place where a
 # word stands, layer 2 weighs a few rows; blocks are small, since all look for single tokens
 SHARES = (5, 18, 1)
-ROWS = ("dense", "pooled_blocks", "indexed_blocks")
+ROWS = ("dense", "pooled_blocks", "indexed_blocks", "quest")
 
 
 def layers_of(row: str, length: int) -> list[Any]:
     """Return the mode of each layer."""
     if row == "dense":
         return ["full"] * len(SHARES)
+    rows = [share * length // 64 for share in SHARES]
+    if row == "quest":
+        return [{"mode": row, "page": 4, "budget": read // 4 * 4} for read in rows]
     blocks = (4, max(1, length // 1024), 4)  # in layer 1 as many of them in a text of any length
     layers: list[Any] = [
-        {"mode": row, "block": block, "selected": share * length // (64 * block)}
-        for share, block in zip(SHARES, blocks)
+        {"mode": row, "block": block, "selected": read // block}
+        for read, block in zip(rows, blocks)
     ]
     if row == "pooled_blocks":
         layers[1] |= {"window": 1, "stride": 1}  # the best key of a block, not its mean
@@ -73,13 +77,17 @@ def prompt_scores(folder: Path) -> list[float]:
 
 
 def compare(scores: list[float], dense: list[float]) -> dict[str, float]:
-    """Return the mean, its difference from dense prompt by prompt, and half its 95 % interval."""
+    """Return the mean, its difference from dense prompt by prompt, and half its 95 % interval.
+
+    The interval counts half a prompt more that is lost, half a one that is won, and one that is
+    equal (Agresti and Min, 2005): prompts of which none differs prove no more than they are many.
+    """
     pairs = [ours - theirs for ours, theirs in zip(scores, dense, strict=True)]
-    count, mean = len(pairs), sum(pairs) / len(pairs)
-    variance = sum((pair - mean) ** 2 for pair in pairs) / max(1, count - 1)
+    count, more = len(pairs), len(pairs) + 2
+    variance = (sum(pair**2 for pair in pairs) + 100**2) / more - (sum(pairs) / more) ** 2
     return {
-        "mean": round(sum(scores) / count, 1), "minus_dense": round(mean, 1),
-        "half_interval": round(1.96 * math.sqrt(variance / count), 1), "n": count,
+        "mean": round(sum(scores) / count, 1), "minus_dense": round(sum(pairs) / count, 1),
+        "half_interval": round(1.96 * math.sqrt(variance / more), 1), "n": count,
     }  # fmt: skip
 
 
