@@ -97,29 +97,35 @@ def test_mixed_requests_get_the_tokens_of_generate(model, monkeypatch):
     assert calls.count(True) == len(tables) * SIZES["num_hidden_layers"]  # once a step
 
 
-def clear_text(model, start, *length, new=3):
-    """Draw a prompt behind ``start`` whose text is chosen clear of ties; return both.
+def clear_texts(model, draw, new=3):
+    """Draw prompts until every text is chosen clear of ties; return both.
 
     Prompts are cut otherwise than in ``generate``, and codes of activations may be others.
     """
-    settings = greedy(max_new_tokens=new, output_logits=True, return_dict_in_generate=True)
-    for _ in range(100):
-        prompt = start + prompts(*length)[0]
-        made = model.generate(torch.tensor([prompt]), generation_config=settings)
-        best = torch.stack(made.logits).topk(2).values
-        if (best[..., 0] - best[..., 1]).min() > 0.02:
-            return prompt, made.sequences[0, len(prompt) :].tolist()
-    raise AssertionError("no text clear of ties")
+    wanted = greedy(max_new_tokens=new, output_logits=True, return_dict_in_generate=True)
+    for _ in range(200):
+        texts = []
+        for prompt in draw():
+            made = model.generate(torch.tensor([prompt]), generation_config=wanted)
+            best = torch.stack(made.logits).topk(2).values
+            if (best[..., 0] - best[..., 1]).min() < 0.02:
+                break
+            texts.append((prompt, made.sequences[0, len(prompt) :].tolist()))
+        else:
+            return texts
+    raise AssertionError("no texts clear of ties")
 
 
 @pytest.mark.parametrize("scheduler", ["fifo", "prefill_first"])
 def test_requests_that_come_together_compute_their_prefix_once(model, scheduler):
-    """Two have twice the prefix, one has no part in it, and pages are few."""
-    prefix = prompts(64)[0]
-    tails = range(1, 9)
-    drawn = [clear_text(model, prefix, tail) for tail in tails]
-    drawn += [clear_text(model, prefix + prefix, tail) for tail in (5, 9)]
-    drawn.append(clear_text(model, [], 40))
+    """Two have twice the prefix, and one has no part in it."""
+
+    def draw():
+        prefix, *tails, alone = prompts(64, 1, 3, 6, 8, 5, 9, 40)
+        once, twice = tails[:4], tails[4:]
+        return [prefix + tail for tail in once] + [2 * prefix + tail for tail in twice] + [alone]
+
+    drawn = clear_texts(model, draw)
     computed = []
     hook = model.model.embed_tokens.register_forward_hook(
         lambda module, args, output: computed.append(args[0].numel())
@@ -127,18 +133,21 @@ def test_requests_that_come_together_compute_their_prefix_once(model, scheduler)
     try:
         done = model.generate_batch(
             [prompt for prompt, _ in drawn], generation_config=greedy(max_new_tokens=3),
-            continuous_batching_config=settings(scheduler_type=scheduler, num_blocks=60),
+            continuous_batching_config=settings(scheduler_type=scheduler, num_blocks=200),
         )  # fmt: skip
     finally:
         hook.remove()
     assert [one.generated_tokens for one in done.values()] == [text for _, text in drawn]
-    decoded = 2 * len(drawn)  # the first token of a text comes of its prompt
-    assert sum(computed) - decoded == 2 * len(prefix) + sum(tails) + 5 + 9 + 40
+    decoded = sum(len(text) - 1 for _, text in drawn)  # the first token comes of the prompt
+    assert sum(computed) - decoded == 2 * 64 + (1 + 3 + 6 + 8) + (5 + 9) + 40
 
 
 def test_who_waits_for_a_prefix_begins_when_the_other_is_gone(model):
-    prefix = prompts(100)[0]
-    drawn = [clear_text(model, prefix, tail) for tail in (4, 5, 6)]
+    def draw():
+        prefix, *tails = prompts(100, 4, 5, 6)
+        return [prefix + tail for tail in tails]
+
+    drawn = clear_texts(model, draw)
     with model.continuous_batching_context_manager(
         greedy(max_new_tokens=3), continuous_batching_config=settings(max_batch_tokens=16)
     ) as manager:
