@@ -251,6 +251,15 @@ def test_steps_are_recorded_and_are_one_forward(attention, folder, replays):
     assert len(replays) >= 28
 
 
+@pytest.mark.parametrize(
+    ("attention", "turns"), [(GATED, False), (PLAIN, True), (HYBRID, True)],
+    ids=["gated", "elu", "hybrid"],
+)  # fmt: skip
+def test_a_recording_keeps_angles_only_where_something_is_turned(attention, turns, folder, replays):
+    in_parts(load(folder(attention)), draw(1, 8), [4, *range(5, 9)])
+    assert {len(angle) for angle in replays[-1]._angles} == {128 if turns else 1}
+
+
 @every
 def test_recorded_steps_are_those_that_are_launched(attention, folder, replays, monkeypatch):
     """The same states behind every step, from the same state on."""
