@@ -34,7 +34,7 @@ GPU: Table = {
         ANY: {
             "LISTS": 1,
             "BLOCK_N": 128,
-            "BLOCK_T": 128,
+            "BLOCK_T": 256,
             "BLOCK_C": 1024,
             "AHEAD": 0,
             "LINES": 1,
