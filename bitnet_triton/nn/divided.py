@@ -286,8 +286,8 @@ class NormPart(Part):
         return self.weight * (wide * rstd).to(hidden_states.dtype)
 
 
-class EmbeddingPart(Part):
-    """The embeddings of some tokens of the vocabulary.
+class _VocabularyPart(Part):
+    """Rows for some tokens of the vocabulary.
 
     State: ``weight`` [tokens / processes, D].
     """
@@ -297,6 +297,10 @@ class EmbeddingPart(Part):
     ) -> None:
         super().__init__(processes)
         self.weight = nn.Parameter(torch.empty(tokens, size, dtype=dtype), requires_grad=False)
+
+
+class EmbeddingPart(_VocabularyPart):
+    """The embeddings of some tokens of the vocabulary."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ids [...] to embeddings [..., D]."""
@@ -311,17 +315,8 @@ class EmbeddingPart(Part):
         return self.processes.add(found.masked_fill(is_elsewhere.unsqueeze(-1), 0))
 
 
-class HeadPart(Part):
-    """The output head for some tokens of the vocabulary.
-
-    State: ``weight`` [tokens / processes, D].
-    """
-
-    def __init__(
-        self, processes: Processes, tokens: int, size: int, *, dtype: torch.dtype | None = None
-    ) -> None:
-        super().__init__(processes)
-        self.weight = nn.Parameter(torch.empty(tokens, size, dtype=dtype), requires_grad=False)
+class HeadPart(_VocabularyPart):
+    """The output head for some tokens of the vocabulary."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Map [..., D] to the logits [..., tokens] of all processes."""
