@@ -7,12 +7,15 @@ them does, and the others are left in the queue until its pages are there.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from transformers.generation.continuous_batching.scheduler import (
     FIFOScheduler,
     PrefillFirstScheduler,
 )
+
+logger = logging.getLogger("bitnet_triton")
 
 
 class WaitingFIFO(FIFOScheduler):
@@ -42,9 +45,14 @@ _KINDS: dict[type, Any] = {
 def let_wait(scheduler: Any) -> None:
     """Let requests wait for the pages that another fills; a scheduler of another kind stays."""
     kind = _KINDS.get(type(scheduler))
-    if kind is not None:
-        scheduler.page_names = PageNames()
-        scheduler.__class__ = kind  # the engine holds it in several places
+    if kind is None:
+        logger.info(
+            "scheduler %s: requests that come together each compute their common prefix",
+            type(scheduler).__name__,
+        )
+        return
+    scheduler.page_names = PageNames()
+    scheduler.__class__ = kind  # the engine holds it in several places
 
 
 def who_begins(scheduler: Any, waiting: list[Any], page_names: PageNames) -> list[Any]:
