@@ -51,7 +51,7 @@ def _sequence(starts_ptr, b, Tq) -> tuple:
 def _fetch(ptr, rows, stride, D: tl.constexpr) -> None:
     """Ask for rows of a page, a cache line at a time: on a CPU, a load that is not used fetches."""
     OF_LINE: tl.constexpr = 512 // ptr.dtype.element_ty.primitive_bitwidth
-    line = tl.arange(0, triton.next_power_of_2(tl.cdiv(D, OF_LINE))) * OF_LINE
+    line = tl.arange(0, triton.next_power_of_2(triton.cdiv(D, OF_LINE))) * OF_LINE
     at = ptr + rows.to(tl.int64)[:, None] * stride + tl.minimum(line, D - 1)[None, :]
     tl.load(at, volatile=True)
 

@@ -162,7 +162,7 @@ def _rows_to_read(
 def _fetch(rows, ptr, stride_t, D: tl.constexpr) -> None:
     """Ask for rows, a cache line at a time: a load that is not used fetches."""
     LINE: tl.constexpr = 64 // (ptr.dtype.element_ty.primitive_bitwidth // 8)
-    line = tl.arange(0, triton.next_power_of_2(tl.cdiv(D, LINE))) * LINE
+    line = tl.arange(0, triton.next_power_of_2(triton.cdiv(D, LINE))) * LINE
     at = ptr + rows.to(tl.int64)[:, None] * stride_t + tl.minimum(line, D - 1)[None, :]
     tl.load(at, volatile=True)
 
