@@ -145,12 +145,21 @@ def _parse(text: str, option: str) -> dict[str, Any]:
         return read_json(text, option)
     name, _, rest = text.partition(":")
     found: dict[str, Any] = {"preset" if name in PRESETS and name not in MODES else "mode": name}
-    for part in filter(None, rest.split(",")):
-        key, equals, value = part.partition("=")
-        if not equals:
-            raise ValueError(f"`{option}`: expected {key}=value in {text!r}")
-        try:
-            found[key] = json.loads(value)
-        except json.JSONDecodeError:
-            found[key] = value
+    while rest := rest.lstrip(" ,"):
+        key, equals, rest = rest.partition("=")
+        if not equals or "," in key:
+            raise ValueError(f"`{option}`: expected {key.partition(',')[0]}=value in {text!r}")
+        found[key.strip()], rest = _first_value(rest.lstrip())
     return found
+
+
+def _first_value(text: str) -> tuple[Any, str]:
+    """Return JSON, in which commas may stand, or a word; and what stands behind it."""
+    try:
+        value, end = json.JSONDecoder().raw_decode(text)
+        if text[end:].lstrip()[:1] in ("", ","):
+            return value, text[end:]
+    except json.JSONDecodeError:
+        pass
+    word, _, rest = text.partition(",")
+    return word, rest

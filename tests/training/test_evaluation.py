@@ -266,6 +266,8 @@ def test_rope_may_take_a_model_beyond_its_length():
         ("sliding:window=256,sinks=4", {"mode": "sliding", "window": 256, "sinks": 4}),
         ("swaa-trained:window=64,full_layers=odd",
          {"preset": "swaa-trained", "window": 64, "full_layers": "odd"}),
+        ("swaa-trained:full_layers=[1, 4],window=64",
+         {"preset": "swaa-trained", "window": 64, "full_layers": [1, 4]}),
         ('{"mode": "local", "block": 8}', {"mode": "local", "block": 8}),
     ],
 )  # fmt: skip
@@ -282,7 +284,7 @@ def test_settings_combine():
     assert combine([])[0] == Setting("checkpoint")
 
 
-@pytest.mark.parametrize("text", ["{", "sliding:window"])
+@pytest.mark.parametrize("text", ["{", "sliding:window", "sliding:window,sinks=4", "full:a=[1,4"])
 def test_a_broken_setting_is_refused(text):
     with pytest.raises(ValueError, match="`attention`: expected"):
         parse_setting(text)
