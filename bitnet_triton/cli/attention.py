@@ -14,8 +14,9 @@ HELP = (
     "`top_k`, `threshold`, `pooled_blocks`, `indexed_blocks`, `quest`, `native_sparse`, "
     "`lsh_sampling`, `verified_sampling`, `reformer`, `routing`, `linear`, `full`), a preset of "
     "sliding window adaptation (`swaa-untrained`, `swaa-untrained-fast`, `swaa-trained`, "
-    "`swaa-trained-fast`, or `swaa` to set everything yourself), or JSON as in config.attention, "
-    "which takes every setting, or a file that ends in `.json` and has that."
+    "`swaa-trained-fast`, or `swaa` to set everything yourself), each with settings behind it if "
+    "so wished (`sliding:window=256,sinks=4`), or JSON as in config.attention, or a file that ends "
+    "in `.json` and has that."
 )
 Attention = Annotated[str | None, typer.Option(help=HELP)]
 Window = Annotated[
@@ -117,6 +118,13 @@ def _named(attention: str) -> dict[str, Any]:
             return read_json(attention, "--attention")
         except ValueError as error:
             raise WrongArgumentError(str(error)) from error
+    if ":" in attention:
+        from bitnet_triton.training.settings import parse_setting
+
+        try:
+            return dict(parse_setting(attention).attention or {})
+        except ValueError as error:
+            raise WrongArgumentError(str(error).replace("`attention`", "`--attention`")) from error
     return {"preset" if attention in PRESETS else "mode": attention}
 
 

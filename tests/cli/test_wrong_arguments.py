@@ -93,6 +93,8 @@ def test_numbers_out_of_range(run, option, wanted, values):
         (["--full-layers", "odd"], "`--full-layers`: expected `--attention` beside it"),
         (["--attention", "slidng"], "did you mean 'sliding'?"),
         (["--attention", "sliding"], "the setting 'window' is missing"),
+        (["--attention", "sliding:window"], "`--attention`: expected window=value in"),
+        (["--attention", "sliding:window=0"], "'window': expected at least 1, got 0"),
         (["--attention", "full", "--window", "4"], "setting of mode 'full' out of: none; got"),
         (["--attention", ""], "`--attention`: expected a mode"),
         (["--attention", "{"], "`--attention`: expected JSON"),
