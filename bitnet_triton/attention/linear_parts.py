@@ -181,8 +181,8 @@ class PlainParts(nn.Module):
         K, H, Hk = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
         D = getattr(config, "head_dim", None) or K // H
         self.kind = kind
-        self.queries: nn.Module | None = None
-        self.keys: nn.Module | None = None
+        self.queries: Hedgehog | None = None
+        self.keys: Performer | Hedgehog | None = None
         if kind == "performer":  # the same rows: their products are what softmax weighs by
             self.keys = Performer(D)
         elif kind == "hedgehog":
@@ -205,11 +205,8 @@ class PlainParts(nn.Module):
 
     def matrices(self) -> tuple[Tensor | None, Tensor | None]:
         """Return those of queries and of keys, where they lie; both None: the map has none."""
-        if isinstance(self.keys, Performer):
-            return None, self.keys.rows
-        found = [getattr(part, "weight", None) for part in (self.queries, self.keys)]
-        queries, keys = (None if t is None else t.detach() for t in found)
-        return queries, keys
+        queries = None if self.queries is None else self.queries.matrix()
+        return queries, None if self.keys is None else self.keys.matrix()
 
 
 def constant_log_decay(heads: int, device: torch.device) -> Tensor:

@@ -53,6 +53,10 @@ class Performer(nn.Module):
         """Take other rows; what a state holds was made with those from before."""
         self.rows.copy_(orthogonal_rows(self.features, self.D, seed=seed))
 
+    def matrix(self) -> Tensor:
+        """Return what x is multiplied by, [F D], where it lies."""
+        return self.rows
+
     def forward(self, x: Tensor, *, queries: bool = False) -> Tensor:
         """Map x [..., D] to features [..., F] in its dtype, computed in float32.
 
@@ -98,6 +102,10 @@ class Hedgehog(nn.Module):
     def __init__(self, heads: int, D: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.eye(D).repeat(heads, 1, 1))
+
+    def matrix(self) -> Tensor:
+        """Return what x is multiplied by, [heads D D], where it lies, without gradient."""
+        return self.weight.detach()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [B T heads D] to features [B T heads 2 D] in its dtype."""
