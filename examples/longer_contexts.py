@@ -1,9 +1,8 @@
 """Every rope method at eight times the trained length, before and after a short training.
 
 Text: a model trained to 1024 tokens reads files of the standard library that it has not met, in
-windows of 8192 tokens; the same tokens in windows of 1024 are what it is measured by. Recall: the
-embedded model of 4096 tokens answers at 32768. A run that was killed goes on, cell by cell. The
-text model is the embedded one before it was extended:
+windows of 8192 tokens; the same tokens in windows of 1024 are what it is measured by. A run that
+was killed goes on, cell by cell. The text model is the embedded one before it was extended:
 
     git archive f0388d3 bitnet_triton/assets/tiny | tar -x --strip-components=2
     python examples/longer_contexts.py --source tiny --output runs/longer
@@ -17,7 +16,6 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,25 +29,29 @@ from transformers import AutoTokenizer
 
 import bitnet_triton as bt
 from bitnet_triton.models.convert import convert_checkpoint
-from bitnet_triton.training.answers import ask, make_prompts
 from bitnet_triton.training.longrope import LongRopeJob, search_longrope
 from bitnet_triton.training.options import write_whole
 from bitnet_triton.training.results import Store
 from bitnet_triton.training.subject import digest
-from bitnet_triton.training.tasks import TASKS, TextTokens
 
 TIMES, SEARCHED_ON = 8, 3
-RECALL_CONTEXT = 4096
 STRETCH = 512  # tokens whose bits are added up
 METHODS = ("none", "linear", "ntk", "dynamic", "yarn", "longrope")
-DEPTHS = ("0 to 0.2", "0.2 to 0.4", "0.4 to 0.6", "0.6 to 0.8", "0.8 to 1")
-TRAININGS = (("yarn", 4), ("yarn", 8), ("longrope", 8))
+YARNS = ("yarn", "mild_yarn", "dynamic_yarn")  # measured at half of TIMES, too
+ORDER = (*METHODS, *YARNS[1:])
+TRAININGS = (*product(YARNS, [4]), ("yarn", 8), ("longrope", 8))
 Factors = Sequence[float]
 
 
 def extended(model: Any, method: str, factor: float, searched: Factors) -> Any:
-    """Give a model a method."""
-    more = {"long_factor": searched} if method == "longrope" else {}
+    """Give a model a method.
+
+    "mild_yarn" multiplies scores by YaRN's temperature 0.1 ln(factor) + 1 once, not twice: short
+    texts, which were trained on without it, lose less.
+    """
+    more: dict[str, Any] = {"long_factor": searched} if method == "longrope" else {}
+    if method == "mild_yarn":
+        method, more = "yarn", {"attention_factor": math.sqrt(0.1 * math.log(factor) + 1)}
     return model if method == "none" else bt.extend_context(model, factor, method, **more)
 
 
@@ -82,37 +84,19 @@ def text_bits(model: Any, texts: Sequence[Tensor], window: int) -> list[list[flo
     return found
 
 
-def recall(method: str, searched: Factors, tokens: TextTokens, number: int) -> list[list[float]]:
-    """Return depth and score of each answer of the recall model to a prompt."""
-    task, length = TASKS["recall"], TIMES * RECALL_CONTEXT
-    *_, prompt = make_prompts("recall", task, tokens, length, number + 1, (), seed=0)
-    model = load(bt.RECALL_MODEL, method, TIMES, searched)
-    (answers,) = ask(model, tokens, task, [prompt])
-    return [[round(answer.depth, 3), answer.score] for answer in answers]
-
-
-def search(
-    output: Path, source: Path, files: Sequence[Tensor], tokenizer: Any, kind: str
-) -> Factors:
-    """Search factors, for text on files that were trained on, for recall on needles."""
+def search(output: Path, source: Path, files: Sequence[Tensor], tokenizer: Any) -> Factors:
+    """Search factors on files that were trained on."""
     length, paths = TIMES * tiny.CONTEXT, []
     long = [tokens for tokens in files if len(tokens) > length + 64]
     for n in range(SEARCHED_ON):
         paths.append(str(output / f"search-{n}.txt"))
         tokens = long[len(long) * n // SEARCHED_ON][1 : length + 64]
         Path(paths[-1]).write_text(tokenizer.decode(tokens), encoding="utf-8")
-    jobs = {
-        "text": LongRopeJob(
-            str(output / "search"), str(source.resolve()), paths, TIMES, samples=SEARCHED_ON,
-            population=12, generations=6,
-        ),
-        "recall": LongRopeJob(
-            str(output / "search-recall"), str(bt.RECALL_MODEL), factor=TIMES,
-            length=TIMES * RECALL_CONTEXT // 2, samples=1, fitness="needles", population=6,
-            generations=2,
-        ),
-    }  # fmt: skip
-    return search_longrope(jobs[kind])["long"]["factors"]
+    job = LongRopeJob(
+        str(output / "search"), str(source.resolve()), paths, TIMES, samples=SEARCHED_ON,
+        population=12, generations=6,
+    )  # fmt: skip
+    return search_longrope(job)["long"]["factors"]
 
 
 def train(
@@ -151,7 +135,7 @@ def change(a: Any, b: Any, files: Sequence[int]) -> list[float]:
 
 
 def summarise(lines: list[dict[str, Any]], sizes: Tensor, files: Sequence[int]) -> dict[str, Any]:
-    """Return bits per byte and their changes, and recall by depth, from what was measured.
+    """Return bits per byte and their changes, from what was measured.
 
     Args:
         lines: one for each cell.
@@ -160,8 +144,8 @@ def summarise(lines: list[dict[str, Any]], sizes: Tensor, files: Sequence[int]) 
     """
     cells = {
         (line["when"], line["method"], line["factor"], line["window"]): line["found"]
-        for line in lines if line["kind"] == "text"
-    }  # fmt: skip
+        for line in lines
+    }
     plain = cells["before", "none", TIMES, tiny.CONTEXT]
     rows, bytes_of = [], sizes.sum(0)
     for (when, method, factor, window), found in cells.items():
@@ -181,39 +165,19 @@ def summarise(lines: list[dict[str, Any]], sizes: Tensor, files: Sequence[int]) 
         if method == "longrope" and yarn:
             row["change_from_yarn"] = change(found, yarn, files)
         rows.append(row)
-    answers: dict[str, list[list[float]]] = {}
-    for line in lines:
-        if line["kind"] == "recall":
-            answers.setdefault(line["method"], []).extend(line["found"])
     same = torch.tensor(plain, dtype=torch.double).sum(0) / bytes_of
     return {
         "as_trained_by_position": [round(value, 4) for value in same.tolist()],
         "text": rows,
-        "recall": {
-            method: {
-                "answers": len(found),
-                "right": round(sum(score for _, score in found) / len(found), 4),
-                "by_depth": by_depth(found),
-            }
-            for method, found in answers.items()
-        },
     }
 
 
-def by_depth(answers: list[list[float]]) -> list[float | None]:
-    """Return the share of right answers for each fifth of a text."""
-    fifths = [
-        [score for depth, score in answers if min(int(5 * depth), 4) == fifth] for fifth in range(5)
-    ]
-    return [round(sum(found) / len(found), 4) if found else None for found in fifths]
-
-
 def as_markdown(result: dict[str, Any]) -> str:
-    """Return the tables of the documentation."""
+    """Return the table of the documentation."""
     text = "| training | method | tokens | bits per byte | against 1024 | short texts |\n"
     text += "| --- | --- | --- | --- | --- | --- |\n"
     cells = {(r["when"], r["method"], r["factor"], r["window"]): r for r in result["text"]}
-    order = sorted(cells, key=lambda key: (key[0] == "after", METHODS.index(key[1]), key[2]))
+    order = sorted(cells, key=lambda key: (key[0] == "after", ORDER.index(key[1]), key[2]))
     for when, method, factor, window in order:
         if window > tiny.CONTEXT:
             row = cells[when, method, factor, window]
@@ -221,41 +185,26 @@ def as_markdown(result: dict[str, Any]) -> str:
             changes = ["{:+.1f} % ({:+.1f} to {:+.1f})".format(*r["change"]) for r in (row, short)]
             values = [when, method, str(window), f"{row['bits_per_byte']:.3f}", *changes]
             text += f"| {' | '.join(values)} |\n"
-    if not result["recall"]:
-        return text
-    text += "\n| method | right | " + " | ".join(DEPTHS) + " |\n|" + " --- |" * 7 + "\n"
-    for method, row in result["recall"].items():
-        shares = [row["right"], *row["by_depth"]]
-        values = ["" if share is None else f"{100 * share:.0f}" for share in shares]
-        text += f"| {method} | {' | '.join(values)} |\n"
     return text
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Draw bits per byte by position, before and after, and recall by depth."""
+    """Draw bits per byte by position, before and after."""
     from matplotlib.figure import Figure
 
-    panels = 3 if result["recall"] else 2
-    figure = Figure(figsize=(5 * panels, 4))
-    axes = figure.subplots(1, panels)
+    figure = Figure(figsize=(10, 4))
+    axes = figure.subplots(1, 2)
     same = result["as_trained_by_position"]
     middles = [STRETCH * (place + 0.5) for place in range(len(same))]
     for axis, when in zip(axes, ("before", "after")):
         axis.plot(middles, same, "k:", label=f"the same in windows of {tiny.CONTEXT}, as trained")
         for row in result["text"]:
             if row["when"] == when and row["window"] == TIMES * tiny.CONTEXT:
-                color = f"C{METHODS.index(row['method'])}"
+                color = f"C{ORDER.index(row['method'])}"
                 axis.plot(middles, row["by_position"], color=color, label=row["method"])
         axis.set(xlabel="position", ylabel="bits per byte", ylim=(0.8, 2.3))
         axis.set_title(f"text, {when} training", fontsize=10)
         axis.legend(fontsize=7, ncol=2, loc="upper left")
-    for axis in axes[2:]:
-        for method, row in result["recall"].items():
-            shares = [math.nan if share is None else 100 * share for share in row["by_depth"]]
-            axis.plot(DEPTHS, shares, "o-", color=f"C{METHODS.index(method)}", label=method)
-        axis.set(xlabel="where the answer stands", ylabel="right answers in %", ylim=(-3, 103))
-        axis.set_title(f"recall at {TIMES * RECALL_CONTEXT} tokens", fontsize=10)
-        axis.legend(fontsize=7)
     figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
@@ -264,7 +213,6 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder of the run and its results.")],
     tokens: Annotated[int, typer.Option(help="Of each training.")] = 163840,
     rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-4,
-    prompts: Annotated[int, typer.Option(help="Of 8 questions, for each method; 0: none.")] = 3,
 ) -> None:
     """Measure, train, measure; write ``longer-contexts.json``, ``.md`` and ``.png``."""
     kind = bt.BitNetConfig.from_pretrained(source).rope_parameters["rope_type"]
@@ -284,24 +232,18 @@ def main(
             typer.echo(f"{key}: done")
 
     def measure(folder: Path, when: str, method: str, factor: int) -> None:
-        how = (method if when == "before" else "none", factor, factors["text"])
+        how = (method if when == "before" else "none", factor, factors)
         for window in (factor * tiny.CONTEXT, tiny.CONTEXT):
             once(
                 lambda window=window: text_bits(load(folder, *how), texts, window),
-                kind="text", when=when, method=method, factor=factor, window=window,
+                when=when, method=method, factor=factor, window=window,
             )  # fmt: skip
 
-    factors = {kind: search(output, source, known, tokenizer, kind) for kind in ("text", "recall")}
-    for method, factor in [*((method, TIMES) for method in METHODS), ("yarn", TIMES // 2)]:
+    factors = search(output, source, known, tokenizer)
+    for method, factor in [*product(METHODS, [TIMES]), *product(YARNS, [TIMES // 2])]:
         measure(source, "before", method, factor)
-    reader = TextTokens(AutoTokenizer.from_pretrained(bt.RECALL_MODEL))
-    for number, method in product(range(prompts), METHODS):
-        once(
-            partial(recall, method, factors["recall"], reader, number),
-            kind="recall", method=method, prompt=number,
-        )  # fmt: skip
     for method, factor in TRAININGS:
-        folder = train(output, source, known, (method, factor), tokens, rate, factors["text"])
+        folder = train(output, source, known, (method, factor), tokens, rate, factors)
         measure(folder, "after", method, factor)
 
     words = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))

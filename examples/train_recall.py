@@ -304,7 +304,11 @@ class Training:
         kind, target = torch.tensor(row.kind[1:], device=device), ids[0, 1:]
         with torch.autocast(device.type, dtype=torch.bfloat16):
             places = torch.tensor([row.places], device=device)
-            output = self.model(input_ids=ids, position_ids=places, use_cache=False)
+            # of positions that skip, the mask says that they are those of one text
+            output = self.model(
+                input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=places,
+                use_cache=False,
+            )  # fmt: skip
         logits = output.logits[0, :-1]
         nats = F.cross_entropy(logits.float(), target, reduction="none")
         text, answer = nats[kind == 1].mean(), nats[kind == 2].mean()
