@@ -82,6 +82,18 @@ def test_the_blocks_of_the_best_units_are_chosen(case, device, backend):
     assert torch.equal(found, expected)
 
 
+def test_scores_that_are_no_numbers_choose_nothing(device, backend):
+    """And infinite ones do not stand above what is always chosen."""
+    q, keys = integers(1, 40, 2, 16, least=1), integers(1, 40, 2, 16)
+    keys[:, 8:12] = float("nan")
+    keys[:, [16, 20, 24], :, 3] = float("inf")
+    found = top_blocks(q, keys, block=4, selected=3, initial=0, local=1)
+    assert (found[:, 12:] != 2).all()
+    assert torch.equal(found[0, 8:12], torch.tensor([0, 1, 2]).expand(4, 2, 3).int())
+    assert torch.equal(found[0, 28:, :, :2], torch.tensor([4, 5]).expand(12, 2, 2).int())
+    assert torch.equal(found[0, 28:, 0, 2], torch.arange(28, 40).int() // 4)
+
+
 # likewise: a row of which everything is chosen, several launches, and blocks of no power of two
 LONG = [
     (300, 300, 4, 1, 4, 16, TOKENS, 2, 60, 1, 1, F32),

@@ -152,8 +152,8 @@ def top_blocks(  # noqa: PLR0913 - what the units are, which are chosen, and whe
     A set of heads is scored as their sum. The first and the last blocks are chosen always, the
     token's own one among the latter; future ones never; of equal ones the earlier. Of units of
     bounds the score is the sum over channels of max(q max, q min), an upper bound of the product
-    with any key between (Quest, arXiv:2406.10774). The matrix of scores is never written; for long
-    lists on a CPU that of some queries at a time is.
+    with any key between (Quest, arXiv:2406.10774). A score that is no number is none. The matrix of
+    scores is never written; for long lists on a CPU that of some queries at a time is.
 
     Args:
         q: [B Tq H D] float16, bfloat16 or float32, the last Tq tokens; packed: [sum T, H, D].

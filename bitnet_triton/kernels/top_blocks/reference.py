@@ -52,7 +52,8 @@ def block_scores(scores: Tensor, positions: Tensor, *, units: Units, block: int)
     """
     unit = torch.arange(scores.shape[-1], device=scores.device)
     is_whole = unit * units.stride + units.window <= positions[:, None] + 1  # [T U]
-    scores = scores.masked_fill(~is_whole[:, None], float("-inf"))
+    # a score that is no number is none
+    scores = scores.masked_fill(~is_whole[:, None] | scores.isnan(), float("-inf"))
     none = scores.new_full((*scores.shape[:2], 1), float("-inf"))
     blocks = range(max(int(positions.max()), 0) // block + 1)
     best = []
@@ -74,6 +75,7 @@ def choose(best: Tensor, own: Tensor, *, selected: int, initial: int, local: int
         local: last blocks, the own one included, that are chosen always.
     """
     N = best.shape[-1]
+    best = best.clamp_max(torch.finfo(best.dtype).max)  # below those that are chosen always
     index, own = torch.arange(N, device=best.device), own[:, None, None]
     best = best.masked_fill((index < initial) | (index > own - local), float("inf"))
     best = best.masked_fill(index > own, float("-inf"))
