@@ -203,13 +203,24 @@ def units_of(k: Tensor, units: Units, rows: Rows, context: AttentionContext) -> 
 def choose_blocks(
     q: Tensor, keys: Tensor, rows: Rows, *, scale: Tensor | None = None, **settings: Any
 ) -> Tensor:
-    """Call ``top_blocks`` for the rows of a call; units of packed sequences are packed."""
+    """Call ``top_blocks`` for the rows of a call; units of packed sequences are packed.
+
+    Lists have no more places than a short text has blocks, rounded up to a power of two.
+    """
+    if not torch.compiler.is_compiling():  # a graph would be one for each such number
+        settings |= {"selected": _places(rows.tokens, **settings)}
     if rows.starts is None:
         return top_blocks(
             q, keys, scale=scale, tokens=rows.tokens, leftpad=rows.leftpad, **settings
         )
     packed = top_blocks(q.flatten(0, 1), keys, scale=scale, cu_seqlens=rows.starts, **settings)
     return packed.unflatten(0, q.shape[:2])
+
+
+def _places(tokens: int, *, block: int, selected: int, initial: int, local: int, **_: Any) -> int:
+    """Return how many blocks to choose of a text, with few numbers for all lengths."""
+    blocks = max(-(-tokens // block), initial + local)
+    return min(selected, 1 << (blocks - 1).bit_length())
 
 
 def check_blocks(mode: Any, block: int) -> None:

@@ -71,6 +71,24 @@ def test_what_is_not_chosen_changes_nothing(name, monkeypatch):
         assert not torch.equal(model(ids, use_cache=False).logits[:, -1], expected)
 
 
+@pytest.mark.parametrize("attention", [POOLED, INDEXED], ids=["pooled_blocks", "indexed_blocks"])
+def test_lists_are_no_longer_than_a_short_text(attention, monkeypatch):
+    widths, choose = [], blocks.top_blocks
+
+    def look(q, keys, **settings):
+        widths.append(settings["selected"])
+        return choose(q, keys, **settings)
+
+    monkeypatch.setattr(blocks, "top_blocks", look)
+    model = dense_model({**attention, "selected": 3000}).eval()
+    ids = torch.randint(3, 96, (1, 30))
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+        assert widths == [8, 8]
+        bt.set_attention(model, "full")
+        torch.testing.assert_close(whole, model(ids, use_cache=False).logits, atol=2e-4, rtol=2e-4)
+
+
 def test_units_of_a_memory_are_those_of_its_keys(load, token_ids):
     """Whatever has happened to it: chunks, steps, rows that change places, tokens taken back."""
     means, bounds = Units("mean", 2, 4), Units("bounds", 4, 4)
