@@ -37,6 +37,7 @@ from bench.peers import PEERS
 from bench.report import point_name, read_json
 from bench.reversible import reversible_command
 from bench.run import console, plot_file, run_case
+from bench.serving_memory import serving_memory_command
 from bench.table import print_table
 from bench.training_memory_command import training_memory_command
 from bench.tune_command import tune_command
@@ -215,6 +216,7 @@ app.command("footprint")(footprint_command)
 app.command("eviction")(eviction_command)
 app.command("training_memory")(training_memory_command)
 app.command("reversible")(reversible_command)
+app.command("serving_memory")(serving_memory_command)
 
 
 @app.command()
