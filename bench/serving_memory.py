@@ -30,22 +30,7 @@ from bench.report import size, write_json
 from bench.run import console, shown
 
 POINTS = 20  # how often the size is read
-WORDS = [
-    "def",
-    "class",
-    "return",
-    "import",
-    "for",
-    "while",
-    "list",
-    "dict",
-    "self",
-    "None",
-    "True",
-    "value",
-    "key",
-    "index",
-]
+WORDS = ("def", "class", "return", "import", "for", "while", "list", "dict", "self", "key", "value")
 
 
 @contextmanager
