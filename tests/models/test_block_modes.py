@@ -86,7 +86,7 @@ def test_lists_are_no_longer_than_a_short_text(attention, monkeypatch):
         whole = model(ids, use_cache=False).logits
         assert widths == [8, 8]
         bt.set_attention(model, "full")
-        torch.testing.assert_close(whole, model(ids, use_cache=False).logits, atol=2e-4, rtol=2e-4)
+        torch.testing.assert_close(whole, model(ids, use_cache=False).logits, atol=2e-5, rtol=2e-5)
 
 
 def test_units_of_a_memory_are_those_of_its_keys(load, token_ids):
