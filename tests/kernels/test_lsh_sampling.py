@@ -9,6 +9,7 @@ import torch
 from bitnet_triton import use_backend
 from bitnet_triton.kernels import HashTables, flash_attention, lsh_sampling_attention
 from bitnet_triton.kernels.lsh_sampling import tables as tables_module
+from bitnet_triton.kernels.lsh_sampling.launchers import triton_sample
 from bitnet_triton.kernels.lsh_sampling.reference import (
     hash_reference,
     lsh_sampling_reference,
@@ -378,6 +379,20 @@ def test_more_rows_than_16_bits_number(device, backend):
     clear = is_clear(k - tables.centre[:, None], tables.planes).all(-1).all(-1)[0, :, 0]
     assert ((found == expected) | ~clear).float().mean() == 1.0
     assert found[65536:].any()
+
+
+@pytest.mark.backends("triton")
+def test_nothing_is_written_behind_a_full_list(device, backend):
+    # a CPU writes every row that it meets behind those listed so far; a full list has no such place
+    n = 70
+    q, k, _ = draw(1, n, 4, 1, 16, device=device)
+    tables = HashTables.build(k, bits=1, tables=200)
+    rows, counts, _ = triton_sample(q, 1, tables.call("own"))
+    assert counts.tolist() == [[[n, 0]] * 4]
+    listed = rows.to(torch.int32).cpu()[0]
+    assert torch.equal(listed[:, :n].sort()[0], torch.arange(n, dtype=torch.int32).expand(4, -1))
+    # what nobody wrote is filled with the largest number
+    assert (listed[:, n:] == 65535).all()
 
 
 def test_tables_are_smaller_than_the_keys_and_values():
