@@ -16,7 +16,7 @@ CPU: Table = {
             "BLOCK_T": 128,
             "BLOCK_C": 1024,
             "AHEAD": 8,
-            "LINES": 4,
+            "LINES": 8,
         },
     },
     "lsh_gather": {ANY: {"BLOCK_N": 16, "AHEAD": 16}},
