@@ -58,11 +58,33 @@ def test_attends_to_what_codes_stand_for(bits, dtype, Tq, H, Hk, D, rotate, devi
     exact, exact_lse = exact_of(q, codes, used)
     eager, eager_lse = quantised_attention_reference(q.float(), codes, used, scale=D**-0.5)
     assert out.dtype == dtype
-    # a rotated query is rounded once more where products take its dtype
-    assert_close("out", out, exact, eager=eager.to(dtype))
-    limit = 1e-5 if dtype == torch.float32 else 5e-3
+    if bits == 4 and backend == "triton" and torch.device(device).type == "cpu" and dtype != torch.float32:
+        # a query of a byte for each channel: in 30 seeds up to 0.006, 0.05 and 0.021
+        assert_close("out", out, exact, rms=0.012, worst=0.1)
+        limit = 0.05
+    else:
+        # a rotated query is rounded once more where products take its dtype
+        assert_close("out", out, exact, eager=eager.to(dtype))
+        limit = 1e-5 if dtype == torch.float32 else 5e-3
     assert (lse - exact_lse).abs().max() < limit
     assert (eager_lse - exact_lse).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("D", [64, 128])
+def test_rounding_of_queries_adds_little_to_what_codes_lose(D, dtype, device, backend):
+    codes, keys, values = make(device, 4, D=D)
+    used = torch.tensor([577, 640], dtype=torch.int32, device=device)
+    q = torch.randn(2, 3, 4, D, device=device).to(dtype)
+    out, _ = quantised_attention(q, codes, used)
+    read, _ = exact_of(q, codes, used)
+    for row, n in enumerate(used.tolist()):
+        k, v = (t[row : row + 1, :, :n].double().transpose(1, 2) for t in (keys, values))
+        kept, _ = attention_reference(
+            q[row : row + 1].double(), k, v, mask=Mask(causal=False), scale=D**-0.5
+        )
+        # up to 1.01 in 30 seeds; queries of four bits make it 1.3 to 1.45
+        assert (out[row] - kept[0]).norm() < 1.04 * (read[row] - kept[0]).norm()
 
 
 @pytest.mark.parametrize(("bits", "limit"), [(8, 0.008), (4, 0.13)])

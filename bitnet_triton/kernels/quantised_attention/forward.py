@@ -6,8 +6,9 @@ queries come rotated, and what is summed here is rotated back by the kernel that
 Lengths are read from memory and the grid depends on shapes alone, so that a launch recorded once
 serves every decode step.
 
-On a CPU, queries of 16 bits and weights become planes of int8, 15 bits in two of them, and meet the
-codes as they are; elsewhere codes are widened to the type of the queries. Codes lie as products of
+On a CPU, with queries of 16 bits, weights become planes of int8, 15 bits in two of them, and so do
+queries over codes of 8 bits; over codes of 4 bits a query is one byte. They meet the codes as they
+are; elsewhere codes are widened to the type of the queries. Codes lie as products of
 integers read them (``codes.py``).
 """
 
@@ -69,12 +70,16 @@ def _matrix(fours, K: tl.constexpr, N: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def _fetch(ptr, BYTES: tl.constexpr) -> None:
-    """Ask for bytes, a cache line at a time: on a CPU, a load that is not used fetches."""
-    line = tl.arange(0, triton.next_power_of_2(BYTES // 64)) * 64
-    if line.shape[0] * 64 != BYTES:
-        line = tl.minimum(line, BYTES - 64)
-    tl.load(ptr + line, volatile=True)
+def _fetch(ptr, QUARTER: tl.constexpr, BYTES: tl.constexpr) -> None:
+    """Ask for a quarter of bytes, a line at a time: on a CPU, a load that is not used fetches.
+
+    Asked for all at once they are more than a core can wait for, which keeps it from its work.
+    """
+    SOME: tl.constexpr = BYTES // 4
+    line = tl.arange(0, triton.next_power_of_2(SOME // 64)) * 64
+    if line.shape[0] * 64 != SOME:
+        line = tl.minimum(line, SOME - 64)
+    tl.load(ptr + QUARTER * SOME + line, volatile=True)
 
 
 @triton.jit
@@ -126,35 +131,41 @@ def _row_max(x, FAST: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def _scores_by_planes(
-    q_low, q_high, largest_q, k_low, k_high, s_low, s_high, z_low, z_high, scale, BITS: tl.constexpr
-) -> tl.tensor:  # fmt: skip
-    """Return products of queries [M, HALF] twice with codes [HALF, N] twice, float32 [M, N]."""
-    if BITS == 4:
-        # a bound for all channels serves as well as the largest of each row, and is cheaper
-        largest = largest_q * _largest(tl.maximum(s_low, s_high), 0)
-        x_low = q_low * s_low[None, :]
-        x_high = q_high * s_high[None, :]
-    else:
-        largest = largest_q
-        x_low = q_low
-        x_high = q_high
-    largest = tl.maximum(largest, _LEAST)
-    x_low = x_low * (_STEPS / largest)[:, None] + _ROUND
-    x_high = x_high * (_STEPS / largest)[:, None] + _ROUND
-    many_low, rest_low = _planes(x_low)
-    many_high, rest_high = _planes(x_high)
+def _scores_by_planes(q_low, q_high, largest_q, k_low, k_high, scale) -> tl.tensor:
+    """Return products of queries [M, HALF] twice with codes of 8 bits, float32 [M, N]."""
+    largest = tl.maximum(largest_q, _LEAST)
+    many_low, rest_low = _planes(q_low * (_STEPS / largest)[:, None] + _ROUND)
+    many_high, rest_high = _planes(q_high * (_STEPS / largest)[:, None] + _ROUND)
     many = tl.dot(many_low, k_low, out_dtype=tl.int32)
     many = tl.dot(many_high, k_high, many, out_dtype=tl.int32)
     rest = tl.dot(rest_low, k_low, out_dtype=tl.int32)
     rest = tl.dot(rest_high, k_high, rest, out_dtype=tl.int32)
-    scores = _of_planes(many, rest)
-    step = largest * (1.0 / _STEPS)
-    if BITS == 4:
-        zero = (x_low - _ROUND) * z_low[None, :] + (x_high - _ROUND) * z_high[None, :]
-        return (scores - tl.sum(zero, axis=1)[:, None]) * step[:, None]
-    else:
-        return scores * (step[:, None] * scale[None, :])
+    return _of_planes(many, rest) * ((largest * (1.0 / _STEPS))[:, None] * scale[None, :])
+
+
+@triton.jit
+def _scores_by_bytes(
+    q_low, q_high, largest_q, k_low, k_high, s_low, s_high, z_low, z_high
+) -> tl.tensor:  # fmt: skip
+    """Return products of queries [M, HALF] twice with keys of 4 bits, float32 [M, N].
+
+    Queries take a byte: what is rounded off there meets codes around their middle, 8, and is far
+    less than what keys have lost.
+    """
+    x_low = q_low * s_low[None, :]
+    x_high = q_high * s_high[None, :]
+    largest = tl.maximum(tl.maximum(_largest(x_low, 1), _largest(x_high, 1)), _LEAST)
+    x_low = x_low * (127.0 / largest)[:, None] + _ROUND
+    x_high = x_high * (127.0 / largest)[:, None] + _ROUND
+    codes = tl.dot(x_low.to(tl.int32, bitcast=True).to(tl.int8), k_low, out_dtype=tl.int32)
+    codes = tl.dot(x_high.to(tl.int32, bitcast=True).to(tl.int8), k_high, codes, out_dtype=tl.int32)
+    middle = 8.0 * tl.sum((x_low - _ROUND) + (x_high - _ROUND), axis=1)
+    zero = tl.sum(
+        q_low * (s_low * (z_low - 8.0))[None, :] + q_high * (s_high * (z_high - 8.0))[None, :],
+        axis=1,
+    )
+    step = largest * (1.0 / 127.0)
+    return codes.to(tl.float32) * step[:, None] - (middle * step + zero)[:, None]
 
 
 @triton.jit
@@ -194,6 +205,7 @@ def _quantised_attention_fwd_kernel(
     HALF: tl.constexpr = D // 2
     PADDED: tl.constexpr = triton.next_power_of_2(HALF)
     W: tl.constexpr = D * BITS // 8  # bytes of a token
+    TILE: tl.constexpr = BLOCK_N * W
     split = tl.program_id(0) % SPLITS
     key_head = tl.program_id(1).to(tl.int64)
     H = tl.num_programs(1) * GROUP
@@ -237,8 +249,8 @@ def _quantised_attention_fwd_kernel(
         j = start + tl.arange(0, BLOCK_N)
         is_key = j < end
         tile = start // BLOCK_N
-        k_at = k_ptr + tile.to(tl.int64) * (BLOCK_N * W)
-        v_at = v_ptr + tile.to(tl.int64) * (BLOCK_N * W)
+        k_at = k_ptr + tile.to(tl.int64) * TILE
+        v_at = v_ptr + tile.to(tl.int64) * TILE
         group_at = tile * k_scale_stride_g + cols
         v_scale = tl.load(v_scale_ptr + j, mask=is_key, other=0.0)
         # what the other number of bits has; nobody reads these
@@ -252,24 +264,32 @@ def _quantised_attention_fwd_kernel(
         if PLANES:  # on a CPU
             # ahead of its use, where it would be waited for
             largest_v = tl.maximum(_largest(v_scale, 0), _LEAST)
-            _fetch(k_at + BLOCK_N * W, BLOCK_N * W)
+            _fetch(k_at + TILE, 0, TILE)
         # [PADDED / 4, 4 BLOCK_N] bytes
         k_low, k_high = _load_halves(
             k_at, HALF * BLOCK_N, 4 * BLOCK_N, HALF // 4, 4 * BLOCK_N, BITS
         )
+        if PLANES:
+            _fetch(k_at + TILE, 1, TILE)
         k_low = _matrix(k_low, PADDED, BLOCK_N)
         k_high = _matrix(k_high, PADDED, BLOCK_N)
-        if PLANES:
-            scores = _scores_by_planes(
-                q_low, q_high, largest_q, k_low, k_high, s_low, s_high, z_low, z_high, k_scale, BITS
+        if PLANES and BITS == 4:
+            scores = _scores_by_bytes(
+                q_low, q_high, largest_q, k_low, k_high, s_low, s_high, z_low, z_high
             )
+        elif PLANES:
+            scores = _scores_by_planes(q_low, q_high, largest_q, k_low, k_high, k_scale)
         else:
             scores = _scores_by_floats(
                 q_low, q_high, k_low, k_high, s_low, s_high, z_low, z_high, k_scale, BITS
             )
+        if PLANES:
+            _fetch(k_at + TILE, 2, TILE)
         if softcap_log2 is not None:
             scores = libdevice.tanh(scores * scale_log2)
         scores = tl.where(is_key[None, :], scores, float("-inf"))
+        if PLANES:
+            _fetch(k_at + TILE, 3, TILE)
         new_top = tl.maximum(top, _row_max(scores, PLANES))
         pivot = tl.where(new_top == float("-inf"), 0.0, new_top) * factor
         weights = tl.exp2(scores * factor - pivot[:, None])
@@ -277,7 +297,8 @@ def _quantised_attention_fwd_kernel(
         top = new_top
         total = total * shrink[:, None] + weights
         if PLANES:
-            _fetch(v_at + BLOCK_N * W, BLOCK_N * W)
+            _fetch(v_at + TILE, 0, TILE)
+            _fetch(v_at + TILE, 1, TILE)
         # [BLOCK_N / 4, 4 PADDED] bytes
         v_low, v_high = _load_halves(v_at, 4 * HALF, 4 * W, BLOCK_N // 4, 4 * HALF, BITS)
         v_low = _matrix(v_low, BLOCK_N, PADDED)
@@ -286,7 +307,9 @@ def _quantised_attention_fwd_kernel(
             w = weights * v_scale[None, :]
             if BITS == 4:
                 offset = offset * shrink[:, None] + w
+            _fetch(v_at + TILE, 2, TILE)
             many, rest = _planes(w * (_STEPS / largest_v) + _ROUND)
+            _fetch(v_at + TILE, 3, TILE)
             # weights are not negative: products of signed codes with them need no offset
             many &= 127
             rest &= 127
@@ -383,6 +406,15 @@ def _quantised_attention_merge_kernel(
     tl.store(lse_ptr + lse_at, lse)
 
 
+def _num_splits(keys: int, device: torch.device) -> int:
+    """Return among how many programs to divide the keys of a head of keys.
+
+    On a CPU they are twice as long as over keys and values that are kept as they are: the float32
+    that a program leaves for each head weighs more beside codes.
+    """
+    return num_splits(cdiv(keys, 2) if smallest_dot(device) == 1 else keys, device)
+
+
 def launch_quantised_attention(
     q: Tensor,
     codes: KeyValueCodes,
@@ -416,7 +448,7 @@ def launch_quantised_attention(
     most = _MOST_ROWS if on_cpu else _MOST_ROWS_ON_GPU
     rows = max(min(triton.next_power_of_2(Tq * group), most), smallest_dot(q.device))
     row_tiles = cdiv(Tq * group, rows)
-    splits = num_splits(codes.capacity, q.device) if row_tiles == 1 else 1
+    splits = _num_splits(codes.capacity, q.device) if row_tiles == 1 else 1
     parts = torch.empty((B, Tq, H, splits, D), dtype=torch.float32, device=q.device)
     part_lse = torch.empty((B, Tq, H, splits), dtype=torch.float32, device=q.device)
     out = torch.empty((B, Tq, H, D), dtype=out_dtype, device=q.device)

@@ -47,18 +47,18 @@ TCPU_INLINE void multiply_tile(const typename P::Packed* a, int64_t lda, Panel b
   constexpr int G = P::group, W = width<typename P::Acc>, full = K / G, rest = K % G;
   constexpr int chains = R * V >= 8 ? 1 : R * V >= 4 ? 2 : 4;  // enough independent sums to hide the latency
   constexpr int last_bytes = LAST * (int)sizeof(C);
+  // integers are added at the end: GCC 12 copies and spills the sums of some loops that begin with loaded vectors
+  constexpr bool ahead = !FRESH && !is_integer<typename P::Acc>::value;
+  auto loaded = [&](int r, int v) TCPU_ALWAYS {
+    const C* from = c + r * ldc + v * W;
+    return v < V - 1 ? load<Acc>(from) : load_part<last_bytes, Acc>(from);
+  };
   Acc acc[chains][R][V] = {};
+  if constexpr (ahead)
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-    if constexpr (!FRESH) {
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < V - 1; ++v) acc[0][r][v] = load<Acc>(c + r * ldc + v * W);
-      acc[0][r][V - 1] = load_part<last_bytes, Acc>(c + r * ldc + (V - 1) * W);
-    }
-    if constexpr (P::biased)
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) acc[0][r][v] -= splat(a_sums[r] * 128);
-  }
+      for (int v = 0; v < V; ++v) acc[0][r][v] = loaded(r, v);
   auto step = [&](auto valid, int g, Acc(&sums)[R][V]) {
     Units columns[V];
 #pragma GCC unroll 4
@@ -83,6 +83,8 @@ TCPU_INLINE void multiply_tile(const typename P::Packed* a, int64_t lda, Panel b
       Acc sum = acc[0][r][v];
 #pragma GCC unroll 4
       for (int i = 1; i < chains; ++i) sum += acc[i][r][v];
+      if constexpr (P::biased) sum -= splat(a_sums[r] * 128);
+      if constexpr (!FRESH && !ahead) sum += loaded(r, v);
       if (v < V - 1) store(c + r * ldc + v * W, sum);
       else store_part<last_bytes>(c + r * ldc + v * W, sum);
     }
@@ -170,6 +172,8 @@ TCPU_INLINE void dot_quads(const int8_t* a, int64_t lda, Codes codes, int32_t* c
         multiply_tile<P, decltype(rows)::value, V, K, L::W, FRESH>(a + m * lda, lda, panel, c + m * N + first * L::W,
                                                                    N, a_sums + (P::biased ? m : 0));
       };
+      // or GCC 12 keeps the sums of the product before in registers, through this one, which spills its own
+      if constexpr (!FRESH) asm("" : "+m"(*(int32_t(*)[M * N])c));
       for (int i = 0; i < Blocks::bigs; ++i) multiply_rows(Int<Blocks::big>(), i * Blocks::big);
       if constexpr (Blocks::smalls > 0)
         for (int i = 0; i < Blocks::smalls; ++i)
