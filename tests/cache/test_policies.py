@@ -156,6 +156,19 @@ def test_beams_and_chunks_go_with_it(name, full_model):
     assert held == ({30} if name in ("h2o", "latest") else {41})
 
 
+@pytest.mark.parametrize("name", ["snapkv", "expected_attention", "kvzip"])
+def test_chunks_that_nothing_would_be_dropped_of_are_refused(name, full_model):
+    ids = torch.randint(10, 1000, (1, 200))
+    settings = {
+        **QUIET,
+        "max_new_tokens": 2,
+        "cache_implementation": {"name": name, "budget": 30},
+    }
+    with pytest.raises(ValueError, match=r"`prefill_chunk_size`: .*more than 64 .* got 64"):
+        full_model.generate(ids, prefill_chunk_size=64, **settings)
+    full_model.generate(ids, prefill_chunk_size=65, **settings)
+
+
 @each_of_prompts
 def test_a_conversation_goes_on(name, full_model):
     ids = torch.randint(10, 1000, (1, 90))

@@ -11,7 +11,11 @@ from bitnet_triton.attention import AttentionPlan, hub
 from bitnet_triton.cache import MEMORIES
 from bitnet_triton.models.batching import pages_manager
 from bitnet_triton.models.bitnet.greedy import decode_greedily, greedy_objection, tell_once
-from bitnet_triton.models.bitnet.planned import named_cache, replace_dynamic_cache
+from bitnet_triton.models.bitnet.planned import (
+    check_chunks,
+    named_cache,
+    replace_dynamic_cache,
+)
 from bitnet_triton.models.rotary import depends_on_length, plan_length
 from bitnet_triton.nn.divided import Processes, share_random_state
 
@@ -135,7 +139,9 @@ class Generation:
             replace_dynamic_cache(
                 plan, self.config.num_hidden_layers, model_kwargs, generation_config.is_assistant
             )
-        held = getattr(model_kwargs.get("past_key_values"), "layers", ())
+        cache = model_kwargs.get("past_key_values")
+        check_chunks(cache, generation_config.prefill_chunk_size)
+        held = getattr(cache, "layers", ())
         wants = any(getattr(layer, "wants_prompt_len", False) for layer in held)
         if (
             plan is not None

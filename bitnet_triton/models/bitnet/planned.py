@@ -12,7 +12,14 @@ from transformers.masking_utils import create_causal_mask
 
 from bitnet_triton.attention import AttentionPlan, hub
 from bitnet_triton.attention.tokens import Tokens
-from bitnet_triton.cache import Call, GrowingLayer, Memory, begin_call, parse_memory
+from bitnet_triton.cache import (
+    Call,
+    EvictingLayer,
+    GrowingLayer,
+    Memory,
+    begin_call,
+    parse_memory,
+)
 from bitnet_triton.models.bitnet.reversible import check_no_cache
 from bitnet_triton.models.rotary import Frequencies
 
@@ -147,6 +154,17 @@ def replace_dynamic_cache(
     if is_assistant:
         cache.activate_past_recording()
     model_kwargs["past_key_values"] = cache
+
+
+def check_chunks(cache: Cache | None, size: int | None) -> None:
+    """Raise where a memory would compress none of the parts in which a prompt is read."""
+    layers: list[Any] = [] if cache is None or size is None else cache.layers
+    for layer in layers:
+        if isinstance(layer, EvictingLayer) and size is not None and size <= layer.least:
+            raise ValueError(
+                f"`prefill_chunk_size`: {type(layer).__name__} compresses calls of more than "
+                f"{layer.least} tokens, expected larger chunks, got {size}"
+            )
 
 
 def check_attention_implementation(name: Any) -> None:
