@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from transformers import AutoTokenizer
+from transformers.cache_utils import DynamicCache
 from typer.testing import CliRunner
 
 import bitnet_triton as bt
@@ -117,7 +118,7 @@ def test_presses_keep_what_they_keep_by_themselves(tokens):
     with torch.inference_mode():
         (here,) = [r for r in side._scored(ids) if r.choices[0][1] == 0.2]
         for row, (name, share) in enumerate(here.choices):
-            cache = type(here.cache)()
+            cache = DynamicCache(config=side.model.config)
             side.model.set_attn_implementation("eager")
             with side.press(name, share)(side.model):
                 side.model(ids, past_key_values=cache, use_cache=True)
