@@ -502,3 +502,19 @@ def test_other_keys_cannot_be_appended():
         tables.append(torch.randn(1, 1, 3, 8))
     with pytest.raises(TypeError, match="`keys`: expected dtype float32"):
         tables.append(torch.randn(1, 1, 2, 8).half())
+
+
+def test_a_union_of_more_heads_than_a_byte_counts_is_refused():
+    def attend(heads):
+        torch.manual_seed(0)
+        q, k = torch.randn(1, 1, heads, 16), torch.randn(1, 60, 1, 16)
+        tables = HashTables.build(k, bits=1, tables=4 * heads)
+        return lsh_sampling_attention(q, k, k, tables, sinks=0, recent=0, share="union")
+
+    found = attend(127)
+    with use_backend("reference"):
+        expected = attend(127)
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="at most 127 heads a group, got 128"):
+        attend(128)

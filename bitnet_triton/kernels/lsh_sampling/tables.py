@@ -36,6 +36,8 @@ SEGMENT = 1 << 16
 # rows that are compared code by code before they are sorted
 TAIL = 2048
 MOST_BITS = 15
+# heads of a group that share a list: a counter of a byte counts two for each
+MOST_OF_UNION = 127
 
 
 @dataclass(eq=False)
@@ -407,6 +409,10 @@ def check_query(q: Tensor, tables: HashTables, share: str) -> None:
         raise ValueError(f"`q`: expected a multiple of Hk={Hk} heads, got {H}")
     if share not in SHARES:
         raise ValueError(f"`share`: expected one of {', '.join(SHARES)}, got {share!r}")
+    if share == "union" and H // Hk > MOST_OF_UNION:
+        raise ValueError(
+            f"`share`: expected 'union' of at most {MOST_OF_UNION} heads a group, got {H // Hk}"
+        )
     if share == "union" and (tables.tables % (H // Hk) or tables.tables < 2 * (H // Hk)):
         raise ValueError(
             f"`share`: with 'union' the {H // Hk} heads of a group have tables of their own: "
