@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from bitnet_triton.cache.key_values import KeyValueMemory, may_write
 from bitnet_triton.cache.memory import Call
+from bitnet_triton.runtime.huge_pages import in_huge_pages
 
 _FEWEST = 256  # tokens that are added to the memory at least
 
@@ -146,7 +147,7 @@ def _with_room(held: Tensor, store: Tensor | None, new: int, capacity: int) -> T
     fits = store is not None and _begins_with(store, held) and length + new <= store.shape[-2]
     if store is not None and fits and may_write(store):
         return store
-    larger = held.new_empty((B, Hk, capacity, D))
+    larger = in_huge_pages(held.new_empty((B, Hk, capacity, D)))
     larger[:, :, :length].copy_(held)
     return larger
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bitnet_triton.errors import OutOfPagesError
 from bitnet_triton.kernels import copy_pages
+from bitnet_triton.runtime.huge_pages import in_huge_pages
 
 _FEWEST = 16  # pages that a pool without a cap gets at first
 
@@ -175,4 +176,4 @@ class PagePool:
     @staticmethod
     def _empty(sizes: tuple[int, ...], like: Tensor) -> Tensor:
         with torch.inference_mode(False):  # or nobody outside of it may write
-            return torch.empty(sizes, dtype=like.dtype, device=like.device)
+            return in_huge_pages(torch.empty(sizes, dtype=like.dtype, device=like.device))
