@@ -1,7 +1,8 @@
 """A decode step over keys and values in pages, and over those of a plain cache.
 
 A step is that of all layers, recorded, without the head of the model, which no cache changes. Pages
-lie in a row, as those of a text that was read alone, or apart: every other page is somebody else's.
+lie in a row, as those of a text that was read alone; apart: every other page is somebody else's; or
+in random order among as many of others.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -28,6 +30,9 @@ _LAYERS = 4  # of the shapes that are drawn at random
 _GIVEN = 4  # steps before the timing: the second one that finds the cache in place is recorded
 _MOST = 64  # after so many steps a cache is cut back
 _SIZES = (16, 32, 64)
+_ORDERS = {
+    "row": ("", "in a row"), "apart": ("_apart", "apart"), "random": ("_random", "in random order")
+}  # fmt: skip
 _TOLERANCE = 2e-2  # in bf16: roundings turn codes of activations
 _RECALL = Shape(hidden=256, ffn=512, heads=4, kv_heads=4, vocab=1024, layers=3)
 
@@ -100,12 +105,23 @@ def plain_cache(inputs: Inputs) -> Cache:
     return filled(cache, inputs)
 
 
-def _paged(page_size: int, in_a_row: bool) -> Callable[[Inputs], Cache]:
+class _Shuffled(PagePool):
+    """A pool that gives out its pages in random order, not the first ones first."""
+
+    def allocate(self, n: int) -> np.ndarray:
+        everything = super().allocate(self.free)
+        pages = np.random.default_rng(0).permutation(everything)
+        self.release(pages[n:])
+        return pages[:n]
+
+
+def _paged(page_size: int, order: str) -> Callable[[Inputs], Cache]:
     def make(inputs: Inputs) -> Cache:
         tokens = inputs.held[0][0].shape[2] + _GIVEN + _MOST
         pages = -(-tokens // page_size)
-        pool = PagePool(page_size, pages if in_a_row else 2 * pages)
-        if not in_a_row:
+        kind = _Shuffled if order == "random" else PagePool
+        pool = kind(page_size, pages if order == "row" else 2 * pages)
+        if order == "apart":
             pool.release(pool.allocate(2 * pages)[::2])
         return filled(Cache(paged_layers(Batch(pool), len(inputs.held))), inputs)
 
@@ -167,13 +183,12 @@ def flops(model: str, dtype: str, T: int) -> float:
 def case() -> Case:
     """Return the case."""
     pages = {
-        f"pages_{size}{'' if in_a_row else '_apart'}": Provider(
-            f"pages of {size}, {'in a row' if in_a_row else 'apart'}",
-            _work(_paged(size, in_a_row)), _TOLERANCE,
+        f"pages_{size}{_ORDERS[order][0]}": Provider(
+            f"pages of {size}, {_ORDERS[order][1]}", _work(_paged(size, order)), _TOLERANCE
         )
         for size in _SIZES
-        for in_a_row in (True, False)
-    }  # fmt: skip
+        for order in _ORDERS
+    }
     return Case(
         name="page_steps",
         title="Decode steps over pages",

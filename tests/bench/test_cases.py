@@ -137,7 +137,7 @@ def test_steps_inside_of_buckets_agree_with_keys_hashed_anew():
 @pytest.mark.parametrize(("model_name", "dtype"), [("recall", "fp32"), ("tiny", "bf16")])
 def test_steps_over_pages_agree_with_those_over_a_plain_cache(model_name, dtype):
     case = make_case("page_steps")
-    chosen = case.select_providers(["plain", "pages_16_apart", "pages_64"])
+    chosen = case.select_providers(["plain", "pages_16_apart", "pages_32_random", "pages_64"])
     rows = measure_point(case, {"model": model_name, "dtype": dtype, "T": 300}, chosen, SETTINGS)
     assert {row.provider: row.status for row in rows} == dict.fromkeys(chosen, "timed"), rows
     if dtype == "fp32":

@@ -479,21 +479,6 @@ def test_forked_process_runs_kernels_on_one_thread():
     assert queue.get()
 
 
-@triton.jit
-def fetching_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
-    i = tl.arange(0, BLOCK)
-    tl.load(x_ptr + i * (1 << 24), volatile=True)
-    tl.store(y_ptr + i, tl.load(x_ptr + i) + 1)
-
-
-def test_a_volatile_load_that_nobody_uses_fetches_and_reads_nothing():
-    x, y = torch.randn(16), torch.empty(16)
-    triton_cpu.launch(fetching_kernel, (1,))(x, y, BLOCK=16)  # no such memory is there
-    assert torch.equal(y, x + 1)
-    kernel = triton_cpu.warmup(triton.jit(fetching_kernel.fn), x, y, BLOCK=16)
-    assert "__builtin_prefetch" in kernel.asm["cpp"]
-
-
 def test_warmup_compiles_and_does_not_run():
     out = torch.full((8,), -1.0)
     fresh = triton.jit(add_kernel.fn)

@@ -31,8 +31,8 @@ from bitnet_triton.runtime import cdiv, launch
 from bitnet_triton.runtime.autotune import head_size, tiles
 from bitnet_triton.runtime.device import smallest_dot
 
-# How many tokens ahead pages are fetched on a CPU that do not follow the ones before them
-_TOKENS_AHEAD = 32
+# How many bytes of a head's keys and values ahead pages are fetched on a CPU
+_BYTES_AHEAD = 8192
 
 _LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -150,11 +150,9 @@ def _flash_attention_paged_kernel(
             if AHEAD:
                 later = tl.maximum(tl.minimum(at + AHEAD, end - 1), 0)
                 page_ahead = tl.load(table_ptr + later // PAGE).to(tl.int64)
-                # those of pages in a row come without being asked for
-                if page_ahead - page != later // PAGE - at // PAGE:
-                    rows = later % PAGE // BLOCK_N * BLOCK_N + lanes
-                    _fetch(k_ptr + page_ahead * k_stride_p, rows, k_stride_t, D)
-                    _fetch(v_ptr + page_ahead * v_stride_p, rows, v_stride_t, DV)
+                rows = later % PAGE // BLOCK_N * BLOCK_N + lanes
+                _fetch(k_ptr + page_ahead * k_stride_p, rows, k_stride_t, D)
+                _fetch(v_ptr + page_ahead * v_stride_p, rows, v_stride_t, DV)
             k = load_run(k_ptr + page * k_stride_p, slot, lanes, k_stride_t, is_key, D, BLOCK_D)
             v = load_run(v_ptr + page * v_stride_p, slot, lanes, v_stride_t, is_key, DV, BLOCK_DV)
         scores, factor = raw_scores(q, k, scale_log2, softcap_log2)  # [ROWS, BLOCK_N]
@@ -274,7 +272,7 @@ def _launch_few(
     launch(_flash_attention_paged_kernel, (splits, Hk, B))(
         q, k, v, parts, part_lse, *_operands(q, k, v, lse, call),
         **_constants(q, k, v, call), SPLITS=splits, FEW=few, MANY=False, QUERIES=few, ROWS=rows,
-        AHEAD=_TOKENS_AHEAD if smallest_dot(q.device) == 1 else 0, **config, **dependent(q.device),
+        AHEAD=_tokens_ahead(k, v, config["BLOCK_N"]), **config, **dependent(q.device),
     )  # fmt: skip
     if splits > 1:
         Tq = q.shape[-3]
@@ -283,6 +281,14 @@ def _launch_few(
             DV=DV, SPLITS=splits, FEW=few,
             **tiles("flash_attention_paged_merge", DV, q.device), **dependent(q.device),
         )  # fmt: skip
+
+
+def _tokens_ahead(k: Tensor, v: Tensor, tile: int) -> int:
+    """Return how many tokens ahead a page is fetched, in whole tiles; 0: a GPU needs none."""
+    if smallest_dot(k.device) > 1:
+        return 0
+    tokens = _BYTES_AHEAD // (k.element_size() * (k.shape[-1] + v.shape[-1]))
+    return max(tokens // tile, 1) * tile
 
 
 def _launch_many(

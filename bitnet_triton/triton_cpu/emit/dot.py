@@ -9,6 +9,7 @@ from bitnet_triton.triton_cpu.emit.bytes import fill_bytes
 from bitnet_triton.triton_cpu.emit.ctypes import c_type
 from bitnet_triton.triton_cpu.emit.dispatch import handles
 from bitnet_triton.triton_cpu.emit.emitter import Emitter
+from bitnet_triton.triton_cpu.emit.fetches import woven, write_rest
 from bitnet_triton.triton_cpu.emit.lanes import emit_vector_products
 from bitnet_triton.triton_cpu.emit.quads import codes_of, quads
 from bitnet_triton.triton_cpu.emit.vector_products import vector_product
@@ -59,6 +60,7 @@ def _dot(emitter: Emitter, op: Op) -> None:
         _few_rows(emitter, op)
     else:
         _matrix_product(emitter, op)
+    write_rest(emitter, op)
 
 
 def _has_few_rows(emitter: Emitter, op: Op) -> bool:
@@ -91,7 +93,8 @@ def _few_rows(emitter: Emitter, op: Op) -> None:
         if is_memory(emitter, root):
             right = matrix_view(emitter, narrow, unit=1)
             views = f"{left.base}, {left.steps[0]}, {right.base}, {right.steps[0]}"
-            emitter.write(f"few_rows<{m}, {n}, {k}>({views}, {name});")
+            fetch = woven(emitter, op, k, n, narrow.type)
+            emitter.write(f"few_rows<{m}, {n}, {k}>({views}, {name}{fetch});")
         else:
             listed = listed_rows(emitter, root, order[1])
             views = f"{left.base}, {left.steps[0]}, {listed}"

@@ -31,6 +31,8 @@ class Emitter(Writer):
         self.packed: dict[tuple[Value, str], str] = {}
         self.disjoint: set[tuple[int, int]] = set()
         self.done: set[Op] = set()
+        # Prefetches, by the product that they wait for
+        self.fetches: dict[Op, Op] = {}
         self.block: Block = function.regions[0][0]
         self._leave = "return;"
         # Deferred values to watch: they read memory, or cost something

@@ -14,6 +14,7 @@ from bitnet_triton.triton_cpu.emit.byte_rows import emit_byte_rows, kind
 from bitnet_triton.triton_cpu.emit.ctypes import c_type
 from bitnet_triton.triton_cpu.emit.elements import element
 from bitnet_triton.triton_cpu.emit.emitter import Emitter
+from bitnet_triton.triton_cpu.emit.fetches import woven
 from bitnet_triton.triton_cpu.emit.loops import write_loops
 from bitnet_triton.triton_cpu.emit.nest import Index, Nest
 from bitnet_triton.triton_cpu.emit.values import Buffer, Lanes
@@ -110,7 +111,8 @@ def _emit_rows(emitter: Emitter, product: VectorProduct) -> None:
         else:
             rows = matrix_view(emitter, product.matrix, unit=product.along)
             views = f"{vectors.base}, {step}, {rows.base}, {rows.steps[1 - product.along]}"
-            emitter.write(f"dot_rows<{shape}>({views}, {name});")
+            fetch = woven(emitter, product.op, product.rows, product.depth, product.matrix.type)
+            emitter.write(f"dot_rows<{shape}>({views}, {name}{fetch});")
     finish(emitter, product.op, name, c_sum)
 
 

@@ -8,6 +8,7 @@ from bitnet_triton.triton_cpu.emit.deferral import defer
 from bitnet_triton.triton_cpu.emit.dispatch import handles
 from bitnet_triton.triton_cpu.emit.elements import element, load_expression
 from bitnet_triton.triton_cpu.emit.emitter import Emitter
+from bitnet_triton.triton_cpu.emit.fetches import fetch
 from bitnet_triton.triton_cpu.emit.loops import write_loops
 from bitnet_triton.triton_cpu.emit.nest import Index, Nest
 from bitnet_triton.triton_cpu.emit.order import finish_loads
@@ -21,7 +22,7 @@ def _load(emitter: Emitter, op: Op) -> None:
     result = op.results[0]
     if result.is_block:
         if op.flag("isVolatile") and not result.uses:
-            _prefetch(emitter, op)
+            fetch(emitter, op)
             return
         defer(emitter, op)
         if op.flag("isVolatile"):
@@ -33,19 +34,6 @@ def _load(emitter: Emitter, op: Op) -> None:
         other = operands[2] if len(operands) > 2 else f"{c_type(result.type)}(0)"
         code = f"{operands[1]} ? {code} : {other}"
     emitter.define(result, code)
-
-
-def _prefetch(emitter: Emitter, op: Op) -> None:
-    """Ask for what a load names that cannot be left out and whose values nobody wants.
-
-    It may name any address: nothing is read.
-    """
-    address = op.operands[0]
-
-    def body(nest: Nest, index: Index) -> None:
-        nest.statement(f"__builtin_prefetch({element(emitter, address, index, nest)});")
-
-    write_loops(emitter, address.type.shape or (), body)
 
 
 @handles("tt.store")

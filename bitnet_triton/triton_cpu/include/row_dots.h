@@ -6,6 +6,20 @@
 
 namespace tcpu {
 
+// Who reads rows may ask for others meanwhile: fetch(c) asks for line c of them. A line at a time, between loads, comes
+// twice as fast as many at once.
+struct NoFetch { TCPU_METHOD void operator()(int) const {} };
+
+// Part i, of BYTES, has been read: ask for as many bytes
+template <int BYTES, class F> TCPU_INLINE void fetch_part(F& fetch, int i) {
+  if constexpr (BYTES < 64) {
+    if (i % (64 / BYTES) == 0) fetch(i * BYTES / 64);
+  } else {
+#pragma GCC unroll 8
+    for (int c = 0; c < BYTES / 64; ++c) fetch(i * (BYTES / 64) + c);
+  }
+}
+
 // How a register of a meets one of b: `elements` of them, and mac(acc, a, b) is acc plus their products, spread over
 // the lanes. has_offset: mac adds too much, by an amount that depends on a alone and is summed up by offset(acc, a).
 template <class T> struct LaneProduct {
@@ -99,9 +113,9 @@ TCPU_INLINE void dot_lanes(const T* a, const T* b, int64_t ldb, L* lanes) {
 }
 
 // Of COUNT vectors [COUNT, K] with ROWS rows, a register's worth in all: lane v * ROWS + n has that of v and n.
-// row(n): where row n lies.
-template <int COUNT, int ROWS, int K, class T, class R>
-TCPU_INLINE vec<float> dots_of_rows(const T* a, int64_t lda, R row) {
+// row(n): where row n lies. fetch(c) is called once for each line c of the rows that is read, in turn.
+template <int COUNT, int ROWS, int K, class T, class R, class F = NoFetch>
+TCPU_INLINE vec<float> dots_of_rows(const T* a, int64_t lda, R row, F fetch = F()) {
   typedef LaneProduct<T> P;
   typedef typename P::Register Register;
   constexpr int step = P::elements, rest = K % step;
@@ -114,6 +128,7 @@ TCPU_INLINE vec<float> dots_of_rows(const T* a, int64_t lda, R row) {
 #pragma GCC unroll 16
     for (int n = 0; n < ROWS; ++n) {
       Register w = P::template load<some>(row(n) + k);
+      fetch_part<step * sizeof(T)>(fetch, k / step * ROWS + n);
 #pragma GCC unroll 8
       for (int v = 0; v < COUNT; ++v) acc[v * ROWS + n] = P::mac(acc[v * ROWS + n], x[v], w);
     }
@@ -134,16 +149,20 @@ template <int COUNT, int N, int ROWS> TCPU_INLINE void add_dots(vec<float> dots,
 }
 
 // c [COUNT, N] += a [COUNT, K] times the transpose of b [N, K]; rows lie lda and ldb elements apart. Some 4 KiB of b are
-// fetched ahead, rows behind the last one included: a loop over K reads them next.
-template <int COUNT, int N, int K, class T>
-TCPU_INLINE void dot_rows(const T* a, int64_t lda, const T* b, int64_t ldb, float* c) {
+// fetched ahead, rows behind the last one included: a loop over K reads them next. With fetch, that is called instead,
+// once for each line of b.
+template <int COUNT, int N, int K, class T, class F = NoFetch>
+TCPU_INLINE void dot_rows(const T* a, int64_t lda, const T* b, int64_t ldb, float* c, F fetch = F()) {
   constexpr int rows = min_of(N, width<float> / COUNT), line = 64 / (int)sizeof(T);
   constexpr int ahead = 64 * line / min_of(K, 64 * line / rows);  // rows; not fewer than are open
   static_assert(COUNT <= width<float> && N % rows == 0, "dot_rows: powers of two");
   for (int n = 0; n < N; n += rows) {
-    for (int i = 0; i < rows; ++i)
-      for (int k = 0; k < K; k += line) __builtin_prefetch(b + (n + ahead + i) * ldb + k);
-    add_dots<COUNT, N, rows>(dots_of_rows<COUNT, rows, K>(a, lda, [&](int i) TCPU_ALWAYS { return b + (n + i) * ldb; }), c + n);
+    if constexpr (is_same<F, NoFetch>::value)
+      for (int i = 0; i < rows; ++i)
+        for (int k = 0; k < K; k += line) __builtin_prefetch(b + (n + ahead + i) * ldb + k);
+    auto row = [&](int i) TCPU_ALWAYS { return b + (n + i) * ldb; };
+    auto lines = [&](int i) TCPU_ALWAYS { fetch(n * (K / line) + i); };
+    add_dots<COUNT, N, rows>(dots_of_rows<COUNT, rows, K>(a, lda, row, lines), c + n);
   }
 }
 
