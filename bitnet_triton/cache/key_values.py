@@ -34,6 +34,12 @@ class KeyValueMemory(Memory):
         """Keys and values [B Hk capacity D], as ``reserve`` has left them."""
         raise NotImplementedError
 
+    def reset(self) -> None:
+        """Forget all tokens: transformers 5.17 would keep as many zeros, which attention reads."""
+        self.keys = self.values = None
+        self.is_initialized = False
+        super().reset()
+
     def is_ready(self, B: int, dtype: torch.dtype, device: torch.device) -> bool:
         """Tell whether it holds tokens of B rows, in that dtype, on that device."""
         if not self.held:

@@ -76,6 +76,9 @@ def repeat(layer):
 
 def reset(layer):
     layer.reset()
+    if type(layer) is DynamicLayer:  # that of transformers 5.17 keeps as many zeros
+        layer.keys = layer.values = None
+        layer.is_initialized = False
 
 
 def offload(layer):

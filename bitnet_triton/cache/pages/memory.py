@@ -395,7 +395,7 @@ class PagedLayer(Memory):
         """Forget the latest tokens, as many as minus ``tokens_to_remove`` says, or none for 0."""
         if tokens_to_remove > 0:
             raise ValueError(f"`tokens_to_remove`: expected at most 0, got {tokens_to_remove}")
-        n = min(-tokens_to_remove, self.tokens)
+        n = min(-int(tokens_to_remove), self.tokens)  # transformers 5.17 gives a tensor
         if n:
             self._ask(f"crop {n}", lambda: self.batch.crop(n))
             self.tokens -= n
