@@ -27,16 +27,27 @@ def greedy(**more):
     return GenerationConfig(**wanted, eos_token_id=None, pad_token_id=0, **more)
 
 
-def clear_text(model, prefix):
-    """Draw a tail until what ``generate`` writes is clear of ties; return prompt and text."""
+def draw_text(model, prefix):
+    """Return a prompt, what ``generate`` writes, and how much of that is clear of ties."""
     wanted = greedy(output_logits=True, return_dict_in_generate=True)
-    for _ in range(60):
-        tail = torch.randint(3, 96, (int(torch.randint(20, 100, ())),)).tolist()
-        made = model.generate(torch.tensor([prefix + tail]), generation_config=wanted)
-        best = torch.stack(made.logits).topk(2).values
-        if (best[..., 0] - best[..., 1]).min() >= _CLEAR:
-            return prefix + tail, made.sequences[0, PREFIX + len(tail) :].tolist()
-    raise AssertionError("no text clear of ties")
+    tail = torch.randint(3, 96, (int(torch.randint(20, 100, ())),)).tolist()
+    made = model.generate(torch.tensor([prefix + tail]), generation_config=wanted)
+    best = torch.stack(made.logits).topk(2).values[:, 0]
+    is_clear = best[:, 0] - best[:, 1] >= _CLEAR
+    written = made.sequences[0, PREFIX + len(tail) :].tolist()
+    return prefix + tail, written, int(is_clear.int().cumprod(0).sum())
+
+
+def draw_texts():
+    """Return a model, and texts of it that are clear of ties for the most part."""
+    for _ in range(20):
+        model = BitNetForCausalLM(BitNetConfig(**SIZES)).eval()
+        model.set_attn_implementation("bitnet_triton")
+        prefix = torch.randint(3, 96, (PREFIX,)).tolist()
+        drawn = [draw_text(model, prefix) for _ in range(REQUESTS)]
+        if sum(clear for *_, clear in drawn) >= REQUESTS * NEW // 2:
+            return model, drawn
+    raise AssertionError("no model whose texts are clear of ties")
 
 
 def counted(model, prompts):
@@ -64,15 +75,15 @@ def counted(model, prompts):
 
 
 def test_64_requests_compute_and_hold_one_prefix_and_their_tails():
-    model = BitNetForCausalLM(BitNetConfig(**SIZES)).eval()
-    model.set_attn_implementation("bitnet_triton")
-    prefix = torch.randint(3, 96, (PREFIX,)).tolist()
-    prompts, texts = zip(*(clear_text(model, prefix) for _ in range(REQUESTS)))
+    model, drawn = draw_texts()
+    prompts = [prompt for prompt, *_ in drawn]
 
-    written, computed, used = counted(model, list(prompts))
+    written, computed, used = counted(model, prompts)
 
+    for ours, (_, theirs, clear) in zip(written, drawn, strict=True):
+        assert len(ours) == NEW
+        assert ours[:clear] == theirs[:clear]
     tails = sum(map(len, prompts)) - REQUESTS * PREFIX
-    assert written == list(texts)
     decoded = REQUESTS * (NEW - 1)  # the first token comes of the prompt
     assert computed - decoded == PREFIX + tails
     assert used * PAGE <= 1.1 * (PREFIX + tails + decoded)
