@@ -74,10 +74,11 @@ def test_matches_the_dense_formula(sizes, settings, dtype, device, backend):
     for name, value in exact.items():
         limits = {"worst": 1e-5}  # lse is float32 in every dtype
         if name != "lse":
-            # what the kernels give is rounded before the sinks and after, and so are gradients
+            # what the kernels give is rounded before the sinks and after, and so are gradients;
+            # a weight is off by as many roundings as its score is large
             step = torch.finfo(dtype).eps * value.abs().max().item()
             worst = (eager[name].double() - value).abs().max().item()
-            limits = {"rms": 2 * RMS_LIMITS[dtype], "worst": 8 * max(worst, step)}
+            limits = {"rms": 2 * RMS_LIMITS[dtype], "worst": 16 * max(worst, step)}
         assert_close(name, found[name], value, **limits)
 
 
