@@ -71,7 +71,8 @@ def test_matches_reference(kind, positions, shape, dtype, device, backend):
         # sums over all blocks, some of which nearly cancel, in another order
         rms = 2 * RMS_LIMITS[dtype] if name != "y" else None
         errors = (eager[name].double() - exact[name]).abs().max()
-        worst = 4 * (errors + torch.finfo(dtype).eps * exact[name].abs().max()).item()
+        share = 4 if name == "y" else 16  # what is added up may be fifty times the sum
+        worst = share * (errors + torch.finfo(dtype).eps * exact[name].abs().max()).item()
         assert_close(name, ours[name], exact[name], eager=eager[name], rms=rms, worst=worst)
 
 
