@@ -217,9 +217,14 @@ def test_assisted_decoding_goes_with_what_compresses_prompts_only(full_model):
     )
     new, other = plain.sequences[0, 90:], assisted[0, 90:]
     same = int((new[: len(other)] == other[: len(new)]).int().cumprod(0).sum())
-    if same < len(new):  # where both were nearly as good: codes of activations round otherwise
-        logits = plain.logits[same][0]
-        assert logits[new[same]] - logits[other[same]] < 2 * logits.std()
+    if same < len(new):
+        # codes of activations round otherwise, where both were nearly as good; and tokens that an
+        # assistant proposes behind a prompt come in one call with it, and see all of it
+        whole = full_model(assisted[:, : 90 + same], use_cache=False).logits[:, -1]
+        assert any(
+            logits.max() - logits[0, other[same]] < 2 * logits.std()
+            for logits in (plain.logits[same], whole)
+        )
 
 
 @each_of_prompts
