@@ -57,7 +57,6 @@ class EvictingLayer(GrowingLayer):
     wants_prompt_len: ClassVar[bool] = True
     keeps_places: ClassVar[bool] = False
     is_continuous: ClassVar[bool] = False
-    least: int = 0
     first: int = 0  # so many tokens at the start of a text every head keeps
 
     def __init__(self, budget: float) -> None:

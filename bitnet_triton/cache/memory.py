@@ -93,6 +93,7 @@ class Memory(CacheLayerMixin):
         is_plain: whether it holds the rotated keys and values of all tokens and nothing else, so
             that another memory of these may take its place.
         is_paged: whether it holds them in pages, which several texts may have in common.
+        least: of a call of no more tokens nothing is dropped, where it drops tokens of a prompt.
         transfers: between its device and the model's, where what it keeps lies on another one.
     """
 
@@ -101,6 +102,7 @@ class Memory(CacheLayerMixin):
     keeps_places: ClassVar[bool] = True
     is_plain: ClassVar[bool] = False
     is_paged: ClassVar[bool] = False
+    least: int = 0
     tokens: int = 0
     rebases: bool = False
     transfers: Transfers | None = None

@@ -12,14 +12,7 @@ from transformers.masking_utils import create_causal_mask
 
 from bitnet_triton.attention import AttentionPlan, hub
 from bitnet_triton.attention.tokens import Tokens
-from bitnet_triton.cache import (
-    Call,
-    EvictingLayer,
-    GrowingLayer,
-    Memory,
-    begin_call,
-    parse_memory,
-)
+from bitnet_triton.cache import Call, GrowingLayer, Memory, begin_call, parse_memory
 from bitnet_triton.models.bitnet.reversible import check_no_cache
 from bitnet_triton.models.rotary import Frequencies
 
@@ -158,9 +151,9 @@ def replace_dynamic_cache(
 
 def check_chunks(cache: Cache | None, size: int | None) -> None:
     """Raise where a memory would compress none of the parts in which a prompt is read."""
-    layers: list[Any] = [] if cache is None or size is None else cache.layers
+    layers: list[Any] = [] if cache is None else cache.layers
     for layer in layers:
-        if isinstance(layer, EvictingLayer) and size is not None and size <= layer.least:
+        if isinstance(layer, Memory) and size and size <= layer.least:
             raise ValueError(
                 f"`prefill_chunk_size`: {type(layer).__name__} compresses calls of more than "
                 f"{layer.least} tokens, expected larger chunks, got {size}"
