@@ -72,20 +72,30 @@ def test_attends_to_what_codes_stand_for(bits, dtype, Tq, H, Hk, D, rotate, devi
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("D", [64, 128])
-def test_rounding_of_queries_adds_little_to_what_codes_lose(D, dtype, device, backend):
+@pytest.mark.parametrize(("D", "sharpness", "mean"), [(64, 1, 0), (128, 1, 0), (128, 2, 4)])
+def test_rounding_adds_little_to_what_codes_lose(D, sharpness, mean, dtype, device, backend):
     codes, keys, values = make(device, 4, D=D)
+    # what values have in common is left to the sum of many small weights
+    values = values + mean * torch.randn(D, device=device)
+    for row in range(2):
+        codes.write(row, 0, keys[row], values[row])
     used = torch.tensor([577, 640], dtype=torch.int32, device=device)
-    q = torch.randn(2, 3, 4, D, device=device).to(dtype)
+    q = (sharpness * torch.randn(2, 24, 4, D, device=device)).to(dtype)
     out, _ = quantised_attention(q, codes, used)
     read, _ = exact_of(q, codes, used)
-    for row, n in enumerate(used.tolist()):
-        k, v = (t[row : row + 1, :, :n].double().transpose(1, 2) for t in (keys, values))
-        kept, _ = attention_reference(
-            q[row : row + 1].double(), k, v, mask=Mask(causal=False), scale=D**-0.5
-        )
-        # up to 1.01 in 30 seeds; queries of four bits make it 1.3 to 1.45
-        assert (out[row] - kept[0]).norm() < 1.04 * (read[row] - kept[0]).norm()
+    kept = torch.cat(
+        [
+            attention_reference(
+                q[row : row + 1].double(),
+                *(t[row : row + 1, :, :n].double().transpose(1, 2) for t in (keys, values)),
+                mask=Mask(causal=False), scale=D**-0.5,
+            )[0]
+            for row, n in enumerate(used.tolist())
+        ]
+    )  # fmt: skip
+    # up to 1.013 in 30 seeds, and 1.019 with a mean; queries of four bits make it 1.3 to 1.45,
+    # weights that are rounded to the nearest 1.07 with a mean
+    assert (out - kept).norm() < 1.03 * (read - kept).norm()
 
 
 @pytest.mark.parametrize(("bits", "limit"), [(8, 0.008), (4, 0.13)])

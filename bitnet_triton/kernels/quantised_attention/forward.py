@@ -6,10 +6,9 @@ queries come rotated, and what is summed here is rotated back by the kernel that
 Lengths are read from memory and the grid depends on shapes alone, so that a launch recorded once
 serves every decode step.
 
-On a CPU, with queries of 16 bits, weights become planes of int8, 15 bits in two of them, and so do
-queries over codes of 8 bits; over codes of 4 bits a query is one byte. They meet the codes as they
-are; elsewhere codes are widened to the type of the queries. Codes lie as products of
-integers read them (``codes.py``).
+On a CPU, with queries of 16 bits, queries and weights become int8 and meet the codes as they are:
+two planes, 15 bits together, over codes of 8 bits, one over codes of 4 bits. Elsewhere codes are
+widened to the type of the queries. Codes lie as products of integers read them (``codes.py``).
 """
 
 from __future__ import annotations
@@ -25,6 +24,17 @@ from bitnet_triton.kernels.flash_attention.decode import num_splits
 from bitnet_triton.kernels.flash_attention.operands import score_factors
 from bitnet_triton.kernels.hadamard.forward import launch_hadamard, rotation
 from bitnet_triton.kernels.quantised_attention.codes import GROUP, KeyValueCodes
+from bitnet_triton.kernels.quantised_attention.integers import (
+    LEAST,
+    largest_magnitude,
+    power,
+    row_max,
+    scores_by_bytes,
+    scores_by_planes,
+    spread,
+    values_by_bytes,
+    values_by_planes,
+)
 from bitnet_triton.runtime import cdiv, launch
 from bitnet_triton.runtime.autotune import tiles
 from bitnet_triton.runtime.device import smallest_dot
@@ -33,10 +43,6 @@ from bitnet_triton.runtime.device import smallest_dot
 _MOST_ROWS, _MOST_ROWS_ON_GPU = 32, 16
 
 _LN_2 = tl.constexpr(0.6931471805599453)
-_ROUND = tl.constexpr(1.5 * 2**23)
-_LEAST = tl.constexpr(1e-30)  # a largest value that may be divided by
-# What planes count to; they have room for 16383, as a weight may come out just above 1
-_STEPS = tl.constexpr(16319.0)
 
 
 @triton.jit
@@ -88,84 +94,6 @@ def _load_pair(ptr, at, mask, HALF: tl.constexpr) -> tuple:
     low = tl.load(ptr + at, mask=mask, other=0.0).to(tl.float32)
     high = tl.load(ptr + HALF + at, mask=mask, other=0.0).to(tl.float32)
     return low, high
-
-
-@triton.jit
-def _planes(x) -> tuple:
-    """Return integers, magnitudes up to 16383, as int8: how many 128s, and the rest.
-
-    x comes with ``_ROUND`` added, which leaves no place for fractions and rounds half to even; its
-    own bits are zeros where those of the integers are.
-    """
-    bits = x.to(tl.int32, bitcast=True)
-    return (bits >> 7).to(tl.int8), (bits & 127).to(tl.int8)
-
-
-@triton.jit
-def _of_planes(many, rest) -> tl.tensor:
-    """Return what products with planes, int32, amount to: float32."""
-    return ((many << 7) + rest).to(tl.float32)
-
-
-@triton.jit
-def _largest(x, AXIS: tl.constexpr) -> tl.tensor:
-    """Return the largest magnitude along an axis, by bit patterns, which order like magnitudes."""
-    bits = tl.max(tl.abs(x).to(tl.int32, bitcast=True), axis=AXIS)
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _ordered(bits) -> tl.tensor:
-    """Turn bit patterns of float32 into integers that order alike, and back."""
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def _row_max(x, FAST: tl.constexpr) -> tl.tensor:
-    """Return the largest value of each row; FAST: by integers, where a CPU need not mind NaN."""
-    if FAST:
-        bits = tl.max(_ordered(x.to(tl.int32, bitcast=True)), axis=1)
-        return _ordered(bits).to(tl.float32, bitcast=True)
-    else:
-        return tl.max(x, axis=1)
-
-
-@triton.jit
-def _scores_by_planes(q_low, q_high, largest_q, k_low, k_high, scale) -> tl.tensor:
-    """Return products of queries [M, HALF] twice with codes of 8 bits, float32 [M, N]."""
-    largest = tl.maximum(largest_q, _LEAST)
-    many_low, rest_low = _planes(q_low * (_STEPS / largest)[:, None] + _ROUND)
-    many_high, rest_high = _planes(q_high * (_STEPS / largest)[:, None] + _ROUND)
-    many = tl.dot(many_low, k_low, out_dtype=tl.int32)
-    many = tl.dot(many_high, k_high, many, out_dtype=tl.int32)
-    rest = tl.dot(rest_low, k_low, out_dtype=tl.int32)
-    rest = tl.dot(rest_high, k_high, rest, out_dtype=tl.int32)
-    return _of_planes(many, rest) * ((largest * (1.0 / _STEPS))[:, None] * scale[None, :])
-
-
-@triton.jit
-def _scores_by_bytes(
-    q_low, q_high, largest_q, k_low, k_high, s_low, s_high, z_low, z_high
-) -> tl.tensor:  # fmt: skip
-    """Return products of queries [M, HALF] twice with keys of 4 bits, float32 [M, N].
-
-    Queries take a byte: what is rounded off there meets codes around their middle, 8, and is far
-    less than what keys have lost.
-    """
-    x_low = q_low * s_low[None, :]
-    x_high = q_high * s_high[None, :]
-    largest = tl.maximum(tl.maximum(_largest(x_low, 1), _largest(x_high, 1)), _LEAST)
-    x_low = x_low * (127.0 / largest)[:, None] + _ROUND
-    x_high = x_high * (127.0 / largest)[:, None] + _ROUND
-    codes = tl.dot(x_low.to(tl.int32, bitcast=True).to(tl.int8), k_low, out_dtype=tl.int32)
-    codes = tl.dot(x_high.to(tl.int32, bitcast=True).to(tl.int8), k_high, codes, out_dtype=tl.int32)
-    middle = 8.0 * tl.sum((x_low - _ROUND) + (x_high - _ROUND), axis=1)
-    zero = tl.sum(
-        q_low * (s_low * (z_low - 8.0))[None, :] + q_high * (s_high * (z_high - 8.0))[None, :],
-        axis=1,
-    )
-    step = largest * (1.0 / 127.0)
-    return codes.to(tl.float32) * step[:, None] - (middle * step + zero)[:, None]
 
 
 @triton.jit
@@ -228,7 +156,7 @@ def _quantised_attention_fwd_kernel(
     if PLANES:
         q_low = q_low.to(tl.float32)
         q_high = q_high.to(tl.float32)
-        largest_q = tl.maximum(_largest(q_low, 1), _largest(q_high, 1))
+        largest_q = tl.maximum(largest_magnitude(q_low, 1), largest_magnitude(q_high, 1))
 
     length = tl.cdiv(tl.cdiv(n, SPLITS), BLOCK_N) * BLOCK_N
     begin = split * length
@@ -245,6 +173,7 @@ def _quantised_attention_fwd_kernel(
     total = tl.zeros((ROWS, BLOCK_N), tl.float32)
     offset = tl.zeros((ROWS, BLOCK_N), tl.float32)
     factor = scale_log2 if softcap_log2 is None else softcap_log2
+    thresholds = spread(BLOCK_N)
     for start in range(begin, end, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         is_key = j < end
@@ -263,7 +192,7 @@ def _quantised_attention_fwd_kernel(
             k_scale = tl.load(k_scale_ptr + j, mask=is_key, other=0.0)
         if PLANES:  # on a CPU
             # ahead of its use, where it would be waited for
-            largest_v = tl.maximum(_largest(v_scale, 0), _LEAST)
+            largest_v = tl.maximum(largest_magnitude(v_scale, 0), LEAST)
             _fetch(k_at + TILE, 0, TILE)
         # [PADDED / 4, 4 BLOCK_N] bytes
         k_low, k_high = _load_halves(
@@ -274,11 +203,9 @@ def _quantised_attention_fwd_kernel(
         k_low = _matrix(k_low, PADDED, BLOCK_N)
         k_high = _matrix(k_high, PADDED, BLOCK_N)
         if PLANES and BITS == 4:
-            scores = _scores_by_bytes(
-                q_low, q_high, largest_q, k_low, k_high, s_low, s_high, z_low, z_high
-            )
+            scores = scores_by_bytes(q_low, q_high, k_low, k_high, s_low, s_high, z_low, z_high)
         elif PLANES:
-            scores = _scores_by_planes(q_low, q_high, largest_q, k_low, k_high, k_scale)
+            scores = scores_by_planes(q_low, q_high, largest_q, k_low, k_high, k_scale)
         else:
             scores = _scores_by_floats(
                 q_low, q_high, k_low, k_high, s_low, s_high, z_low, z_high, k_scale, BITS
@@ -290,9 +217,12 @@ def _quantised_attention_fwd_kernel(
         scores = tl.where(is_key[None, :], scores, float("-inf"))
         if PLANES:
             _fetch(k_at + TILE, 3, TILE)
-        new_top = tl.maximum(top, _row_max(scores, PLANES))
+        new_top = tl.maximum(top, row_max(scores, PLANES))
         pivot = tl.where(new_top == float("-inf"), 0.0, new_top) * factor
-        weights = tl.exp2(scores * factor - pivot[:, None])
+        if PLANES and BITS == 4:
+            weights = power(scores * factor - pivot[:, None])
+        else:
+            weights = tl.exp2(scores * factor - pivot[:, None])
         shrink = tl.exp2(top * factor - pivot)
         top = new_top
         total = total * shrink[:, None] + weights
@@ -304,23 +234,16 @@ def _quantised_attention_fwd_kernel(
         v_low = _matrix(v_low, BLOCK_N, PADDED)
         v_high = _matrix(v_high, BLOCK_N, PADDED)
         if PLANES:
+            _fetch(v_at + TILE, 2, TILE)
+            _fetch(v_at + TILE, 3, TILE)
             w = weights * v_scale[None, :]
             if BITS == 4:
-                offset = offset * shrink[:, None] + w
-            _fetch(v_at + TILE, 2, TILE)
-            many, rest = _planes(w * (_STEPS / largest_v) + _ROUND)
-            _fetch(v_at + TILE, 3, TILE)
-            # weights are not negative: products of signed codes with them need no offset
-            many &= 127
-            rest &= 127
-            low = _of_planes(
-                tl.dot(many, v_low, out_dtype=tl.int32), tl.dot(rest, v_low, out_dtype=tl.int32)
-            )
-            high = _of_planes(
-                tl.dot(many, v_high, out_dtype=tl.int32), tl.dot(rest, v_high, out_dtype=tl.int32)
-            )
-            acc_low = acc_low * shrink[:, None] + low * (largest_v * (1.0 / _STEPS))
-            acc_high = acc_high * shrink[:, None] + high * (largest_v * (1.0 / _STEPS))
+                low, high, rounded = values_by_bytes(w, thresholds, v_low, v_high)
+                offset = offset * shrink[:, None] + rounded
+            else:
+                low, high = values_by_planes(w, largest_v, v_low, v_high)
+            acc_low = acc_low * shrink[:, None] + low
+            acc_high = acc_high * shrink[:, None] + high
         else:
             dtype: tl.constexpr = q_low.dtype
             ZERO: tl.constexpr = 8 if BITS == 4 else 0

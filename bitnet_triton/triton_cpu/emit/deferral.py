@@ -16,6 +16,8 @@ from bitnet_triton.triton_cpu.ir import Op, Value
 
 _PER_ELEMENT = ("arith.", "math.", "tt.fp_to_fp", "tt.bitcast", "tt.extern_elementwise")
 
+_WIDEN_F16 = 8  # compilers do it bit by bit where they vectorise
+
 
 def defer(emitter: Emitter, op: Op) -> None:
     """Leave an elementwise operation to the nests that read it, unless that is wasteful."""
@@ -59,7 +61,12 @@ def _is_dear(emitter: Emitter, value: Value) -> bool:
 
 def _is_dear_to_repeat(emitter: Emitter, value: Value) -> bool:
     """Tell whether a broadcast of ``value`` would compute something dear again and again."""
-    return lazy_cost(emitter, value)[0] > 2 * scalar.LOAD_COST
+    widened = sum(_WIDEN_F16 for op in inlined(emitter, value) if _widens_f16(op))
+    return lazy_cost(emitter, value)[0] + widened > 2 * scalar.LOAD_COST
+
+
+def _widens_f16(op: Op) -> bool:
+    return op.name == "arith.extf" and op.operands[0].type.elem == "f16"
 
 
 def lazy_cost(emitter: Emitter, value: Value) -> tuple[int, bool]:
