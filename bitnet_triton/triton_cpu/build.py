@@ -10,12 +10,12 @@ import re
 import threading
 from pathlib import Path
 
-from bitnet_triton.triton_cpu import cache, compat
+from bitnet_triton.triton_cpu import cache, compat, precompiled
 from bitnet_triton.triton_cpu.errors import CacheError, CompilerError
+from bitnet_triton.triton_cpu.precompiled import INCLUDE, headers_identity
 from bitnet_triton.triton_cpu.toolchain import Toolchain, toolchain
 
 PACKAGE = Path(__file__).parent
-INCLUDE = PACKAGE / "include"
 
 _KEY_LENGTH = 64
 _loaded: dict[str, ctypes.CDLL] = {}
@@ -28,15 +28,6 @@ def sources_identity() -> str:
     digest = hashlib.sha256()
     for path in sorted([*PACKAGE.rglob("*.py"), *INCLUDE.rglob("*.h")]):
         digest.update(str(path.relative_to(PACKAGE)).encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
-
-
-@functools.cache
-def headers_identity() -> str:
-    """Hash the C++ headers."""
-    digest = hashlib.sha256()
-    for path in sorted(INCLUDE.rglob("*.h")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 
@@ -76,7 +67,7 @@ def _compile(tools: Toolchain, source: str, name: str, key: str, flags: tuple[st
         text, library = folder / "kernel.cpp", folder / "kernel.so"
         text.write_text(source)
         try:
-            tools.run(*flags, f"-I{INCLUDE}", text, "-o", library)
+            _call(tools, flags, text, library)
         except CompilerError as error:
             raise CompilerError(
                 f"kernel {name}: {error}\nTRITON_CPU_DUMP=<folder> keeps the C++ source"
@@ -84,6 +75,21 @@ def _compile(tools: Toolchain, source: str, name: str, key: str, flags: tuple[st
         with library.open("ab") as file:  # what follows an ELF file is no concern of the loader
             file.write(key.encode())
         return cache.publish(library, f"{key}.so")
+
+
+def _call(tools: Toolchain, flags: tuple[str, ...], text: Path, library: Path) -> None:
+    """Call the compiler, with headers that were parsed before where they were with its flags."""
+    rest: tuple[str | Path, ...] = (*flags, f"-I{INCLUDE}", text, "-o", library)
+    parsed = () if flags else precompiled.options(tools)
+    if parsed:
+        try:
+            return tools.run(*parsed, *rest)
+        except CompilerError:
+            pass  # for damaged headers, or for the kernel's own fault, which shows again
+    tools.run(*rest)
+    if parsed:
+        precompiled.discard(tools)
+    return None
 
 
 def load(binary: bytes) -> ctypes.CDLL:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -21,7 +22,7 @@ from bitnet_triton.triton_cpu.errors import CompilerError, ToolchainError
 
 FLAGS = (
     "-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
-    "-fopenmp", "-shared", "-fPIC", "-pipe", "-w",
+    "-fno-exceptions", "-fopenmp", "-shared", "-fPIC", "-pipe", "-w",
 )  # fmt: skip
 
 # What a kernel needs of the compiler and of the system: C++17, OpenMP, and loading the result
@@ -67,13 +68,14 @@ class Toolchain:
         text = repr((asdict(self), _stamp(self.command), cpu_identity()))
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def run(self, *arguments: str | Path) -> None:
-        """Call the compiler with its flags and ``arguments``.
+    def run(self, *arguments: str | Path, link: bool = True) -> None:
+        """Call the compiler with its flags and ``arguments``, and with its libraries to ``link``.
 
         Raises:
             CompilerError: it failed.
         """
-        _run([*self.command, *self.flags, *map(str, arguments), *self.libraries])
+        libraries = self.libraries if link else ()
+        _run([*self.command, *self.flags, *map(str, arguments), *libraries])
 
 
 def _run(command: Sequence[str]) -> None:
@@ -145,15 +147,15 @@ def _working(
     version = next(iter(said.stdout.splitlines()), "")
     kind: Literal["gcc", "clang"] = "clang" if "clang" in said.stdout.lower() else "gcc"
     tuned = _tuning(march)
-    choices = [tuned, []] if march == "native" else [tuned]
-    for tuning in choices:
-        found = Toolchain(
-            command, kind, version, (*FLAGS, *tuning, *extra), _libraries(kind, openmp_library())
-        )
+    tunings = [tuned, []] if march == "native" else [tuned]
+    choices = list(itertools.product(tunings, _libraries(kind, openmp_library())))
+    for choice in choices:
+        tuning, libraries = choice
+        found = Toolchain(command, kind, version, (*FLAGS, *tuning, *extra), libraries)
         try:
             _check(found)
         except CompilerError:
-            if tuning is choices[-1]:
+            if choice is choices[-1]:
                 raise
         else:
             break
@@ -214,25 +216,22 @@ def openmp_library() -> str | None:
     return None
 
 
-def _libraries(kind: str, loaded: str | None) -> tuple[str, ...]:
-    """Return what to link with, so that kernels share the threads of torch.
+def _libraries(kind: str, loaded: str | None) -> list[tuple[str, ...]]:
+    """Return what to link with, so that kernels share the threads of torch, the best choice first.
 
     The loader takes a library that is there already for one of the same name. Where torch brings
     its own under a changed name (libgomp-a34b3233.so.1), that one is named, in place of libgomp.
+
+    Kernels need nothing of C++'s library, and the linker reads it for longer than it takes over
+    all else. Flags of the user may need it, or others that a compiler links by itself.
     """
-    if kind != "gcc" or loaded is None or Path(loaded).name.startswith("libgomp.so"):
-        return ()
-    folder = str(Path(loaded).parent)
-    return (
-        "-nodefaultlibs",
-        loaded,
-        f"-Wl,-rpath,{folder}",
-        "-lstdc++",
-        "-lm",
-        "-lgcc_s",
-        "-lc",
-        "-lgcc",
-    )
+    if kind != "gcc":
+        return [()]
+    last = ("-lm", "-lc", "-lgcc")
+    if loaded is None or Path(loaded).name.startswith("libgomp.so"):
+        return [("-nodefaultlibs", "-lgomp", *last), ()]
+    openmp = ("-nodefaultlibs", loaded, f"-Wl,-rpath,{Path(loaded).parent}")
+    return [(*openmp, *last), (*openmp, "-lstdc++", "-lgcc_s", *last)]
 
 
 def _stamp(command: Sequence[str]) -> list[tuple[str, int, int]]:

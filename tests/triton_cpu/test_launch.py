@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import multiprocessing
 import re
 import sys
@@ -16,7 +17,7 @@ import triton
 import triton.language as tl
 
 import bitnet_triton.triton_cpu as triton_cpu
-from bitnet_triton.triton_cpu import driver, launcher
+from bitnet_triton.triton_cpu import build, driver, launcher
 from bitnet_triton.triton_cpu.side import prepared
 
 SCALE = tl.constexpr(2)
@@ -496,3 +497,28 @@ def test_interpreted_kernels_run_as_they_are(monkeypatch):
     x, out = torch.randn(8), torch.empty(8)
     triton_cpu.launch(interpreted, (1,))(x, x, out, 8, BLOCK=8)
     assert torch.equal(out, x + x)
+
+
+ARENA = """
+#include "tcpu.h"
+#include "program.h"
+extern "C" int touch() {
+  return tcpu::run_grid<(64 << 20), false>(1, 1, 1, 1, [](char* arena, int, int, int) {
+    for (long at = 0; at < 64 << 20; at += 4096) arena[at] = 1;
+  });
+}
+"""
+
+
+def test_a_thread_that_ends_gives_its_memory_back():
+    library = build.load(build.build(ARENA, "touch"))
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    before = resident()
+    for _ in range(6):
+        thread = threading.Thread(target=library.touch)
+        thread.start()
+        thread.join()
+    assert resident() - before < 2 * (64 << 20)

@@ -220,6 +220,18 @@ LOOP = """
 """
 
 
-def test_library_is_linked_as_usual_under_its_usual_name():
-    assert toolchain._libraries("gcc", None) == ()
-    assert toolchain._libraries("gcc", "/torch/lib/libgomp.so.1") == ()
+def test_kernels_are_linked_without_the_library_of_cpp():
+    build.build('#include "tcpu.h"\n' + SOURCE.replace("return 7;", LOOP), "loop")
+    (library,) = cache.directory().glob("*.so")
+    said = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True)
+    needed = [line for line in said.stdout.splitlines() if "NEEDED" in line]
+    assert [line for line in needed if "gomp" in line]
+    assert not [line for line in needed if "stdc++" in line]
+
+
+def test_flags_that_need_more_libraries_get_what_the_compiler_links_by_itself(monkeypatch):
+    monkeypatch.setenv("TRITON_CPU_FLAGS", "-fsanitize=undefined")
+    if toolchain.toolchain().kind != "gcc":
+        pytest.skip("clang links its runtime by other rules")
+    assert toolchain.toolchain().libraries == ()
+    assert build.load(build.build(SOURCE, "seven")).tcpu_launch(0, 0, 0, 0, None) == 7

@@ -4,7 +4,11 @@
 #include <stdlib.h>
 #include "types.h"
 
-extern "C" int omp_get_thread_num();  // the header of that name comes with some compilers only
+extern "C" {
+int omp_get_thread_num();  // the header of that name comes with some compilers only
+int __cxa_thread_atexit_impl(void (*)(void*), void*, void*);  // of glibc; called as a thread ends
+extern void* __dso_handle __attribute__((visibility("hidden")));
+}
 
 namespace tcpu {
 
@@ -120,14 +124,19 @@ static __attribute__((noinline)) void print_value(const char* prefix, int x, int
 
 // ---- the grid ----------------------------------------------------------------------------------
 
-// Memory for arrays that are too large for a stack; a thread keeps it for the next launch
+// Memory for arrays that are too large for a stack; a thread keeps it for the next launch. No destructor:
+// for one the compiler calls C++'s library, which costs each kernel more to link than all else.
 struct Arena {
-  char* memory = nullptr;
-  long size = 0;
-  ~Arena() { free(memory); }
+  char* memory;
+  long size;
+  static void release(void* arena) {
+    free(((Arena*)arena)->memory);
+    *(Arena*)arena = {};
+  }
   char* reserve(long wanted) {
     if (wanted > size) {
-      free(memory);
+      if (memory) free(memory);
+      else __cxa_thread_atexit_impl(release, this, &__dso_handle);
       memory = (char*)aligned_alloc(64, (wanted + 63) / 64 * 64);
       size = memory ? wanted : 0;
     }
