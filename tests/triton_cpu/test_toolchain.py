@@ -220,7 +220,10 @@ LOOP = """
 """
 
 
-def test_kernels_are_linked_without_the_library_of_cpp():
+def test_kernels_are_linked_without_the_library_of_cpp(monkeypatch):
+    monkeypatch.setenv("TRITON_CPU_FLAGS", "-Wl,--no-as-needed")  # what is named is needed
+    if toolchain.toolchain().kind != "gcc":
+        pytest.skip("clang links what it links by itself")
     build.build('#include "tcpu.h"\n' + SOURCE.replace("return 7;", LOOP), "loop")
     (library,) = cache.directory().glob("*.so")
     said = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True)
