@@ -150,6 +150,11 @@ class Mode:
         return None
 
     @property
+    def reads_keys(self) -> bool:
+        """Whether it reads keys of former calls; otherwise it checks its memory itself."""
+        return True
+
+    @property
     def sees_everything(self) -> bool:
         """Whether it is causal attention over all keys."""
         return False

@@ -127,6 +127,14 @@ class Memory(CacheLayerMixin):
         """Return how many tokens are kept at most; -1: all."""
         return -1
 
+    @property
+    def kept_window(self) -> tuple[int, int] | None:
+        """Of how many of the latest and of the first tokens of a text it has keys.
+
+        Beside those of a call itself. None: of all, or of some that are chosen otherwise.
+        """
+        return None
+
     # --- events
 
     def join(self, layers: Sequence[object]) -> None:

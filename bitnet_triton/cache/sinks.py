@@ -51,6 +51,11 @@ class SinkWindowLayer(DynamicLayer, KeyValueMemory):
         self.record_past = False
 
     @property
+    def kept_window(self) -> tuple[int, int]:
+        """Of how many of the latest and of the first tokens it has keys."""
+        return self.recent, self.sinks
+
+    @property
     def kept(self) -> int:
         """How many tokens a step needs."""
         return self.recent + self.sinks

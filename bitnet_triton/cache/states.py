@@ -109,6 +109,11 @@ class StateLayer(Memory):
         super().__init__()
         self.reset()
 
+    @property
+    def kept_window(self) -> tuple[int, int]:
+        """It has no keys."""
+        return 0, 0
+
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:

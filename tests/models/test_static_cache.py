@@ -113,7 +113,7 @@ def test_sliding_layers_that_hold_the_window_serve_it(checkpoint, steady_ids, er
         ("full", "reads everything"),
         (
             {"mode": "sliding", "window": 5},
-            "keeps 3 of the latest tokens, its attention reads 4 of the latest;",
+            "keeps 3 of the latest tokens, its attention reads 4 of the latest tokens;",
         ),
         ({"mode": "streaming", "window": 3, "sinks": 2}, "and 2 of the first tokens"),
         ({"prefill": "full", "decode": {"mode": "sliding", "window": 3}}, "reads everything"),

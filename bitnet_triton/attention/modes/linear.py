@@ -84,6 +84,11 @@ class Linear(Mode):
         return self.is_gated
 
     @property
+    def reads_keys(self) -> bool:
+        """A state has none."""
+        return False
+
+    @property
     def takes_rotated(self) -> bool:
         """The delta rule finds a key where it stands; its decay tells how long ago."""
         return not self.is_gated

@@ -14,6 +14,7 @@ from bitnet_triton.attention import AttentionPlan, hub
 from bitnet_triton.attention.tokens import Tokens
 from bitnet_triton.cache import Call, GrowingLayer, Memory, begin_call, parse_memory
 from bitnet_triton.models.bitnet.reversible import check_no_cache
+from bitnet_triton.models.cache_checks import check_served
 from bitnet_triton.models.rotary import Frequencies
 
 
@@ -46,7 +47,7 @@ def describe_call(
     plan, (B, T) = model.attention_plan, x.shape[:2]
     check_attention_implementation(model.config._attn_implementation)
     if cache is not None:
-        check_windows(cache, plan)
+        check_served(cache, plan)
     mask = create_causal_mask(
         config=model.config,
         inputs_embeds=torch.empty(B, T, 0, dtype=model.dtype, device=x.device),
@@ -118,22 +119,12 @@ def prepared_cache(model: Any, cache: Cache | None, use_cache: bool | None) -> C
     check_no_cache(model.config, cache, use_cache)
     if cache is not None:
         if model.attention_plan is None:
-            _check_read(cache)
+            check_served(cache, None)
         return cache
     wanted = model.config.use_cache if use_cache is None else use_cache
     if not wanted or (model.base_model.gradient_checkpointing and model.training):
         return None
     return build_cache(model.attention_plan, model.config.num_hidden_layers)
-
-
-def _check_read(cache: Cache) -> None:
-    """Raise where nobody would read what a memory has beside the keys that it gives."""
-    for layer in cache.layers:
-        if isinstance(layer, Memory) and not layer.keeps_places:
-            raise ValueError(
-                f"`past_key_values`: {type(layer).__name__} goes with `config.attention`; choose "
-                "one, as by bitnet_triton.set_attention(model, 'full')"
-            )
 
 
 def replace_dynamic_cache(
@@ -166,27 +157,6 @@ def check_attention_implementation(name: Any) -> None:
         raise ValueError(
             f"`attn_implementation`: expected none beside `config.attention`, got {name!r}"
         )
-
-
-def check_windows(cache: Cache, plan: AttentionPlan) -> None:
-    """Raise where a cache of transformers drops what a mode may still read.
-
-    The caches that ``config.layer_types`` or ``config.sliding_window`` lead to have such layers.
-    """
-    layers: list[Any] = cache.layers
-    for i, layer in enumerate(layers):
-        if isinstance(layer, Memory) or not getattr(layer, "is_sliding", False):
-            continue
-        held = layer.get_max_length() - 1  # beside the query's own
-        prefill, decode = (mode.kept for mode in plan.modes(i))
-        needed = None if prefill is None or decode is None else prefill | decode
-        if needed is None or needed.sinks or needed.recent > held:
-            wanted = "everything" if needed is None else f"{needed.recent} of the latest"
-            wanted += f" and {needed.sinks} of the first tokens" if needed and needed.sinks else ""
-            raise ValueError(
-                f"`past_key_values`: layer {i} keeps {held} of the latest tokens, its attention "
-                f"reads {wanted}; leave the cache out, or use one without sliding layers"
-            )
 
 
 def build_cache(plan: AttentionPlan | None, layers: int, offloading: bool = False) -> Cache:

@@ -20,6 +20,7 @@ from bitnet_triton.attention import AttentionPlan, Mode
 from bitnet_triton.attention.mode import Step, StepLayer
 from bitnet_triton.attention.modes.full import Full
 from bitnet_triton.cache import Call, Memory, begin_call
+from bitnet_triton.models.cache_checks import served_objection
 from bitnet_triton.models.fused.recording import (
     RecordedStep,
     Recording,
@@ -93,7 +94,7 @@ class DecodeSteps:
             )  # fmt: skip
             if call is None:
                 return None
-            return self._run(model, input_ids, call, memories, modes, chosen)
+            return self._run(model, input_ids, call, plan, memories, modes, chosen)
         finally:
             self._lock.release()
 
@@ -109,6 +110,7 @@ class DecodeSteps:
         model: Any,
         input_ids: Tensor,
         call: Call,
+        plan: AttentionPlan | None,
         memories: list[Memory],
         modes: tuple[Mode, ...],
         frequencies: Frequencies | None,
@@ -116,7 +118,7 @@ class DecodeSteps:
         recording = self.recording
         steps: list[Step] = []
         if recording is None or recording.modes != modes:
-            found = self._steps(model, memories, modes)
+            found = self._steps(model, plan, memories, modes)
             if found is None:
                 return None
             steps = found
@@ -130,7 +132,7 @@ class DecodeSteps:
         step = RecordedStep.build(call, memories, modes, addresses, input_ids.is_cuda, frequencies)
         if recording is None or not recording.fits(step):
             launchers = launchers_of(model)
-            found = steps or self._steps(model, memories, modes)
+            found = steps or self._steps(model, plan, memories, modes)
             if launchers is None or found is None:
                 return None
             recording = self.recording = Recording(model, step, found, launchers)
@@ -169,11 +171,17 @@ class DecodeSteps:
         return chosen.columns is None or cache.get_seq_length() < chosen.columns
 
     def _steps(
-        self, model: Any, memories: list[Memory], modes: tuple[Mode, ...]
+        self,
+        model: Any,
+        plan: AttentionPlan | None,
+        memories: list[Memory],
+        modes: tuple[Mode, ...],
     ) -> list[Step] | None:
         """Return what each layer launches; None where one cannot be recorded, and say why once."""
         steps = []
         for layer, memory, mode in zip(model.layers, memories, modes):
+            if served_objection(layer.self_attn.layer_idx, memory, plan) is not None:
+                return None  # the model raises it
             step = mode.step(memory, _step_layer(layer, mode))
             if isinstance(step, str):
                 index = layer.self_attn.layer_idx
