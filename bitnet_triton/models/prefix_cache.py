@@ -15,6 +15,7 @@ from bitnet_triton.attention import AttentionPlan
 from bitnet_triton.cache import Batch, PagedLayer, Pages, PrefixTree, Tables
 from bitnet_triton.cache.pages import paged_layers
 from bitnet_triton.cache.pages.tree import Node
+from bitnet_triton.models.beside import adapted_layers, content, without_wrapper
 from bitnet_triton.models.rotary import bind, fix_frequencies
 
 
@@ -47,7 +48,7 @@ class PrefixCache:
         page_size: int = 16,
         context_length: int | None = None,
     ) -> None:
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        inner = without_wrapper(model)
         kind = Pages(page_size=page_size, tokens=tokens)
         _check_plan(inner, kind)
         self._inner, self._kind = inner, kind
@@ -174,12 +175,10 @@ class PrefixCache:
         """
         plan = _check_plan(self._inner, self._kind)
         rotary, tuned = self._decoder.rotary_emb, []
-        for name, module in self._model.named_modules():
-            # a layer that peft has put beside one of the model's
-            if hasattr(module, "active_adapters") and hasattr(module, "disable_adapters"):
-                merged = tuple(getattr(module, "merged_adapters", ()))
-                active = () if module.disable_adapters else tuple(module.active_adapters)
-                tuned.append((name, active, merged, _content(module, active)))
+        for name, module in adapted_layers(self._model):
+            merged = tuple(getattr(module, "merged_adapters", ()))
+            active = () if module.disable_adapters else tuple(module.active_adapters)
+            tuned.append((name, active, merged, content(module, active)))
         parameters = json.dumps(rotary.rope_parameters, sort_keys=True, default=str)
         length = self._length if rotary.depends_on_length else None
         modes = plan.prefill, plan.decode
@@ -268,16 +267,6 @@ def _ids(input_ids: Tensor, dims: int) -> np.ndarray:
         got = list(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
         raise ValueError(f"`input_ids`: expected a tensor {wanted}, got {got}")
     return input_ids.cpu().numpy()
-
-
-def _content(module: Any, active: tuple[str, ...]) -> tuple[float, ...]:
-    """Return numbers that tell adapters of one name apart: of their weights, and their scale."""
-    found = [float(getattr(module, "scaling", {}).get(name, 1.0)) for name in active]
-    for name, parameter in module.named_parameters():
-        if set(name.split(".")) & set(active):
-            x = parameter.detach().double()
-            found += [x.sum().item(), x.square().sum().item()]
-    return tuple(found)
 
 
 def _check_plan(model: Any, kind: Pages) -> AttentionPlan:

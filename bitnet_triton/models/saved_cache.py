@@ -16,23 +16,25 @@ from transformers.cache_utils import Cache
 from bitnet_triton.attention import AttentionPlan
 from bitnet_triton.cache import Memory
 from bitnet_triton.errors import CheckpointError
+from bitnet_triton.models.beside import active_adapters, own_tensors, without_wrapper
 from bitnet_triton.models.bitnet.planned import build_cache
 from bitnet_triton.models.rotary import bind, frequencies_of, keep_frequencies
 
-_FORMAT = "bitnet_triton cache 1"
+_FORMAT = "bitnet_triton cache 2"
 
 
 def save_cache(model: Any, cache: Cache, path: str | os.PathLike) -> None:
     """Write a cache, with the tables of its layers, into a file that ``load_cache`` reads.
 
     Args:
-        model: the ``BitNetForCausalLM`` whose cache it is.
+        model: the ``BitNetForCausalLM`` whose cache it is, with adapters of peft or without.
         cache: with layers that keep everything, all of which have seen the same tokens.
         path: of the file.
 
     Raises:
         ValueError: the cache is empty, or a layer drops tokens or keeps what is not told here.
     """
+    model = without_wrapper(model)
     tensors: dict[str, Tensor] = {}
     layers = []
     for index, layer in enumerate(cast("list[Any]", cache.layers)):
@@ -64,6 +66,7 @@ def load_cache(model: Any, path: str | os.PathLike) -> Cache:
     Raises:
         CheckpointError: the file is none, is damaged, or does not fit the model or its attention.
     """
+    model = without_wrapper(model)
     tensors, metadata = _read(path)
     if metadata.get("format") != _FORMAT or not {"about", "digest"} <= metadata.keys():
         raise CheckpointError(f"{path}: expected a file of `save_cache`, {_FORMAT!r}")
@@ -140,7 +143,10 @@ def _attention(model: Any) -> Any:
 
 
 def _digest_of_model(model: Any) -> str:
-    """Return a digest of what keys depend on: the config, and the first bytes of each parameter."""
+    """Return a digest of what keys depend on: the config, and the first bytes of each tensor.
+
+    Adapters of peft count where they are active: keys are others beside them.
+    """
     config = {
         name: getattr(model.config, name, None)
         for name in (
@@ -148,11 +154,10 @@ def _digest_of_model(model: Any) -> str:
             "head_dim", "rope_parameters", "rms_norm_eps", "vocab_size", "intermediate_size",
         )
     }  # fmt: skip
-    found = hashlib.sha256(json.dumps([config, str(model.dtype)], default=str).encode())
-    for name, t in sorted(model.named_parameters()):
-        # linears of a fused model are merged; norms and embeddings stay as they were
-        if t.ndim == 1 or "embed" in name:
-            found.update(_bytes(t.detach().flatten()[:4096]))
+    adapters = active_adapters(model.base_model)
+    found = hashlib.sha256(json.dumps([config, str(model.dtype), adapters], default=str).encode())
+    for _, t in sorted(own_tensors(model.base_model).items()):
+        found.update(_bytes(t.detach().flatten()[:4096]))
     return found.hexdigest()
 
 

@@ -126,3 +126,41 @@ def test_layers_that_drop_tokens_are_not_saved(load, token_ids, tmp_path):
         ValueError, match="`cache`: layer 0: expected tokens in a layer that keeps all"
     ):
         bt.save_cache(model, cache, tmp_path / "cache")
+
+
+def test_scales_of_another_model_are_noticed(saved, load):
+    other = load(LSH)
+    with torch.no_grad():
+        other.model.layers[1].self_attn.k_proj.weight_scale.mul_(2)
+    with pytest.raises(bt.CheckpointError, match="another model"):
+        bt.load_cache(other, saved[1])
+
+
+def test_fusing_is_no_other_model(saved, load):
+    assert bt.load_cache(load(LSH, fuse=False), saved[1]).get_seq_length() == 23
+
+
+def test_adapters_that_were_there_have_to_be_there_again(load, token_ids, tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj", "k_proj"], init_lora_weights=False)
+    tuned, ids = peft.get_peft_model(load("full"), config).eval(), token_ids(1, 40)
+    mask, path = torch.ones_like(ids), tmp_path / "cache.safetensors"
+
+    def logits(cache):
+        with torch.no_grad():
+            return tuned(ids[:, 23:], past_key_values=cache, use_cache=True).logits
+
+    cache = prefilled(tuned, ids, mask)
+    bt.save_cache(tuned, cache, path)
+    again = bt.load_cache(tuned, path)
+    assert torch.equal(logits(again), logits(cache))
+    with pytest.raises(bt.CheckpointError, match="another model"):
+        bt.load_cache(load("full"), path)
+    with tuned.disable_adapter():
+        with pytest.raises(bt.CheckpointError, match="another model"):
+            bt.load_cache(tuned, path)
+        # without them it is the model of before
+        bt.save_cache(tuned, prefilled(tuned, ids, mask), path)
+    assert bt.load_cache(load("full"), path).get_seq_length() == 23
+    with pytest.raises(bt.CheckpointError, match="another model"):
+        bt.load_cache(tuned, path)

@@ -1,0 +1,59 @@
+"""Adapters of peft beside the linears of a model: what keys depend on, and what is the model's own.
+
+peft is not imported: its layers are known by what they have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def without_wrapper(model: Any) -> Any:
+    """Return the model that a ``PeftModel`` stands around, or ``model`` itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield names and modules of the layers that peft has put beside those of a model."""
+    for name, module in model.named_modules():
+        if hasattr(module, "active_adapters") and hasattr(module, "disable_adapters"):
+            yield name, module
+
+
+def content(module: Any, active: tuple[str, ...]) -> tuple[float, ...]:
+    """Return numbers that tell adapters of one name apart: of their weights, and their scale."""
+    found = [float(getattr(module, "scaling", {}).get(name, 1.0)) for name in active]
+    for name, parameter in module.named_parameters():
+        if set(name.split(".")) & set(active):
+            x = parameter.detach().double()
+            found += [x.sum().item(), x.square().sum().item()]
+    return tuple(found)
+
+
+def active_adapters(model: nn.Module) -> list[tuple[str, tuple[float, ...]]]:
+    """Return what adapters add to the weights of a model: of none, or merged ones, nothing."""
+    found = []
+    for name, module in adapted_layers(model):
+        is_idle = module.disable_adapters or getattr(module, "merged_adapters", ())
+        active = () if is_idle else tuple(module.active_adapters)
+        if active:
+            found.append((name, content(module, active)))
+    return found
+
+
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return what is saved of a model, without its adapters, by the names of before them."""
+    prefixes = [f"{name}." for name, _ in adapted_layers(model)]
+    found = {}
+    for name, t in model.state_dict().items():
+        prefix = next((p for p in prefixes if name.startswith(p)), None)
+        if prefix is not None:
+            kind, _, rest = name[len(prefix) :].partition(".")
+            if kind not in ("base_layer", "original_module"):
+                continue
+            name = prefix + rest
+        found[name] = t
+    return found
