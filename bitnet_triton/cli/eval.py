@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +16,10 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from bitnet_triton.cli.arguments import WrongArgumentError
+from bitnet_triton.cli.attention import check_attention
+from bitnet_triton.cli.checkpoint import find_checkpoint, read_config
 
 if TYPE_CHECKING:
     from bitnet_triton.training import Report
@@ -88,19 +95,28 @@ def evaluate(
 
     - `bitnet-triton eval --task needles --length 1024 --rope yarn:factor=4 --question decode`
     """
+    found = find_checkpoint(model, "--model", tokenizer=True)
+    if output is not None and output.exists() and not output.is_dir():
+        raise WrongArgumentError(f"`--output`: expected a folder, got {output}, a file")
+
     import torch
 
     from bitnet_triton.training import combine
     from bitnet_triton.training import evaluate as measure
     from bitnet_triton.training.evaluation import DEPTHS
 
+    with _in_words_of_options():
+        settings = combine(attention or [], cache or [], rope or [])
+    config = read_config(found, model, "--model")
+    for setting in settings:
+        check_attention(setting.attention, config)
     if threads:
         torch.set_num_threads(threads)
     bars = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         console=Console(stderr=True),
     )  # fmt: skip
-    with bars:
+    with bars, _in_words_of_options():
         rows: dict[tuple[str, str, int], Any] = {}
 
         def tell(setting: str, what: str, tokens: int, done: int, total: int) -> None:
@@ -110,10 +126,9 @@ def evaluate(
             bars.update(rows[key], completed=done, visible=done < total)
 
         report = measure(
-            model, task, length or [2048], DEPTHS if depth is None else depth,
-            combine(attention or [], cache or [], rope or []), samples=samples, seed=seed,
-            question=question, text=text, batch_size=batch_size, output=output,
-            progress=tell,
+            found, task, length or [2048], DEPTHS if depth is None else depth, settings,
+            samples=samples, seed=seed, question=question, text=text, batch_size=batch_size,
+            output=output, progress=tell,
         )  # fmt: skip
     for tokens in sorted(report.run["lengths"]):
         if report.run["tasks"]:
@@ -121,6 +136,18 @@ def evaluate(
         console.print(_costs(report, tokens))
     if output is not None:
         _save(report, output)
+
+
+@contextmanager
+def _in_words_of_options() -> Iterator[None]:
+    """Let an error about a setting name its option, in the words of other commands."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        told = re.sub(r"^`settings`: .*?: (?=`(attention|cache|rope)`: )", "", str(error))
+        if not re.match(r"`(attention|cache|rope)`: ", told):
+            raise
+        raise WrongArgumentError(f"`--{told[1:]}") from error
 
 
 def _scores(report: Report, length: int) -> Table:

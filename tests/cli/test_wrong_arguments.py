@@ -306,3 +306,34 @@ def test_a_reader_that_leaves_and_a_key_that_stops():
             assert process.wait(60) == code
             assert "Traceback" not in error
             assert "Exception ignored" not in error
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--attention", "slidin", "`--attention`: expected a mode out of"),
+        ("--attention", "sliding:window", "`--attention`: expected window=value"),
+        ("--attention", "missing.json", "`--attention`: expected a file with an object as JSON"),
+    ],
+)
+@pytest.mark.parametrize("command", [("generate", "x"), ("eval",)])
+def test_commands_name_an_attention_in_the_same_words(run, command, option, value, message):
+    is_refused(run(*command, option, value), message)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--cache", "h2o:budget=0"], "`--cache`: 'budget': expected at least 1, got 0"),
+        (["--rope", "nope:factor=4"], "`--rope`: expected one of"),
+        (["--model", "nowhere"], "`--model`: expected a folder, or a model on the Hub"),
+    ],
+)
+def test_eval_names_its_options(run, options, message):
+    is_refused(run("eval", *options), message)
+
+
+def test_eval_writes_to_a_folder(run, tmp_path):
+    (tmp_path / "file").touch()
+    result = run("eval", "--output", tmp_path / "file")
+    is_refused(result, "`--output`: expected a folder, got", ", a file")

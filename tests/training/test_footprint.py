@@ -263,3 +263,13 @@ def test_looked_up_rows_are_those_of_the_buckets():
     ]
     expected = sum(part.sum((1, 2)) for part in parts) + 10
     assert torch.equal(tables.looked_up(q, share="union")[:, 0], expected)
+
+
+@pytest.mark.parametrize("decode", ["full", {"mode": "sliding", "window": 16}], ids=str)
+def test_a_static_cache_tells_on_the_device_which_token_was_generated(decode):
+    model = build({"prefill": "full", "decode": decode})
+    ids = torch.randint(1, 64, (1, T))
+    own, static = (
+        measure_footprint(model, ids, make_cache(kind, model, T)) for kind in ("own", "static")
+    )
+    assert (static.rows_prompt, static.rows_decode) == (own.rows_prompt, own.rows_decode)
