@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, cast
 
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
-from bitnet_triton.attention import hub
+from bitnet_triton.attention import AttentionPlan, hub
+from bitnet_triton.attention.modes.full import Full
+from bitnet_triton.attention.modes.sliding import Sliding
+from bitnet_triton.kernels import Mask
 from bitnet_triton.models.choosing import Choices
 from bitnet_triton.models.waiting import let_wait
 
@@ -28,18 +32,24 @@ class PagesManager(ContinuousBatchingManager):
         generation_config: for what requests leave open.
         config: of the engine.
         workload_hints: as transformers takes them.
+
+    Raises:
+        ValueError: the model's attention is of another kind than the engine's pages serve.
     """
 
     def __init__(
         self, model: Any, generation_config: GenerationConfig, config: Any, workload_hints: Any
     ) -> None:
+        self._plan: AttentionPlan | None = model.attention_plan
+        self._masks = masks_of(self._plan, model.config.num_hidden_layers)
         # Tokens are chosen by `Choices`; the engine itself takes the largest score
         plain = GenerationConfig(
             max_new_tokens=generation_config.max_new_tokens,
             eos_token_id=generation_config.eos_token_id,
-            num_return_sequences=generation_config.num_return_sequences,
             do_sample=False,
         )
+        # which transformers refuses to build without sampling
+        plain.num_return_sequences = generation_config.num_return_sequences
         super().__init__(
             model=model,
             generation_config=plain,
@@ -59,9 +69,66 @@ class PagesManager(ContinuousBatchingManager):
         super().join(*args, **kwargs)
 
     def _create_batch_processor(self) -> Any:
-        processor = super()._create_batch_processor()
+        from bitnet_triton.models.window_pages import PlannedPages  # transformers 5.23 or later
+
+        model = self.model
+        self.model = cast("Any", _SeenByEngine(model, self._masks))
+        try:
+            processor = super()._create_batch_processor()
+        finally:
+            self.model = model
+        cache: Any = processor.cache
+        if not isinstance(cache, PlannedPages):  # the engine holds it in several places
+            cache.__class__ = PlannedPages
+            cache.begin(self._plan, self._masks)
+            self._use_prefix_sharing = cache.use_prefix_sharing
         let_wait(processor.scheduler)
         return processor
+
+
+class _SeenByEngine:
+    """A model whose config says of each layer whether it has a window, as the engine asks.
+
+    Without a plan our layers see everything, whatever ``config.sliding_window`` says.
+    """
+
+    def __init__(self, model: Any, masks: list[Mask]) -> None:
+        self._model = model
+        self.config = copy.copy(model.config)
+        windows = [mask.window for mask in masks]
+        self.config.layer_types = [
+            "full_attention" if window is None else "sliding_attention" for window in windows
+        ]
+        self.config.sliding_window = max((window or 0 for window in windows), default=0) or None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def masks_of(plan: AttentionPlan | None, layers: int) -> list[Mask]:
+    """Return what each layer of a model sees.
+
+    Raises:
+        ValueError: the engine's pages do not serve the plan.
+    """
+    if plan is None:
+        return [Mask()] * layers
+    masks = []
+    for layer in range(layers):
+        mode, later = plan.modes(layer)
+        if mode != later or type(mode) not in (Full, Sliding):
+            names = " and then ".join(dict.fromkeys((mode.name, later.name)))
+            raise ValueError(
+                "`attention`: continuous batching runs 'full' and 'sliding', the same for prompts "
+                f"and generated tokens; layer {layer} has {names!r}"
+            )
+        masks.append(cast("Full | Sliding", mode).mask)
+    if plan.cache is not None:
+        raise ValueError(
+            "`cache`: continuous batching keeps all that a layer sees; expected none, got "
+            f"{plan.cache.name!r}"
+        )
+    return masks
 
 
 def pages_manager(
@@ -72,11 +139,12 @@ def pages_manager(
     Every request writes what ``generate`` writes: its logits processors are its own.
 
     Raises:
-        ValueError: the model has an attention plan, or the generation config asks for what the
-            engine has no place for: then it would write another text than ``generate``.
+        ValueError: transformers is older than 5.23; the model has an attention plan of other modes
+            than ``full`` and ``sliding``; or the generation config asks for what the engine has no
+            place for: then it would write another text than ``generate``.
     """
-    if model.attention_plan is not None:
-        raise ValueError("`attention`: continuous batching runs models without an attention plan")
+    if find_spec("transformers.generation.continuous_batching.cache_allocators") is None:
+        raise ValueError("continuous batching: expected transformers 5.23 or later")
     settings = model.generation_config if generation_config is None else generation_config
     for name, nothing in _REFUSED.items():
         value = getattr(settings, name, None)
@@ -92,6 +160,11 @@ def pages_manager(
         ends = model.generation_config.eos_token_id  # what `generate` takes then
         settings.eos_token_id = -1 if ends is None else ends  # -1: the engine's word for none
     config = ContinuousBatchingConfig() if config is None else config
+    if config.cpu_offload_space != 0 and model.attention_plan is not None:
+        raise ValueError(
+            "`cpu_offload_space`: expected 0 beside `attention`: a request of windows that waits "
+            f"on the CPU would come back without its pages, got {config.cpu_offload_space}"
+        )
     if config.return_logprobs:
         raise ValueError("`return_logprobs`: expected False: tokens are chosen by each request")
     return PagesManager(model.eval(), settings, config, workload_hints)

@@ -60,19 +60,19 @@ def who_begins(scheduler: Any, waiting: list[Any], page_names: PageNames) -> lis
 
     The first one always may, unless a request that is active fills its next page.
     """
-    allocators = list(scheduler.cache.cache_allocators.values())
-    if not scheduler.cache.use_prefix_sharing or len(allocators) != 1:
+    cache = scheduler.cache
+    if not cache.use_prefix_sharing:
         return waiting
     active = scheduler.active_requests
     page_names.keep(active.keys() | {state.request_id for state in waiting})
     coming: set[int] = set()
     for state in active.values():
         if state.generated_len() == 0:  # its prompt is being computed
-            coming.update(page_names.missing(state, allocators[0]))
+            coming.update(page_names.missing(state, cache))
     begin = []
     for state in waiting:
         if not state.is_cpu_offloaded:  # those come back with their pages
-            missing = page_names.missing(state, allocators[0])
+            missing = page_names.missing(state, cache)
             if missing and missing[0] in coming:
                 continue
             coming.update(missing)
@@ -90,23 +90,18 @@ class PageNames:
         """Forget all other requests."""
         self._names = {name: value for name, value in self._names.items() if name in requests}
 
-    def missing(self, state: Any, allocator: Any) -> list[int]:
-        """Return the names of a prompt's pages from the first one on that nobody has filled."""
-        names = self._of(state, allocator.tokens_per_page)
-        there = allocator.ledger.hash_to_block
-        return next((names[at:] for at, name in enumerate(names) if name not in there), [])
+    def missing(self, state: Any, cache: Any) -> list[int]:
+        """Return the names of a prompt's pages behind those that it could begin with now."""
+        names = self._of(state, next(iter(cache.cache_allocators.values())).tokens_per_page)
+        return names[cache.pages_held(names) :]
 
     def _of(self, state: Any, page_size: int) -> list[int]:
-        from transformers.generation.continuous_batching.cache_allocators.cache_allocator import (
-            compute_block_hash,
-        )
+        from bitnet_triton.models.window_pages import names_of  # transformers 5.23 or later
 
         prompt = state.initial_tokens
         length, names = self._names.get(state.request_id, (-1, []))
         if length != len(prompt):  # a request that is put off comes again with what it has written
-            names, name = [], None
-            for end in range(page_size, len(prompt), page_size):  # one token is left to compute
-                name = compute_block_hash(name, prompt[end - page_size : end])
-                names.append(name)
+            pages = (len(prompt) - 1) // page_size  # one token is left to compute
+            names = names_of(prompt, page_size, [], pages)
             self._names[state.request_id] = len(prompt), names
         return names

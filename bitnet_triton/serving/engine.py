@@ -20,6 +20,7 @@ from transformers.cli.serving.utils import (
 )
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
 
+from bitnet_triton.models.window_pages import GONE
 from bitnet_triton.serving.limits import Limits, refuse
 
 
@@ -102,9 +103,10 @@ class Engine(BaseGenerateManager):
         if processor is None:
             return 0
         return sum(
-            len(pages)
+            page != GONE
             for allocator in processor.cache.cache_allocators.values()
             for pages in allocator.block_table.values()
+            for page in pages
         )
 
     def abandon(self, request: str) -> None:

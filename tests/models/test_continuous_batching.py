@@ -161,10 +161,10 @@ def test_who_waits_for_a_prefix_begins_when_the_other_is_gone(model):
     assert [done[name] for name in names[1:]] == [text for _, text in drawn[1:]]
 
 
-def test_a_model_with_a_plan_is_refused_by_name(folder):
-    model = BitNetForCausalLM.from_pretrained(folder, attention={"mode": "sliding", "window": 8})
+def test_a_model_with_a_plan_of_other_modes_is_refused_by_name(folder):
+    model = BitNetForCausalLM.from_pretrained(folder, attention={"mode": "local", "block": 8})
     assert model.config._attn_implementation == "bitnet_triton"
-    with pytest.raises(ValueError, match="models without an attention plan"):
+    with pytest.raises(ValueError, match="layer 0 has 'local'"):
         model.init_continuous_batching(greedy(), settings())
 
 
@@ -226,9 +226,9 @@ def test_what_the_engine_has_no_place_for_is_refused_by_name(model):
         model.init_continuous_batching(greedy(), settings())
 
 
-def test_tables_come_from_the_slots_that_are_read():
+def test_tables_come_from_the_pages_that_are_read():
     table = pages.block_table_of(
-        torch.tensor([12, 13, 14, 15, 4, 5, 8]), torch.tensor([0, 6, 7], dtype=torch.int32), 4
+        torch.tensor([3, 1, 2]), torch.tensor([6, 1], dtype=torch.int32), 4
     )
     assert table[0].tolist() == [3, 1]
     assert table[1, 0] == 2

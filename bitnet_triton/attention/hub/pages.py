@@ -2,9 +2,8 @@
 
 The engine hands over the queries, keys and values of all requests of a step, packed, and its cache.
 Its other attention functions gather every cached row of every request in each layer; here new rows
-are written to their slots and attention goes through block tables. A layer with a sliding window
-has a ring of rows instead, which overwrites what the step still needs: there the engine gathers, at
-most a window for each request.
+are written to their slots and attention goes through block tables, beside a window too: pages in
+front of it are given back, and a table begins at the first page that is left.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from bitnet_triton.kernels import Mask, flash_attention, write_pages
+from bitnet_triton.kernels import flash_attention, write_pages
 
 
 def attend_in_engine(
@@ -41,17 +40,16 @@ def attend_in_engine(
         **kwargs: of the engine.
 
     Raises:
-        ValueError: the layer follows an attention plan, or the engine is older than transformers
-            5.23, whose cache has another layout.
+        ValueError: the plan of the layer is not the one that the engine was started with.
     """
-    if getattr(module, "attention_plan", None) is not None:
-        raise ValueError("`attention`: continuous batching runs models without an attention plan")
     cache, layer = kwargs["cache"], int(getattr(module, "layer_idx", 0))
-    allocator = getattr(cache, "layer_to_allocator", {}).get(layer)
-    if allocator is None:
-        raise ValueError("continuous batching: expected the cache of transformers 5.23 or later")
+    if getattr(module, "attention_plan", None) != cache.plan:
+        raise ValueError(
+            "`attention`: the model has another plan than continuous batching was started with; "
+            "start a new manager"
+        )
+    allocator = cache.layer_to_allocator[layer]
     q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
-    starts = kwargs["cu_seq_lens_q"].int()
     lengths = kwargs["cu_seq_lens_k"][allocator.layer_type].int()
     read = kwargs["read_index"][allocator.index]
     write = kwargs["write_index"][allocator.index]
@@ -59,52 +57,50 @@ def attend_in_engine(
         "scale": scaling,
         "softcap": softcap,
         "s_aux": s_aux,
-        "cu_seqlens_q": starts,
+        "cu_seqlens_q": kwargs["cu_seq_lens_q"].int(),
+        "mask": cache.masks[layer],
     }
-
-    window = getattr(allocator, "sliding_window", None)
-    if window is None and read.numel():
-        k_pages, v_pages = allocator.get_cache_for_block_table(layer)
-        rows = write.shape[0]
-        write_pages(k_pages, v_pages, k[:rows], v[:rows], write)
-        table, used = _step_of(read, lengths, k_pages.shape[1])
-        settings |= {"seqused_k": used, "block_table": table}
-        if kwargs.get("max_length_q") == 1 and q.shape[0] == table.shape[0]:
-            # a token of each request: a batch, which needs one launch less
-            settings["cu_seqlens_q"] = None
-            one = flash_attention(q[:, None], k_pages, v_pages, **settings)
-            return cast("Tensor", one).transpose(0, 1)
-        return cast("Tensor", flash_attention(q, k_pages, v_pages, **settings))[None]
-    # a step of whole prompts reads nothing from the cache
+    k_pages, v_pages = allocator.get_cache_for_block_table(layer)
     rows = write.shape[0]
-    k, v = allocator.update(k[:rows], v[:rows], layer, read, write)
-    mask = Mask(window=window)
-    out = flash_attention(q, k, v, mask=mask, cu_seqlens_k=lengths, **settings)
-    return cast("Tensor", out)[None]
+    write_pages(k_pages, v_pages, k[:rows], v[:rows], write)
+    if not read.numel():  # a step of whole prompts reads nothing from the cache
+        out = flash_attention(q, k[:rows], v[:rows], cu_seqlens_k=lengths, **settings)
+        return cast("Tensor", out)[None]
+    table, used = _step_of(read, lengths, k_pages.shape[1])
+    settings |= {"seqused_k": used, "block_table": table}
+    if kwargs.get("max_length_q") == 1 and q.shape[0] == table.shape[0]:
+        # a token of each request: a batch, which needs one launch less
+        settings["cu_seqlens_q"] = None
+        one = flash_attention(q[:, None], k_pages, v_pages, **settings)
+        return cast("Tensor", one).transpose(0, 1)
+    return cast("Tensor", flash_attention(q, k_pages, v_pages, **settings))[None]
 
 
 def _step_of(read: Tensor, starts: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
     """Return the block table [B N] of a step, and the keys int32 [B] of each sequence.
 
-    All layers are handed the same ``read``, a view that the engine makes for each step: what the
-    first layer finds stays with it. It waits for the longest length, which a GPU has to tell.
+    All layers of a kind are handed the same ``read``, a view that the engine makes for each step:
+    what the first layer finds stays with it. It waits for the longest length, which a GPU has to
+    tell.
     """
     known: tuple[Tensor, Tensor] | None = getattr(read, "_block_table", None)
     if known is None:
-        known = block_table_of(read, starts, page_size), starts.diff()
+        used = starts.diff()
+        known = block_table_of(read, used, page_size), used
         cast("Any", read)._block_table = known
     return known
 
 
-def block_table_of(read: Tensor, starts: Tensor, page_size: int) -> Tensor:
-    """Return the pages int32 [B N] of sequences whose rows ``read`` lists, one after the other.
+def block_table_of(read: Tensor, used: Tensor, page_size: int) -> Tensor:
+    """Return the pages int32 [B N] of sequences whose pages ``read`` lists, one after the other.
 
     Args:
-        read: [rows], slots of all keys; the first key of a page stands at its first slot.
-        starts: int32 [B + 1], where the rows of each sequence begin, and their number.
+        read: [pages], those of all sequences.
+        used: int32 [B], keys of each sequence, which lie in as few pages as they can.
         page_size: tokens of a page.
     """
-    longest = int(starts.diff().max())
-    at = starts[:-1, None] + torch.arange(0, max(longest, 1), page_size, device=read.device)
+    pages = (used + page_size - 1) // page_size
+    behind = pages.cumsum(0)
+    at = (behind - pages)[:, None] + torch.arange(int(pages.max()), device=read.device)
     # behind its last page a sequence names whatever comes next, which nobody reads
-    return (read[at.clamp(max=read.shape[0] - 1).long()] // page_size).int()
+    return read[at.clamp(max=read.shape[0] - 1)].int()

@@ -287,7 +287,7 @@ class BitNetModel(_TernaryModel, hf.BitNetModel):
                 )  # fmt: skip
         if self.attention_plan is None:
             check_no_plan_arguments(prompt_len=prompt_len, global_tokens=global_tokens)
-        elif x is not None:
+        elif x is not None and kwargs.get("cache") is None:  # the engine describes its own calls
             check_global_tokens(global_tokens, self.attention_plan)
             attention_mask, position_ids, more = describe_call(
                 self, x, attention_mask, position_ids, past_key_values,
