@@ -103,6 +103,7 @@ class Choices(ContinuousBatchingLogitsProcessorList):
         self.do_processing = True
         self._model, self._settings = model, settings
         self._rows: list[Any] = []
+        self._is_plain = False  # whether a request without settings of its own was found to be so
 
     def check_kwargs(self, kwargs: dict[str, Any]) -> None:
         """Refuse what is no setting of a request.
@@ -123,7 +124,8 @@ class Choices(ContinuousBatchingLogitsProcessorList):
     def __call__(self, input_ids: Tensor, scores: Tensor, logits_processor_args: Tensor) -> Tensor:
         """Return scores [R V] whose largest are the tokens chosen."""
         for row, state in enumerate(self._rows):
-            self._choose(state, scores[row : row + 1])
+            if not self._is_plain or state.logit_processor_kwargs:
+                self._choose(state, scores[row : row + 1])
         return scores
 
     def _choose(self, state: Any, scores: Tensor) -> None:
@@ -139,5 +141,10 @@ class Choices(ContinuousBatchingLogitsProcessorList):
     def _chooser(self, state: Any) -> Chooser:
         wanted = state.logit_processor_kwargs
         if _KEY not in wanted:
-            wanted[_KEY] = Chooser(self._model, self._settings, state.initial_tokens, dict(wanted))
+            chooser = Chooser(self._model, self._settings, state.initial_tokens, dict(wanted))
+            if not wanted and chooser.is_plain:
+                self._is_plain = True
+            else:
+                wanted[_KEY] = chooser
+            return chooser
         return wanted[_KEY]

@@ -6,6 +6,7 @@ import os
 from contextlib import nullcontext
 from typing import Any, cast
 
+import torch
 import transformers.models.bitnet.modeling_bitnet as hf
 from safetensors import SafetensorError
 from torch import Tensor, is_grad_enabled, nn
@@ -319,6 +320,11 @@ class FusedPlannedModel(FusedModel, BitNetModel):  # type: ignore[misc]  # one m
 FUSED_MODELS[BitNetModel] = FusedPlannedModel
 
 
+# Stands for the mask of a call of continuous batching, which describes its texts itself: whoever
+# meets a mask with four dimensions looks for no texts in the positions
+_OF_ENGINE = torch.empty(1, 1, 0, 0)
+
+
 def _check_skipping(labels: Tensor | None, logits_to_keep: int | Tensor) -> None:
     """Raise where a call without logits would return nothing, or is told which to return."""
     if labels is None:
@@ -385,6 +391,8 @@ class BitNetForCausalLM(_TernaryModel, Generation, hf.BitNetForCausalLM):
         check_context_length(context_length, rotary)
         if context_length is not None:
             kwargs["context_length"] = context_length
+        if kwargs.get("cache") is not None and attention_mask is None:
+            attention_mask = _OF_ENGINE
         if plan is None:
             check_no_plan_arguments(prompt_len=prompt_len, global_tokens=global_tokens)
             attention_mask, use_cache = follow_packing(
