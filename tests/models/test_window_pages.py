@@ -70,19 +70,20 @@ def draw(length):
 def drawn(model, prefix, lengths, new=NEW):
     """Draw prompts, of a prefix and so many tokens; return them and what ``generate`` writes.
 
-    Texts end where they are not clear of ties, and have two tokens that are.
+    Texts end where they are not clear of ties: most have two tokens that are.
     """
     wanted = greedy(max_new_tokens=new, output_logits=True, return_dict_in_generate=True)
     found = []
     for length in lengths:
-        text, prompt = [], []
-        while len(text) < 2:
+        for _ in range(8):
             prompt = prefix + draw(length)
             made = model.generate(torch.tensor([prompt]), generation_config=wanted)
             best = torch.stack(made.logits).topk(2).values[:, 0]
             clear = int((best[:, 0] - best[:, 1] >= _CLEAR).int().cumprod(0).sum())
-            text = made.sequences[0, len(prompt) :][:clear].tolist()
-        found.append((prompt, text))
+            if clear >= 2:
+                break
+        found.append((prompt, made.sequences[0, len(prompt) :][:clear].tolist()))
+    assert sum(len(text) for _, text in found) >= len(found)
     return [prompt for prompt, _ in found], [text for _, text in found]
 
 
