@@ -1,11 +1,13 @@
 """A prompt that is read again: what each slot was given, what stays, and where it is refused."""
 
+import copy
+
 import pytest
 import torch
 from transformers.cache_utils import Cache
 
 import bitnet_triton as bt
-from bitnet_triton.cache import Attended, Call, GrowingLayer, parse_memory
+from bitnet_triton.cache import Attended, Call, GrowingLayer, SinkWindowLayer, parse_memory
 
 QUIET = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
 
@@ -79,6 +81,40 @@ def test_nothing_of_the_second_reading_is_left(full_model):
             assert layer.keys.untyped_storage().nbytes() == 4 * 30 * 64 * 4
         full_model(ids[:, :1], past_key_values=cache, use_cache=True, prompt_len=90)
     assert {layer.held for layer in cache.layers} == {31}
+
+
+@pytest.mark.parametrize("window", [0, 1])
+def test_layers_with_a_window_beside_it_are_left_alone(window):
+    """Whichever layer has the window; each part is read behind the prompt and no other part."""
+    modes = ["full"] * 3
+    modes[window] = {"mode": "sliding", "window": 17}
+    model = bt.BitNetForCausalLM.from_pretrained(
+        bt.RECALL_MODEL, attention={"prefill": modes, "decode": modes}, dtype=torch.float32
+    ).eval()
+    ids, chosen = torch.randint(10, 1000, (1, 90)), [i for i in range(3) if i != window]
+    plain = Cache([SinkWindowLayer(16) if i == window else Watching() for i in range(3)])
+    kind = parse_memory({"name": "kvzip", "budget": 25, "part": 40})
+    cache = Cache([SinkWindowLayer(16) if i == window else kind.memory() for i in range(3)])
+    model(ids, past_key_values=cache, use_cache=True, prompt_len=90)  # with a graph
+    with torch.no_grad():
+        model(ids, past_key_values=plain, use_cache=True, prompt_len=90)
+        most = {i: torch.zeros(()) for i in chosen}
+        for part in (ids[:, :40], ids[:, 32:80], ids[:, 72:]):
+            read = copy.deepcopy(plain)
+            model(part, past_key_values=read, use_cache=True)
+            most = {i: most[i].maximum(read.layers[i].given[..., :90].amax(2)) for i in chosen}
+    beside, expected = cache.layers[window], plain.layers[window]
+    assert beside.get_seq_length() == 90
+    assert torch.equal(beside.keys, expected.keys)
+    assert torch.equal(beside.values, expected.values)
+    for i in chosen:
+        keys, worth = plain.layers[i].keys, most[i][..., 4:]
+        stays = (cache.layers[i].keys[:, :, :, None] == keys[:, :, None]).all(-1).any(2)
+        assert bool((stays.sum(-1) == 25).all())
+        assert bool(stays[..., :4].all())
+        gone = ~stays[..., 4:]
+        least = worth.masked_fill(gone, torch.inf).amin(-1)
+        assert bool((worth.masked_fill(~gone, 0).amax(-1) <= least * (1 + 1e-4)).all())
 
 
 def test_fewer_rows_may_be_kept_later(full_model):

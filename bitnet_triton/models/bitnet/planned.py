@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from transformers.masking_utils import create_causal_mask
 from bitnet_triton.attention import AttentionPlan, hub
 from bitnet_triton.attention.tokens import Tokens
 from bitnet_triton.cache import Call, GrowingLayer, Memory, begin_call, parse_memory
+from bitnet_triton.cache.memory import tensors_in
 from bitnet_triton.models.bitnet.reversible import check_no_cache
 from bitnet_triton.models.cache_checks import check_served
 from bitnet_triton.models.rotary import Frequencies
@@ -102,13 +105,31 @@ def read_again(model: Any, cache: Cache | None, input_ids: Tensor | None) -> Non
             f"`inputs_embeds`: {type(asking[0]).__name__} has a prompt read again, which needs "
             "`input_ids`"
         )
+    assert cache is not None
+    others = [i for i, layer in enumerate(layers) if not any(layer is each for each in asking)]
     for memory in asking:
         memory.begin_again()
     with torch.no_grad():
         for part in asking[0].read_again(input_ids):
-            model.forward(input_ids=part, past_key_values=cache, use_cache=True)
+            with _left_alone(cache, others):
+                model.forward(input_ids=part, past_key_values=cache, use_cache=True)
     for memory in asking:
         memory.end_again()
+
+
+@contextmanager
+def _left_alone(cache: Cache, places: list[int]) -> Iterator[None]:
+    """Let copies of some layers, which keep a window, take in what is read meanwhile."""
+    kept = {i: cache.layers[i] for i in places}
+    for i, layer in kept.items():
+        held = layer.tensors() if isinstance(layer, Memory) else tensors_in(vars(layer))
+        # a deep copy of a tensor that has a graph is refused
+        cache.layers[i] = copy.deepcopy(layer, {id(t): t.detach().clone() for t in held})
+    try:
+        yield
+    finally:
+        for i, layer in kept.items():
+            cache.layers[i] = layer
 
 
 def prepared_cache(model: Any, cache: Cache | None, use_cache: bool | None) -> Cache | None:
