@@ -22,6 +22,7 @@ from bitnet_triton.cache import Quantised
 from bitnet_triton.kernels import KeyValueCodes, Mask
 from bitnet_triton.kernels.flash_attention.reference import attention_reference
 from bitnet_triton.runtime import capture
+from bitnet_triton.runtime.huge_pages import in_huge_pages
 
 _H, _HK, _D = 20, 5, 128
 _COPIES_BYTES = 96 * 2**20  # three times the last-level cache of a common server's share
@@ -72,7 +73,7 @@ def _plain_heads(inputs: Heads) -> Work:
     def launch_over(k: Tensor, v: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
         return lambda: launch_decode(q, k, v, mask=_MASK, scale=scale)
 
-    copies = [[t.clone() for t in held] for _ in range(_copies(nbytes))]
+    copies = [[_copied(t) for t in held] for _ in range(_copies(nbytes))]
     return _in_turns([launch_over(*copy) for copy in copies], nbytes)
 
 
@@ -89,10 +90,15 @@ def _coded_heads(bits: int) -> Callable[[Heads], Work]:
         def launch_over(codes: KeyValueCodes) -> Callable[[], tuple[Tensor, Tensor]]:
             return lambda: launch_quantised_attention(q, codes, used, scale=D**-0.5)
 
-        copies = [made.changed(torch.clone) for _ in range(_copies(nbytes))]
+        copies = [made.changed(_copied) for _ in range(_copies(nbytes))]
         return _in_turns([launch_over(codes) for codes in copies], nbytes)
 
     return build
+
+
+def _copied(t: Tensor) -> Tensor:
+    """Return a copy that lies as caches have it: in huge pages, where the system grants them."""
+    return in_huge_pages(torch.empty_like(t)).copy_(t)
 
 
 def _copies(nbytes: int) -> int:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bitnet_triton.kernels.hadamard import hadamard
+from bitnet_triton.runtime.huge_pages import in_huge_pages
 
 GROUP = 64  # tokens whose keys share the scale of a channel
 
@@ -83,7 +84,7 @@ class KeyValueCodes:
             )
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.zeros((B, Hk, *shape), dtype=dtype, device=device)
+            return in_huge_pages(torch.empty((B, Hk, *shape), dtype=dtype, device=device)).zero_()
 
         T, W = groups * GROUP, D * bits // 8
         dtype = torch.int8 if bits == 8 else torch.uint8

@@ -32,8 +32,8 @@ from bitnet_triton.kernels.quantised_attention.integers import (
     scores_by_bytes,
     scores_by_planes,
     spread,
-    values_by_bytes,
     values_by_planes,
+    weights_in_bytes,
 )
 from bitnet_triton.runtime import cdiv, launch
 from bitnet_triton.runtime.autotune import tiles
@@ -234,13 +234,17 @@ def _quantised_attention_fwd_kernel(
         v_low = _matrix(v_low, BLOCK_N, PADDED)
         v_high = _matrix(v_high, BLOCK_N, PADDED)
         if PLANES:
-            _fetch(v_at + TILE, 2, TILE)
-            _fetch(v_at + TILE, 3, TILE)
             w = weights * v_scale[None, :]
             if BITS == 4:
-                low, high, rounded = values_by_bytes(w, thresholds, v_low, v_high)
+                codes, step, rounded = weights_in_bytes(w, thresholds)
+                _fetch(v_at + TILE, 2, TILE)
                 offset = offset * shrink[:, None] + rounded
+                _fetch(v_at + TILE, 3, TILE)
+                low = tl.dot(codes, v_low, out_dtype=tl.int32).to(tl.float32) * step
+                high = tl.dot(codes, v_high, out_dtype=tl.int32).to(tl.float32) * step
             else:
+                _fetch(v_at + TILE, 2, TILE)
+                _fetch(v_at + TILE, 3, TILE)
                 low, high = values_by_planes(w, largest_v, v_low, v_high)
             acc_low = acc_low * shrink[:, None] + low
             acc_high = acc_high * shrink[:, None] + high

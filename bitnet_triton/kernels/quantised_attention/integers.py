@@ -139,16 +139,14 @@ def values_by_planes(w, largest_v, v_low, v_high) -> tuple:
 
 
 @triton.jit
-def values_by_bytes(w, thresholds, v_low, v_high) -> tuple:
-    """Return products of w [M, N] with both halves of codes of 4 bits, and w as it was counted.
+def weights_in_bytes(w, thresholds) -> tuple:
+    """Return w [M, N] as int8 up to 127, a step [M, 1] for each row, and w as it is counted then.
 
-    w are weights times scales of values, none of them negative; each row has a step of its own.
+    w are weights times scales of values of 4 bits, none of them negative.
     """
     largest = tl.maximum(largest_magnitude(w, 1), LEAST)
     step = (largest * (1.0 / 127.0))[:, None]
     rounded = w * (127.0 / largest)[:, None] + thresholds[None, :] + _ROUND
     # weights are not negative: products of signed codes with them need no offset
     codes = rounded.to(tl.int32, bitcast=True).to(tl.int8) & 127
-    low = tl.dot(codes, v_low, out_dtype=tl.int32).to(tl.float32)
-    high = tl.dot(codes, v_high, out_dtype=tl.int32).to(tl.float32)
-    return low * step, high * step, (rounded - _ROUND) * step
+    return codes, step, (rounded - _ROUND) * step
