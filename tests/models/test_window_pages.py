@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import transformers
 from packaging.version import Version
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
+import bitnet_triton
 from bitnet_triton import BitNetConfig, BitNetForCausalLM
 
 pytestmark = pytest.mark.skipif(
@@ -67,7 +69,7 @@ def draw(length):
     return torch.randint(2, 24, (length,)).tolist()
 
 
-def drawn(model, prefix, lengths, new=NEW):
+def drawn(model, prefix, lengths, new=NEW, **more):
     """Draw prompts, of a prefix and so many tokens; return them and what ``generate`` writes.
 
     Texts end where they are not clear of ties: most have two tokens that are.
@@ -77,7 +79,7 @@ def drawn(model, prefix, lengths, new=NEW):
     for length in lengths:
         for _ in range(8):
             prompt = prefix + draw(length)
-            made = model.generate(torch.tensor([prompt]), generation_config=wanted)
+            made = model.generate(torch.tensor([prompt]), generation_config=wanted, **more)
             best = torch.stack(made.logits).topk(2).values[:, 0]
             clear = int((best[:, 0] - best[:, 1] >= _CLEAR).int().cumprod(0).sum())
             if clear >= 2:
@@ -233,6 +235,20 @@ def test_a_window_of_the_config_that_no_layer_has_is_none():
     """``generate`` reads everything then, and so does the engine."""
     model = built(sliding_window=8, layer_types=["sliding_attention"] * 3)
     many, wanted = drawn(model, [], (60, 30, 5))
+    done = model.generate_batch(
+        many, generation_config=greedy(), continuous_batching_config=settings()
+    )
+    agree([one.generated_tokens for one in done.values()], wanted)
+
+
+def test_fused_layers_with_a_window_get_the_tokens_of_generate():
+    """The embedded model, whose frequencies are those of the longest text in the engine."""
+    path = Path(bitnet_triton.__file__).parent / "assets" / "tiny"
+    model = BitNetForCausalLM.from_pretrained(path, attention=PLANS["sinks"], dtype=torch.float32)
+    assert "Fused" in type(model.model.layers[0]).__name__
+    many, wanted = drawn(
+        model, [], (5, 70, 90), context_length=model.config.max_position_embeddings
+    )
     done = model.generate_batch(
         many, generation_config=greedy(), continuous_batching_config=settings()
     )
