@@ -45,20 +45,49 @@ def test_blocks_that_are_not_run_are_counted():
     assert len(PYTHON) >= 8
 
 
+@pytest.fixture(scope="module")
+def run_script():
+    """Return ``run_script(path)``: exit status of the script, and what it prints."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(
+        [sys.executable, Path(__file__).with_name("docs_server.py")], env=environment, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as server:  # fmt: skip
+
+        def run(script):
+            printed = script.with_suffix(".out")
+            server.stdin.write(json.dumps([str(script), str(script.parent), str(printed)]) + "\n")
+            server.stdin.flush()
+            return int(server.stdout.readline()), printed.read_text()
+
+        yield run
+        server.stdin.close()
+
+
+def test_a_script_fails_alone(run_script, tmp_path):
+    script = tmp_path / "block.py"
+    for text, status, printed in [
+        ("assert 0, 'wrong'", 1, "AssertionError: wrong"),
+        ("import sys\nprint('bitnet_triton' in sys.modules)", 0, "False"),
+        ("import os\nos.abort()", -6, ""),
+        ("print(__file__)", 0, str(script)),
+    ]:
+        script.write_text(text)
+        found = run_script(script)
+        assert found[0] == status
+        assert printed in found[1]
+
+
 @pytest.mark.parametrize("block", [b for b in PYTHON if not b.values[0].startswith("# needs ")])
-def test_a_block_of_python_runs_as_printed(block, tmp_path):
+def test_a_block_of_python_runs_as_printed(block, tmp_path, run_script):
     if block.startswith(">>> "):
         examples = doctest.DocTestParser().get_doctest(block, {}, "block", None, 0)
         assert doctest.DocTestRunner().run(examples).failed == 0
         return
     script = tmp_path / "block.py"  # a file: Triton reads the source of kernels
     script.write_text(block, encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    status, printed = run_script(script)
+    assert status == 0, printed
 
 
 @pytest.mark.parametrize("block", list(blocks("json")))
