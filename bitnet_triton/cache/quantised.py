@@ -257,6 +257,12 @@ class QuantisedLayer(Memory):
         assert self.near is not None
         if not may_write(self.near[0]):
             self._copy()
+        if self.rotate:
+            # Triton is imported on first use
+            from bitnet_triton.kernels.hadamard.forward import rotation
+
+            # nothing was coded yet behind a short prompt, and a recording computes no matrix
+            rotation(self.near[0].shape[-1], self.near[0].device)
         for row, count in enumerate(self._counts()):
             group = self._groups_of(count)
             if self._groups_of(count + 1) > group:

@@ -8,6 +8,7 @@ from bitnet_triton.cache import Call, Quantised, parse_memory
 from bitnet_triton.errors import CheckpointError
 from bitnet_triton.kernels import Mask
 from bitnet_triton.kernels.flash_attention.reference import attention_reference
+from bitnet_triton.kernels.hadamard.forward import rotation
 from bitnet_triton.models.saved_cache import load_cache, save_cache
 
 FOUR = {"name": "quantised", "bits": 4, "recent": 64}
@@ -138,6 +139,16 @@ def test_decode_steps_are_recorded_over_new_groups_and_larger_stores(model):
         model(output.sequences[:, :-1], past_key_values=cache)
     for t, exact in zip(held_rows(layer, 0, 329), held_rows(cache.layers[0], 0, 329)):
         assert (t - exact).norm() < 0.03 * exact.norm()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_steps_behind_a_short_prompt_are_recorded_in_a_fresh_process(bits, model):
+    rotation.cache_clear()
+    ids = torch.randint(10, 1000, (1, 20))
+    told = {**FOUR, "bits": bits}
+    output = generate(model, ids, 8, cache_implementation=told)
+    assert model.model.decode_steps.recording is not None
+    assert output.past_key_values.layers[0].get_seq_length() == 27
 
 
 def test_padding_changes_no_row(model):
