@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bitnet_triton.training.documents import Document
 from bitnet_triton.training.packing import PackingCollator, pack_rows
+from bitnet_triton.training.reach import begin_as
 
 # Steps done, steps in all, loss
 Progress = Callable[[int, int, float], None]
@@ -33,6 +34,7 @@ def transfer(
 ) -> list[float]:
     """Train what the modes of a model bring along, and nothing else, in place.
 
+    The gated delta rule begins with what can be read off the teacher (``begin_as``).
     One step of AdamW a row, at a rate that falls by a cosine. The loss is the mean over layers of
     the squared error of the attention's output (behind its output projection), as a share of the
     spread of the teacher's over tokens: most of that output is the same everywhere.
@@ -58,11 +60,10 @@ def transfer(
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(rows))
     collate = PackingCollator(tell_prompts=True)
+    begin_as(student, teacher, _arguments(collate([rows[0]]), student))
     losses = []
     for step, documents_of_row in enumerate(rows):
-        batch = collate([documents_of_row])
-        batch.pop("labels")
-        loss = layer_error(student, teacher, batch)
+        loss = layer_error(student, teacher, collate([documents_of_row]))
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients):
             parameter.grad = gradient
@@ -81,10 +82,9 @@ def layer_error(student: nn.Module, teacher: nn.Module, batch: dict[str, Any]) -
     Args:
         student: each of its attention layers gets the teacher's inputs.
         teacher: of as many layers.
-        batch: arguments of both models, without labels.
+        batch: arguments of both models; labels are not looked at.
     """
-    device = next(student.parameters()).device
-    batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    batch = _arguments(batch, student)
     with torch.no_grad(), ExitStack() as stack:
         seen = [stack.enter_context(_watched(layer)) for layer in _layers(teacher)]
         _decoder(teacher)(**batch, use_cache=False)
@@ -101,6 +101,14 @@ def layer_error(student: nn.Module, teacher: nn.Module, batch: dict[str, Any]) -
                 spread = (wanted - wanted.mean(dim=(0, 1))).square().sum().clamp_min(_FLOOR)
                 errors.append((out - wanted).square().sum() / spread)
     return torch.stack(errors).mean()
+
+
+def _arguments(batch: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Return a batch without its labels, where the model is."""
+    device = next(model.parameters()).device
+    return {
+        k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "labels"
+    }
 
 
 @contextmanager
