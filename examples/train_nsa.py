@@ -190,7 +190,7 @@ def tell(
 def train(
     output: Annotated[Path, typer.Option(help="Folder for model, log and tokenizer.")],
     attention: Annotated[
-        str, typer.Option(help="`native_sparse`, or a twin's: `full` or `window`.")
+        str, typer.Option(help="Of the model: a name that the top of the script tells.")
     ] = "native_sparse",
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 1000,
     decay: Annotated[int, typer.Option(help="Last steps, in which the rate falls to 0.")] = 300,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bitnet_triton.kernels.packing import CODES_PER_BYTE, pack_codes, unpack_codes
 from bitnet_triton.models.checkpoint import Entry, by_model_name, open_checkpoint, read_headers
+from bitnet_triton.models.quantizer import keeps_masters
 from bitnet_triton.nn import BitLinear, OutputHead, PackedBitLinear
 from bitnet_triton.nn.divided import (
     MOST_COLUMNS,
@@ -316,9 +317,7 @@ def check_saving(model: Any, *, distributed_checkpoint: bool) -> None:
     """
     if distributed_checkpoint:
         raise ValueError("`distributed_checkpoint`: expected False for a ternary model in parts")
-    config = model.config.quantization_config
-    as_dict = config if isinstance(config, dict) else config.to_dict()
-    if as_dict.get("quantization_mode") == "online" and as_dict.get("linear_class") != "bitlinear":
+    if keeps_masters(model.config):
         raise ValueError(
             "a model that is divided among processes keeps codes of its master weights, not these: "
             "its checkpoint stands where it was loaded from"

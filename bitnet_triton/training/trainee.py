@@ -16,7 +16,7 @@ from torch import nn
 from bitnet_triton.attention import AttentionPlan
 from bitnet_triton.models import BitNetConfig, BitNetForCausalLM, merge_adapters, set_attention
 from bitnet_triton.models.convert import convert_checkpoint
-from bitnet_triton.models.quantizer import in_memory
+from bitnet_triton.models.quantizer import in_memory, keeps_masters
 from bitnet_triton.training.documents import Document
 from bitnet_triton.training.fit import mean_loss
 from bitnet_triton.training.jobs import Adaptation, TrainingJob
@@ -88,10 +88,7 @@ class Trainee:
         if getattr(self.job, "scratch", False):
             model = self._random()
         elif self.what != "adapters":  # without which Trainer takes no packed model
-            masters = self.output / "masters"
-            if not masters.exists():
-                convert_checkpoint(self.base, masters, to="masters", dtype=torch.float32)
-            model = BitNetForCausalLM.from_pretrained(masters, dtype=torch.float32)
+            model = BitNetForCausalLM.from_pretrained(self._masters(), dtype=torch.float32)
         else:
             model = BitNetForCausalLM.from_pretrained(self.base, fuse=False)
         set_attention(model, self.plan.to_config()).to(device())
@@ -110,9 +107,7 @@ class Trainee:
         told = path.with_suffix(".json")
         own = {name: p for name, p in model.named_parameters() if self._is_brought(name)}
         if not told.exists():
-            teacher = BitNetForCausalLM.from_pretrained(
-                self.output / "masters", dtype=torch.float32
-            )
+            teacher = BitNetForCausalLM.from_pretrained(self._masters(), dtype=torch.float32)
             set_attention(teacher, teacher.config.attention or "full").to(device()).eval()
             errors = transfer(
                 model, teacher, documents * job.transfer, row=job.row or job.length,
@@ -124,6 +119,15 @@ class Trainee:
             for name, value in load_file(path).items():
                 own[name].copy_(value)
         return json.loads(told.read_text(encoding="utf-8"))
+
+    def _masters(self) -> Path:
+        """Return a folder with trainable weights: ``base``, where it has them."""
+        if keeps_masters(BitNetConfig.from_pretrained(self.base)):
+            return Path(self.base)
+        masters = self.output / "masters"
+        if not masters.exists():
+            convert_checkpoint(self.base, masters, to="masters", dtype=torch.float32)
+        return masters
 
     def _random(self) -> Any:
         config = BitNetConfig.from_pretrained(self.base)
