@@ -42,8 +42,9 @@ class EvictingLayer(GrowingLayer):
     than the longest one has empty slots in front.
 
     Where ``is_continuous``, generated tokens come out of the budget as well: a step that finds it
-    used up drops one row of 32 at once. Otherwise only prompts are compressed, calls of more tokens
-    than ``least`` that are not known to be generated, and generated tokens are added.
+    used up drops one row of 32 at once. Otherwise only prompts are compressed, calls that bring a
+    row more tokens than ``least`` that are not known to be generated, and generated tokens are
+    added.
 
     Args:
         budget: rows of each head to keep: a number, or a share of the prompt's tokens.
@@ -152,9 +153,12 @@ class EvictingLayer(GrowingLayer):
                 "left only"
             )
         self.take(attended)
-        later = 0 if self.is_continuous else self._generated(attended.q.shape[1])
-        if self.is_continuous or (not self._is_told and attended.q.shape[1] - later > self.least):
+        new = attended.q.shape[1]
+        later = 0 if self.is_continuous else self._generated(new)
+        if self.is_continuous or (not self._is_told and new - later > self.least):
             limits, valid = self._limits_with(0) + later, self._valid()
+            if not self.is_continuous:  # a short row stays whole, as it would alone
+                limits = torch.where(self._came(new) - later > self.least, limits, valid)
             if bool((valid > limits).any()):
                 scores = F.pad(self.score(_without(attended, later)), (0, later), value=torch.inf)
                 self._drop(scores, torch.minimum(valid, limits), later)
@@ -281,6 +285,12 @@ class EvictingLayer(GrowingLayer):
         assert self.keys is not None
         held = torch.full((self.keys.shape[0],), self.held)
         return held if self.padding is None else held - self.padding
+
+    def _came(self, new: int) -> Tensor:
+        """Return how many of the latest ``new`` columns are no padding, int64 [B]."""
+        if self._left is None:
+            return torch.full((len(self._valid()),), new)
+        return (self.columns - self._left).clamp(0, new)
 
     def _limits_with(self, new: int) -> Tensor:
         """Return how many rows each row of the batch may keep with ``new`` tokens, int64 [B]."""

@@ -48,7 +48,6 @@ class Text:
     def read(self, T):
         """Let the memory and the policy read T tokens; check outputs and what is held."""
         memory, start, end = self.memory, self.columns, self.columns + T
-        self.read_at_once = T
         left = torch.tensor(self.lefts).int() if any(self.lefts) else None
         begin_call([memory], Call(start, left, frequencies=FREQUENCIES, prompt_len=self.prompt))
         q, k, v = (t[:, start:end].clone() for t in (self.q, self.k, self.v))
@@ -204,7 +203,8 @@ class SnapKV(Policy):
 
     def after(self, b, h, columns, new, probabilities, text, is_prompt):
         limit = self.limit(b, new[-1] + 1, text)
-        if not is_prompt or text.read_at_once <= self.window or len(columns) <= limit:
+        own = [c for c in new if c >= text.lefts[b]]
+        if not is_prompt or len(own) <= self.window or len(columns) <= limit:
             return columns
         sums = probabilities[-self.window :].sum(0)[: -self.window].tolist()
         scores = dict.fromkeys(columns, 0.0)
@@ -221,7 +221,8 @@ class ExpectedAttention(Policy):
 
     def after(self, b, h, columns, new, probabilities, text, is_prompt):
         limit = self.limit(b, new[-1] + 1, text)
-        if not is_prompt or text.read_at_once <= self.least or len(columns) <= limit:
+        own = [c for c in new if c >= text.lefts[b]]
+        if not is_prompt or len(own) <= self.least or len(columns) <= limit:
             return columns
         group = H // HK
         own = [c for c in new if c >= text.lefts[b] + 4]

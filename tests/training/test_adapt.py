@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import bitnet_triton as bt
+from bitnet_triton.models.convert import convert_checkpoint
 from bitnet_triton.nn import BitLinear, PackedBitLinear
 from bitnet_triton.training import adapt as module
 from bitnet_triton.training import calibration, documents, evaluation
@@ -140,6 +141,21 @@ def test_all_weights_are_trained_from_masters_and_packed(packed_folder, tmp_path
     assert change > 0
     line = report["training"]["log"][-1]
     assert {"flips", "share_zero", "quantization_error"} <= line.keys()
+
+
+def test_weights_that_can_be_trained_already_are_read_where_they_lie(packed_folder, tmp_path):
+    masters, run = tmp_path / "masters", tmp_path / "run"
+    convert_checkpoint(packed_folder, masters, to="masters", dtype=torch.float32)
+    before = load_file(masters / "model.safetensors")
+    plan = {"prefill": ["full", "linear"], "decode": ["full", "linear"]}
+    more = {"lora": False, "transfer": 1, "attention": json.dumps(plan), "eval_tasks": []}
+    report = adapt(job(str(masters), run, **more))
+    assert report["training"]["transfer"]
+    assert not (run / "masters").exists()
+    after = load_file(masters / "model.safetensors")
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    packed = bt.BitNetForCausalLM.from_pretrained(run / "model")
+    assert any(isinstance(m, PackedBitLinear) for m in packed.modules())
 
 
 def test_merged_adapters_are_gone_and_their_loss_is_told(packed_folder, tmp_path):
