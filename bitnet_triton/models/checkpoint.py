@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from bitnet_triton.errors import CheckpointError
@@ -21,6 +21,13 @@ from bitnet_triton.kernels.packing import has_invalid_code
 from bitnet_triton.nn import PackedBitLinear
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
+
+
+def keeps_masters(config: PreTrainedConfig) -> bool:
+    """Return whether a checkpoint with this config has trainable weights, not packed ones."""
+    found = config.quantization_config
+    told = found if isinstance(found, Mapping) else found.to_dict()
+    return told.get("quantization_mode") == "online" and told.get("linear_class") != "bitlinear"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -42,13 +42,6 @@ class BitNetQuantConfig(HfBitNetQuantConfig):
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, as every published checkpoint has it."""
         return on_disk(super().to_dict())
-
-
-def keeps_masters(config: PreTrainedConfig) -> bool:
-    """Return whether a checkpoint with this config has trainable weights, not packed ones."""
-    found = config.quantization_config
-    told = found if isinstance(found, Mapping) else found.to_dict()
-    return told.get("quantization_mode") == "online" and told.get("linear_class") != "bitlinear"
 
 
 def in_memory(quantization_config: Mapping[str, Any] | HfBitNetQuantConfig) -> dict[str, Any]:

@@ -17,8 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from bitnet_triton.kernels.packing import CODES_PER_BYTE, pack_codes, unpack_codes
-from bitnet_triton.models.checkpoint import Entry, by_model_name, open_checkpoint, read_headers
-from bitnet_triton.models.quantizer import keeps_masters
+from bitnet_triton.models.checkpoint import (
+    Entry,
+    by_model_name,
+    keeps_masters,
+    open_checkpoint,
+    read_headers,
+)
 from bitnet_triton.nn import BitLinear, OutputHead, PackedBitLinear
 from bitnet_triton.nn.divided import (
     MOST_COLUMNS,

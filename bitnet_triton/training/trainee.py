@@ -15,8 +15,9 @@ from torch import nn
 
 from bitnet_triton.attention import AttentionPlan
 from bitnet_triton.models import BitNetConfig, BitNetForCausalLM, merge_adapters, set_attention
+from bitnet_triton.models.checkpoint import keeps_masters
 from bitnet_triton.models.convert import convert_checkpoint
-from bitnet_triton.models.quantizer import in_memory, keeps_masters
+from bitnet_triton.models.quantizer import in_memory
 from bitnet_triton.training.documents import Document
 from bitnet_triton.training.fit import mean_loss
 from bitnet_triton.training.jobs import Adaptation, TrainingJob
