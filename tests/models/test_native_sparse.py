@@ -515,7 +515,8 @@ def test_blocks_across_a_jump_of_positions_are_turned_back_by_their_own(attentio
         for some in torch.arange(30).split([10, 7, 1, 1, 1, 10]):
             out = model(ids[:, some], position_ids=at[:, some], past_key_values=cache, **told)
             cache, parts = out.past_key_values, [*parts, out.logits]
-    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-4, rtol=1e-4)
+    # 1e-4 at the most in most draws, 2e-4 in one of 30
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=4e-4, rtol=4e-4)
 
 
 def test_recorded_steps_turn_blocks_across_a_jump_back_by_their_own_positions(folder, replays):
