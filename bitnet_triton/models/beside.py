@@ -5,9 +5,11 @@ peft is not imported: its layers are known by what they have.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -33,14 +35,23 @@ def content(module: Any, active: tuple[str, ...]) -> tuple[float, ...]:
     return tuple(found)
 
 
-def active_adapters(model: nn.Module) -> list[tuple[str, tuple[float, ...]]]:
-    """Return what adapters add to the weights of a model: of none, or merged ones, nothing."""
+def active_adapters(model: nn.Module) -> list[tuple[str, list[float], str]]:
+    """Return what adapters add to the weights of a model: of none, or merged ones, nothing.
+
+    Their scales and a digest of their bytes: sums differ by the number of threads and the device.
+    """
     found = []
     for name, module in adapted_layers(model):
         is_idle = module.disable_adapters or getattr(module, "merged_adapters", ())
         active = () if is_idle else tuple(module.active_adapters)
         if active:
-            found.append((name, content(module, active)))
+            scales = [float(getattr(module, "scaling", {}).get(each, 1.0)) for each in active]
+            digest = hashlib.sha256()
+            for part, parameter in sorted(module.named_parameters()):
+                if set(part.split(".")) & set(active):
+                    t = parameter.detach().contiguous().cpu()
+                    digest.update(part.encode() + t.view(-1).view(torch.uint8).numpy().tobytes())
+            found.append((name, scales, digest.hexdigest()))
     return found
 
 

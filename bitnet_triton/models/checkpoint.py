@@ -25,7 +25,9 @@ FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 
 def keeps_masters(config: PreTrainedConfig) -> bool:
     """Return whether a checkpoint with this config has trainable weights, not packed ones."""
-    found = config.quantization_config
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return False
     told = found if isinstance(found, Mapping) else found.to_dict()
     return told.get("quantization_mode") == "online" and told.get("linear_class") != "bitlinear"
 

@@ -122,6 +122,8 @@ class WindowPages(FullAttentionCacheAllocator):
         table = self.block_table[request_id]
         for at in range(len(known), whole):
             page = table[at]
+            if page == GONE:
+                continue  # given back by an asynchronous engine, which prepares a step ahead
             same = self.ledger.register_new_hash(page, names[at])
             if same is not None:
                 self.ledger.acquire(same)
@@ -148,10 +150,9 @@ class WindowPages(FullAttentionCacheAllocator):
         start, end = self.gap(past_length)
         return past_length + query_length - (end - start) * self.tokens_per_page
 
-    def pages_read(self, request_id: str, past_length: int) -> list[int]:
-        """Return the pages that queries from ``past_length`` on see."""
+    def pages_read(self, table: list[int], past_length: int) -> list[int]:
+        """Return the pages of a table that queries from ``past_length`` on see."""
         start, end = self.gap(past_length)
-        table = self.block_table[request_id]
         return table[:start] + table[end:]
 
 
@@ -232,9 +233,10 @@ class PlannedPages(PagedAttentionCache):
         if read_index is None:
             return
         for allocator, pages in zip(self.cache_allocators.values(), read_index):
+            # a request with children has room for one token more than this step computes
+            count = -(-(past_length + query_length) // allocator.tokens_per_page)
+            held = allocator.block_table[request_id][:count]
             if isinstance(allocator, WindowPages):
-                held = allocator.pages_read(request_id, past_length)
-            else:
-                held = allocator.block_table[request_id]
+                held = allocator.pages_read(held, past_length)
             stride = allocator.block_physical_stride // allocator.tokens_per_page
             pages.extend(page * stride for page in held)

@@ -47,6 +47,7 @@ def begin_as(student: nn.Module, teacher: nn.Module, batch: dict[str, Any]) -> l
         pairs = [
             (parts, stack.enter_context(_watched(other.self_attn)))
             for own, other in zip(_layers(student), _layers(teacher))
+            if not any(_gated(other.self_attn))  # converted before, and trained since
             for parts in _gated(own.self_attn)
         ]
         if pairs:
@@ -115,7 +116,8 @@ def _forget_at_once(parts: GatedParts, head: int, q: Tensor, k: Tensor) -> None:
         size = x[..., channels].float().square().mean().sqrt()
         weight = parts.convolution.weight[first:][channels]
         weight[:, :-1] = 0.0
-        weight[:, -1] = _POSITIVE / size.clamp_min(torch.finfo(torch.float32).tiny)
+        if size > 0:  # of zeros every weight makes zeros
+            weight[:, -1] = _POSITIVE / size
 
 
 def _inverse_silu(y: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 import transformers
 from packaging.version import Version
 from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 
 import bitnet_triton
 from bitnet_triton import BitNetConfig, BitNetForCausalLM
@@ -274,3 +275,55 @@ def test_pages_that_wait_on_the_cpu_are_refused_by_name():
     model = built(attention=sliding())
     with pytest.raises(ValueError, match="`cpu_offload_space`: expected 0 beside `attention`"):
         model.init_continuous_batching(greedy(), settings(cpu_offload_space=0.5))
+
+
+@pytest.mark.parametrize("attention", [None, "full", sliding()], ids=str)
+def test_a_request_with_children_leaves_the_pages_of_others_alone(attention):
+    """It has room for a page that its step does not read, and others come behind it."""
+    model, misfits = built(attention=attention), []
+
+    def look(module, args, kwargs):
+        for allocator, read in zip(kwargs["cache"].cache_allocators.values(), kwargs["read_index"]):
+            used = kwargs["cu_seq_lens_k"][allocator.layer_type].diff()
+            if len(read) and sum(-(-each // PAGE) for each in used.tolist()) != len(read):
+                misfits.append((used.tolist(), len(read)))
+
+    model.model.layers[0].self_attn.register_forward_pre_hook(look, with_kwargs=True)
+    wanted = greedy(do_sample=True, top_k=1, num_return_sequences=2)
+    manager = model.init_continuous_batching(wanted, settings())
+    for length in (60, 17, 17, 17):
+        manager.add_request(draw(length))
+    manager.start()
+    done = [manager.get_result(timeout=60) for _ in range(8)]
+    manager.stop(hard_stop=True)
+    assert all(one is not None and one.error is None for one in done)
+    assert not misfits
+
+
+def test_pages_that_an_asynchronous_engine_gave_back_unnamed_are_found_by_nobody():
+    """It prepares a step before it looks at the tokens of the one before."""
+    model = built(attention=PLANS["hybrid"])
+    manager = model.init_continuous_batching(greedy(), settings(max_batch_tokens=96))
+    cache = manager._create_batch_processor().cache
+    text, steps = draw(150), []
+    first = RequestState("first", initial_tokens=text)
+    first.status = RequestStatus.PREFILLING
+    for tokens in (48, 96):
+        assert cache.can_store_request_tokens(first, tokens)
+        steps.append(cache.count_new_complete_blocks(first, tokens))
+        first.position_offset += tokens
+    for complete in steps:
+        cache.mark_complete_blocks(first, complete)
+    check_counts(cache)
+    assert 0 not in cache.cache_allocators["sliding_attention"].ledger.block_to_hash
+
+
+def test_a_name_that_comes_again_names_its_own_pages():
+    model = built(attention=sliding())
+    first, second, tail = draw(100), draw(100), draw(20)
+    with Watched(model) as engine:
+        for prompt in (first, second):
+            engine.texts([engine.manager.add_request(prompt, request_id="again")])
+        before = engine.computed
+        engine.answers([second + tail])
+        assert engine.computed - before == 120 - 6 * PAGE + NEW - 1

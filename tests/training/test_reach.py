@@ -102,3 +102,21 @@ def test_heads_that_give_nothing_and_layers_without_a_convolution(config, batch)
     assert begin_as(student, teacher, batch) == [[], []]
     plain, teacher = twins(config, "full", {"mode": "linear", "form": "plain"})
     assert begin_as(plain, teacher, batch) == []
+
+
+def test_layers_that_were_converted_before_and_heads_without_queries(config, batch):
+    """What such a layer has learned stays; of zeros nothing becomes infinite."""
+    plan = {"prefill": ["full", "linear"], "decode": ["full", "linear"]}
+    student, teacher = twins(config, plan, FORMS[0])
+    learned = torch.randn_like(teacher.model.layers[1].self_attn.linear.gates.gate_bias)
+    for model in (student, teacher):
+        gates = model.model.layers[1].self_attn.linear.gates
+        gates.gate_bias.data.copy_(learned)
+    assert len(begin_as(student, teacher, batch)) == 1
+    assert torch.equal(student.model.layers[1].self_attn.linear.gates.gate_bias, learned)
+    student, teacher = twins(config, {"mode": "sliding", "window": 3}, FORMS[0])
+    for model in (student, teacher):
+        torch.nn.init.zeros_(model.model.layers[0].self_attn.q_proj.weight)
+    begin_as(student, teacher, batch)
+    assert all(p.isfinite().all() for p in student.parameters())
+    assert layer_error(student, teacher, batch).isfinite()
