@@ -187,15 +187,15 @@ class Trainee:
             documents: one of them tells how far merging changes the logits.
             held_out: to measure the loss of the merged model on.
         """
-        if self.what == "module":
-            packed = self._packed()
+        if self.what == "module" and not keeps_masters(BitNetConfig.from_pretrained(self.base)):
+            packed = self._packed()  # whose other tensors stay as they are, bit for bit
             found = {name: p for name, p in packed.named_parameters() if self._is_own(name)}
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
                     if name in found:
                         found[name].copy_(parameter)
             packed.save_pretrained(folder)
-        elif self.what == "weights":
+        elif self.what != "adapters":
             self._save_packed(model, folder)
         elif isinstance(self.job, Adaptation) and self.job.merge:
             with new_folder(self.output / "beside") as kept:

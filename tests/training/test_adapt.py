@@ -143,19 +143,34 @@ def test_all_weights_are_trained_from_masters_and_packed(packed_folder, tmp_path
     assert {"flips", "share_zero", "quantization_error"} <= line.keys()
 
 
-def test_weights_that_can_be_trained_already_are_read_where_they_lie(packed_folder, tmp_path):
+OWN_WEIGHTS = {
+    "weights": {"attention": '{"prefill": ["full", "linear"], "decode": ["full", "linear"]}'},
+    "module": {
+        "attention": '{"mode": "indexed_blocks", "block": 8, "selected": 2, "stage": "dense"}'
+    },
+}
+
+
+@pytest.mark.parametrize("what", OWN_WEIGHTS)
+def test_weights_that_can_be_trained_already_are_read_where_they_lie(what, packed_folder, tmp_path):
     masters, run = tmp_path / "masters", tmp_path / "run"
     convert_checkpoint(packed_folder, masters, to="masters", dtype=torch.float32)
     before = load_file(masters / "model.safetensors")
-    plan = {"prefill": ["full", "linear"], "decode": ["full", "linear"]}
-    more = {"lora": False, "transfer": 1, "attention": json.dumps(plan), "eval_tasks": []}
-    report = adapt(job(str(masters), run, **more))
-    assert report["training"]["transfer"]
+    more = {"lora": False, "transfer": 1} if what == "weights" else {}
+    report = adapt(job(str(masters), run, eval_tasks=[], **OWN_WEIGHTS[what], **more))
+    assert report["training"]["what"] == what
+    assert bool(report["training"]["transfer"]) == (what == "weights")
     assert not (run / "masters").exists()
     after = load_file(masters / "model.safetensors")
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     packed = bt.BitNetForCausalLM.from_pretrained(run / "model")
     assert any(isinstance(m, PackedBitLinear) for m in packed.modules())
+    if what == "module":  # the same codes as before
+        start = bt.BitNetForCausalLM.from_pretrained(packed_folder)
+        for name, layer in start.named_modules():
+            if isinstance(layer, PackedBitLinear):
+                codes = packed.get_submodule(name).ternary_weight.codes()
+                assert torch.equal(codes, layer.ternary_weight.codes())
 
 
 def test_merged_adapters_are_gone_and_their_loss_is_told(packed_folder, tmp_path):
