@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bitnet_triton.attention.context import AttentionContext
 from bitnet_triton.cache import GrowingLayer, Memory, SinkWindowLayer
+from bitnet_triton.kernels import Mask
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,14 @@ class Mode:
     def reads_keys(self) -> bool:
         """Whether it reads keys of former calls; otherwise it checks its memory itself."""
         return True
+
+    @property
+    def pages_mask(self) -> Mask | None:
+        """What queries see, where exact attention by that is all it does: over pages too.
+
+        None: it does more, or something else, which continuous batching has no place for.
+        """
+        return None
 
     @property
     def sees_everything(self) -> bool:

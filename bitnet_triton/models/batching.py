@@ -10,8 +10,6 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
 from bitnet_triton.attention import AttentionPlan, hub
-from bitnet_triton.attention.modes.full import Full
-from bitnet_triton.attention.modes.sliding import Sliding
 from bitnet_triton.kernels import Mask
 from bitnet_triton.models.choosing import Choices
 from bitnet_triton.models.waiting import let_wait
@@ -116,13 +114,14 @@ def masks_of(plan: AttentionPlan | None, layers: int) -> list[Mask]:
     masks = []
     for layer in range(layers):
         mode, later = plan.modes(layer)
-        if mode != later or type(mode) not in (Full, Sliding):
+        mask = mode.pages_mask
+        if mode != later or mask is None:
             names = " and then ".join(dict.fromkeys((mode.name, later.name)))
             raise ValueError(
                 "`attention`: continuous batching runs 'full' and 'sliding', the same for prompts "
                 f"and generated tokens; layer {layer} has {names!r}"
             )
-        masks.append(cast("Full | Sliding", mode).mask)
+        masks.append(mask)
     if plan.cache is not None:
         raise ValueError(
             "`cache`: continuous batching keeps all that a layer sees; expected none, got "

@@ -13,6 +13,8 @@ from transformers.generation.continuous_batching.requests import RequestState, R
 
 import bitnet_triton
 from bitnet_triton import BitNetConfig, BitNetForCausalLM
+from bitnet_triton.attention.modes.full import Full
+from bitnet_triton.attention.modes.sliding import Sliding
 
 pytestmark = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.23"),
@@ -327,3 +329,14 @@ def test_a_name_that_comes_again_names_its_own_pages():
         before = engine.computed
         engine.answers([second + tail])
         assert engine.computed - before == 120 - 6 * PAGE + NEW - 1
+
+
+@pytest.mark.parametrize("kind", [Full, Sliding])
+def test_a_mode_that_attends_in_its_own_way_says_that_pages_do_not_serve_it(kind):
+    class Own(kind):
+        def __call__(self, q, k, v, context):
+            return 2 * super().__call__(q, k, v, context)
+
+    settings = () if kind is Full else (40, 3)
+    assert kind(*settings).pages_mask == kind(*settings).mask
+    assert Own(*settings).pages_mask is None

@@ -34,6 +34,11 @@ class Full(MaskMode):
         return CAUSAL
 
     @property
+    def pages_mask(self) -> Mask | None:
+        """Causal, unless a subclass attends in another way."""
+        return self.mask if type(self).__call__ is Full.__call__ else None
+
+    @property
     def sees_everything(self) -> bool:
         """It is that."""
         return True

@@ -31,6 +31,11 @@ class Sliding(MaskMode):
         """The window and the sinks."""
         return Mask(window=self.window, sinks=self.sinks)
 
+    @property
+    def pages_mask(self) -> Mask | None:
+        """The window and the sinks, unless a subclass attends in another way."""
+        return self.mask if type(self).__call__ is MaskMode.__call__ else None
+
     def sees_all_of(self, length: int) -> bool:
         """No text is longer than the window."""
         return self.window >= length
