@@ -25,33 +25,28 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def content(module: Any, active: tuple[str, ...]) -> tuple[float, ...]:
-    """Return numbers that tell adapters of one name apart: of their weights, and their scale."""
-    found = [float(getattr(module, "scaling", {}).get(name, 1.0)) for name in active]
-    for name, parameter in module.named_parameters():
-        if set(name.split(".")) & set(active):
-            x = parameter.detach().double()
-            found += [x.sum().item(), x.square().sum().item()]
-    return tuple(found)
+def content(module: Any, active: tuple[str, ...]) -> tuple[tuple[float, ...], str]:
+    """Return what tells adapters of one name apart: their scales, and a digest of their bytes.
 
-
-def active_adapters(model: nn.Module) -> list[tuple[str, list[float], str]]:
-    """Return what adapters add to the weights of a model: of none, or merged ones, nothing.
-
-    Their scales and a digest of their bytes: sums differ by the number of threads and the device.
+    Sums would differ by the number of threads and the device.
     """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(module.named_parameters()):
+        if set(name.split(".")) & set(active):
+            t = parameter.detach().contiguous().cpu().view(-1)
+            digest.update(name.encode() + t.view(torch.uint8).numpy().tobytes())
+    scales = getattr(module, "scaling", {})
+    return tuple(float(scales.get(name, 1.0)) for name in active), digest.hexdigest()
+
+
+def active_adapters(model: nn.Module) -> list[Any]:
+    """Return what adapters add to the weights of a model: of none, or merged ones, nothing."""
     found = []
     for name, module in adapted_layers(model):
         is_idle = module.disable_adapters or getattr(module, "merged_adapters", ())
         active = () if is_idle else tuple(module.active_adapters)
         if active:
-            scales = [float(getattr(module, "scaling", {}).get(each, 1.0)) for each in active]
-            digest = hashlib.sha256()
-            for part, parameter in sorted(module.named_parameters()):
-                if set(part.split(".")) & set(active):
-                    t = parameter.detach().contiguous().cpu()
-                    digest.update(part.encode() + t.view(-1).view(torch.uint8).numpy().tobytes())
-            found.append((name, scales, digest.hexdigest()))
+            found.append((name, content(module, active)))
     return found
 
 
