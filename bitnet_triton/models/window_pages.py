@@ -162,36 +162,39 @@ class PlannedPages(PagedAttentionCache):
     Attributes:
         plan: of the model; None: all layers see everything.
         masks: what each layer sees.
+        windows: who gives out pages of layers with a window, one or nobody.
+        others: who gives out those of layers that see everything.
     """
 
     plan: AttentionPlan | None
     masks: list[Mask]
+    windows: list[WindowPages]
+    others: list[Any]
 
     def begin(self, plan: AttentionPlan | None, masks: list[Mask]) -> None:
         """Become one of these; transformers has made its own kind, with the same memory."""
         self.plan, self.masks = plan, masks
         self.use_prefix_sharing = self.allow_block_sharing
         every: list[Any] = list(self.cache_allocators.values())
-        windows = [one for one in every if one.layer_type == WindowPages.layer_type]
-        for allocator in windows:
+        self.windows = [one for one in every if one.layer_type == WindowPages.layer_type]
+        self.others = [one for one in every if one.layer_type != WindowPages.layer_type]
+        for allocator in self.windows:
             allocator.__class__ = WindowPages
             allocator.begin(max(mask.sinks for mask in masks), self.allow_block_sharing)
-        if windows == every:
-            window = windows[0]
+        if not self.others:
+            (window,) = self.windows
             pages = window.sink_pages + 1  # a window begins in the middle of a page
             self.read_cache_limit = window.sliding_window + pages * window.tokens_per_page
 
     def pages_held(self, names: list[int]) -> int:
         """Return how many of the first pages of a text a request could begin behind."""
         pages = len(names)
-        for allocator in self.cache_allocators.values():
-            if not isinstance(allocator, WindowPages):
-                there = allocator.ledger.hash_to_block
-                pages = next((at for at in range(pages) if names[at] not in there), pages)
-        for allocator in self.cache_allocators.values():
-            if isinstance(allocator, WindowPages):  # one at most
-                while pages and not allocator.has(names, pages):
-                    pages -= 1
+        for allocator in self.others:
+            there = allocator.ledger.hash_to_block
+            pages = next((at for at in range(pages) if names[at] not in there), pages)
+        for window in self.windows:
+            while pages and not window.has(names, pages):
+                pages -= 1
         return pages
 
     def search_prefix_match(self, request_id: str, prompt_ids: list[int]) -> int:
@@ -201,10 +204,10 @@ class PlannedPages(PagedAttentionCache):
         size = next(iter(self.cache_allocators.values())).tokens_per_page
         names = names_of(prompt_ids, size, [], (len(prompt_ids) - 1) // size)  # one token is left
         names = names[: self.pages_held(names)]
-        for allocator in self.cache_allocators.values() if names else ():
-            if isinstance(allocator, WindowPages):
-                allocator.take(request_id, names)
-            else:
+        if names:
+            for window in self.windows:
+                window.take(request_id, names)
+            for allocator in self.others:
                 held = [allocator.ledger.hash_to_block[name] for name in names]
                 allocator.acquire_prefix_blocks(request_id, len(names) * size, held)
         return len(names) * size
@@ -212,9 +215,9 @@ class PlannedPages(PagedAttentionCache):
     def mark_complete_blocks(self, state: Any, complete_blocks: dict[str, int]) -> None:
         """Name the pages that a step has filled; give back those that nobody will see."""
         super().mark_complete_blocks(state, complete_blocks)
-        for allocator in self.cache_allocators.values():
-            if isinstance(allocator, WindowPages) and state.request_id in allocator.block_table:
-                allocator.give_back(state.request_id, state.current_len())
+        for window in self.windows:
+            if state.request_id in window.block_table:
+                window.give_back(state.request_id, state.current_len())
 
     def extend_read_and_write_indices(
         self,
@@ -236,7 +239,7 @@ class PlannedPages(PagedAttentionCache):
             # a request with children has room for one token more than this step computes
             count = -(-(past_length + query_length) // allocator.tokens_per_page)
             held = allocator.block_table[request_id][:count]
-            if isinstance(allocator, WindowPages):
+            if allocator in self.windows:
                 held = allocator.pages_read(held, past_length)
             stride = allocator.block_physical_stride // allocator.tokens_per_page
             pages.extend(page * stride for page in held)
